@@ -1,0 +1,46 @@
+# The commands promised to users and contributors. A target sets up whatever it needs in .venv first.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPT ?= A red circle moves to the right on a white background
+
+.PHONY: help setup demo serve test bench lint format clean
+
+help:
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# The stamp says that .venv holds what these two files ask for.
+$(VENV)/ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON has value $(PYTHON), expected Python 3.11 or newer")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "$$(grep -E '^torch==' constraints.txt)" $(TORCH_INDEX)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/ready ## set up .venv
+
+demo: setup ## start the embedded default, make one video (PROMPT="..."), stop
+	@$(BIN)/wan-serve demo "$(PROMPT)"
+
+serve: setup ## the embedded default on http://127.0.0.1:8000 until Ctrl-C
+	@exec $(BIN)/wan-serve up configs/tiny.yaml
+
+test: setup ## all tests that this machine can run
+	@$(BIN)/python -m pytest
+
+bench: setup ## the benchmarks that this machine can run
+	@$(BIN)/python -m benchmarks.serving_tax
+	@$(BIN)/python -m benchmarks.cold_start
+	@$(BIN)/python -m benchmarks.parity --model serve_app/tiny/checkpoint
+	@$(BIN)/python -m benchmarks.rank_memory
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: setup ## let ruff rewrite
+	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
+
+clean: ## remove .venv, out/ and data/
+	rm -rf $(VENV) out data

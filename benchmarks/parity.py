@@ -1,0 +1,150 @@
+"""Our latents against those of `diffusers.WanPipeline`, on the same folder and seeds, at several numbers of ranks.
+
+    python -m benchmarks.parity --model DIR
+
+prints the relative error of each case in float32 on the CPU, as a markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serve_app.config import WAN_NEGATIVE_PROMPT
+from serve_app.request import Params
+from serve_app.wan.generate import Generator
+from serve_app.wan.parallel import init_world
+
+SIZES = (1, 2, 4)
+"""Ranks."""
+BOUNDS = {1: 1e-5, 2: 1e-4, 4: 1e-4}
+"""Largest relative error that counts as equal."""
+
+_BASE: dict[str, Any] = {
+    "prompt": "a red circle moves left on a white background",
+    "negative_prompt": WAN_NEGATIVE_PROMPT,
+    "width": 64,
+    "height": 64,
+    "num_frames": 9,
+    "fps": 16,
+    "seed": 0,
+    "num_inference_steps": 8,
+    "guidance_scale": 4.0,
+    "guidance_scale_2": 3.0,
+    "flow_shift": 5.0,
+    "boundary_ratio": 0.875,
+}
+_CHANGES: dict[str, dict[str, Any]] = {
+    "64x64, 9 frames, 8 steps": {},
+    "wide, 13 frames, 5 steps": {"width": 96, "height": 64, "num_frames": 13, "num_inference_steps": 5},
+    "high, 1 frame, shift 12": {"width": 48, "height": 80, "num_frames": 1, "flow_shift": 12.0},
+    "guidance off": {"guidance_scale": 1.0, "seed": 1},
+    "guidance 6.5, then 1.5": {"guidance_scale": 6.5, "guidance_scale_2": 1.5, "seed": 2},
+    "Chinese, short negative": {"prompt": "蓝色的星星在黑色背景上向右移动", "negative_prompt": "模糊", "seed": 3},
+    "empty negative, HTML in prompt": {
+        "prompt": "a  green &amp;amp; blue\n square",
+        "negative_prompt": "",
+        "seed": 2**40,
+    },
+    "20 steps, boundary 0.5": {"num_inference_steps": 20, "boundary_ratio": 0.5, "seed": 4},
+}
+CASES = {name: Params(**{**_BASE, **change}) for name, change in _CHANGES.items()}
+
+
+def reference(folder: Path) -> dict[str, torch.Tensor]:
+    """The latents of WanPipeline, by case."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = {}
+    for name, params in CASES.items():
+        pipeline.scheduler = UniPCMultistepScheduler.from_config(
+            pipeline.scheduler.config, flow_shift=params.flow_shift
+        )
+        pipeline.register_to_config(boundary_ratio=params.boundary_ratio)
+        latents[name] = pipeline(
+            prompt=params.prompt,
+            negative_prompt=params.negative_prompt,
+            width=params.width,
+            height=params.height,
+            num_frames=params.num_frames,
+            num_inference_steps=params.num_inference_steps,
+            guidance_scale=params.guidance_scale,
+            guidance_scale_2=params.guidance_scale_2,
+            generator=torch.Generator("cpu").manual_seed(params.seed),
+            output_type="latent",
+        ).frames
+    return latents
+
+
+def ours(folder: Path, size: int) -> list[dict[str, torch.Tensor]]:
+    """Our latents, for each rank by case."""
+    with tempfile.TemporaryDirectory() as name:
+        run_ranks(_denoise_cases, size, folder, Path(name))
+        return [torch.load(Path(name) / f"{rank}.pt") for rank in range(size)]
+
+
+def run_ranks(target: Any, size: int, *args: Any, timeout_s: float = 240) -> None:
+    """Run `target(rank, size, port, *args)` in `size` fresh processes.
+
+    Raises:
+        RuntimeError: one failed or all took too long.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=target, args=(rank, size, port, *args), daemon=True) for rank in range(size)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    if any(codes):
+        raise RuntimeError(f"ranks ended with {codes}")
+    if None in codes:
+        raise RuntimeError(f"ranks are not done after {timeout_s} s: {codes}")
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Norm of the difference over the norm of the reference."""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def _denoise_cases(rank: int, size: int, port: int, folder: Path, output: Path) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    world = init_world(rank, size, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
+    generator = Generator(folder, world=world)
+    torch.save({name: generator.latents(params) for name, params in CASES.items()}, output / f"{rank}.pt")
+    world.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint folder")
+    folder = parser.parse_args().model
+    theirs = reference(folder)
+    errors = {size: ours(folder, size)[0] for size in SIZES}
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32\n")
+    print("| case | " + " | ".join(f"TP {size}" for size in SIZES) + " |")
+    print("|---|" + "---|" * len(SIZES))
+    for name, latents in theirs.items():
+        row = " | ".join(f"{relative_error(errors[size][name], latents):.1e}" for size in SIZES)
+        print(f"| {name} | {row} |")
+
+
+if __name__ == "__main__":
+    main()

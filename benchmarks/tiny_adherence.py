@@ -1,0 +1,155 @@
+"""How often the tiny model draws what a held-out prompt asks: colour, shape, direction, count, English and Chinese.
+
+    python -m benchmarks.tiny_adherence --prompts 200 [--device cuda] [--model FOLDER] [--steps N] [--guidance G]
+
+Runs plain diffusers.WanPipeline on the folder, reads the decoded frames with tiny_reader (which shares nothing with
+the training code) and prints a Markdown table. A clip counts as right only if all its objects are. Columns compare
+the defaults with guidance 1 and with wrong negative prompts: both must be clearly worse, or guidance is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
+from PIL import Image
+
+from benchmarks.tiny_reader import Seen, judge, read
+from serve_app.tiny import CHECKPOINT
+from serve_app.tiny.captions import DEFAULTS, LANGUAGES, Prompt, held_out_prompts
+
+QUESTIONS = ("colour", "shape", "direction", "count")
+
+
+def _read(job: tuple[np.ndarray, list[tuple[str, str, str]]]) -> tuple[dict[str, bool], list[Seen]]:
+    torch.set_num_threads(1)
+    seen = read(torch.from_numpy(job[0]).float() / 255)
+    return judge(seen, [Seen(*t) for t in job[1]]), seen
+
+
+def generate(
+    pipe: WanPipeline,
+    prompts: list[Prompt],
+    args: argparse.Namespace,
+    guidance: tuple[float, float],
+    negative: str | list[str],
+) -> list[np.ndarray]:
+    """Clips uint8 [T, H, W, 3]; noise is drawn on the CPU from seed + index, alike for every setting."""
+    clips: list[np.ndarray] = []
+    for start in range(0, len(prompts), args.batch):
+        part = prompts[start : start + args.batch]
+        wrong = [negative] * len(part) if isinstance(negative, str) else negative[start : start + args.batch]
+        out = pipe(
+            prompt=[p.text for p in part],
+            negative_prompt=wrong,
+            height=args.height,
+            width=args.width,
+            num_frames=args.frames,
+            num_inference_steps=args.steps,
+            guidance_scale=guidance[0],
+            guidance_scale_2=guidance[1],
+            output_type="pt",
+            generator=[torch.Generator().manual_seed(args.seed + start + i) for i in range(len(part))],
+        ).frames
+        clips.extend((out.permute(0, 1, 3, 4, 2) * 255).round().byte().cpu().numpy())
+    return clips
+
+
+def picture(clips: list[np.ndarray], prompts: list[Prompt], file: Path, rows: int = 24) -> None:
+    """Seven frames of each clip, two clips a row; the prompts go beside it as text."""
+    strips = [np.concatenate([c[i] for i in np.linspace(0, len(c) - 1, 7).astype(int)], 1) for c in clips[: 2 * rows]]
+    pairs = [np.concatenate(strips[i : i + 2], 1) for i in range(0, len(strips) - 1, 2)]
+    Image.fromarray(np.concatenate(pairs)).save(file, quality=85)
+    file.with_suffix(".txt").write_text("\n".join(p.text for p in prompts[: 2 * rows]), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(CHECKPOINT))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prompts", type=int, default=200, help="per language")
+    parser.add_argument("--steps", type=int, default=DEFAULTS["num_inference_steps"])
+    parser.add_argument("--guidance", type=float, default=DEFAULTS["guidance_scale"])
+    parser.add_argument("--guidance-2", type=float, default=DEFAULTS["guidance_scale_2"])
+    parser.add_argument("--shift", type=float, help="another flow shift than the folder's")
+    parser.add_argument("--negative", default=DEFAULTS["negative_prompt"])
+    parser.add_argument("--height", type=int, default=DEFAULTS["height"])
+    parser.add_argument("--width", type=int, default=DEFAULTS["width"])
+    parser.add_argument("--frames", type=int, default=DEFAULTS["num_frames"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument(
+        "--compare", type=int, help="prompts for the comparisons (default: as --prompts; 0: no comparisons)"
+    )
+    parser.add_argument("--errors", action="store_true", help="list what was read wrongly")
+    parser.add_argument("--picture", type=Path, help="write frames of the default's clips here (JPEG)")
+    args = parser.parse_args()
+
+    pipe = WanPipeline.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+    pipe.set_progress_bar_config(disable=True)
+    if args.shift:
+        pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=args.shift)
+    guided = (args.guidance, args.guidance_2)
+    settings: dict[str, tuple[tuple[float, float], Any]] = {"default": (guided, args.negative)}
+    compare = args.prompts if args.compare is None else args.compare
+    if compare:
+        settings |= {
+            "guidance 1": ((1.0, 1.0), ""),
+            "empty negative": (guided, ""),
+            "negative = the prompt": (guided, None),
+        }
+    results: dict[tuple[str, str], dict[str, float]] = {}
+    with ProcessPoolExecutor() as pool:
+        for name, (guidance, negative) in settings.items():
+            for language in LANGUAGES:
+                prompts = held_out_prompts(args.prompts, language)[: args.prompts if name == "default" else compare]
+                start = time.monotonic()
+                clips = generate(
+                    pipe, prompts, args, guidance, [p.text for p in prompts] if negative is None else negative
+                )
+                jobs = [(c, [tuple(t) for t in p.things]) for c, p in zip(clips, prompts, strict=True)]
+                verdicts = list(pool.map(_read, jobs, chunksize=4))
+                results[language, name] = {q: sum(v[q] for v, _ in verdicts) / len(verdicts) for q in QUESTIONS}
+                print(f"  {language} {name}: {results[language, name]} ({time.monotonic() - start:.0f} s)", flush=True)
+                if name == "default":
+                    if args.errors:
+                        for p, (v, seen) in zip(prompts, verdicts, strict=True):
+                            if not all(v.values()):
+                                print(
+                                    "   ",
+                                    [q for q in QUESTIONS if not v[q]],
+                                    p.text,
+                                    "->",
+                                    "; ".join(f"{s.colour} {s.shape} {s.motion}" for s in seen),
+                                )
+                    if args.picture:
+                        picture(clips, prompts, args.picture.with_stem(f"{args.picture.stem}_{language}"))
+    machine = (
+        torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
+    )
+    print(
+        f"\n{args.prompts} held-out prompts per language ({compare} for the comparisons), "
+        f"{args.width}x{args.height}, {args.frames} frames, {args.steps} steps, "
+        f"guidance {guided[0]:g}/{guided[1]:g}, negative {args.negative!r}; {machine}, torch {torch.__version__}\n"
+    )
+    print(
+        "| question | " + " | ".join(f"{language.upper()} {name}" for language in LANGUAGES for name in settings) + " |"
+    )
+    print("|---|" + "---|" * (len(LANGUAGES) * len(settings)))
+    for q in QUESTIONS:
+        print(
+            f"| {q} | "
+            + " | ".join(f"{100 * results[la, name][q]:.1f} %" for la in LANGUAGES for name in settings)
+            + " |"
+        )
+
+
+if __name__ == "__main__":
+    main()

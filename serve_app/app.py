@@ -1,0 +1,118 @@
+"""The import paths that the YAML files name: `serve_app.app:wan` and `serve_app.app:gateway`.
+
+Each takes the whole configuration as its `args` and returns a Serve application.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
+
+from serve_app.config import Autoscaling, Resources, validate
+from serve_app.wan.checkpoint import Checkpoint
+
+# glibc hands each large tensor back to the kernel and asks for it again; for a VAE on CPUs, whose every layer makes
+# some, that was measured to be a seventh of the decode.
+_KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+
+
+def wan(args: dict[str, Any]) -> Application:
+    """Pipeline and stages. Has no route: the dispatcher and other Ray jobs call it by handle.
+
+    Raises:
+        ConfigError: an option that cannot work. CheckpointError: the model's folder is not complete.
+    """
+    from serve_app.stages.decoder import Decoder
+    from serve_app.stages.denoiser import Denoiser
+    from serve_app.stages.encoder import Encoder
+    from serve_app.stages.pipeline import Pipeline
+
+    config = validate(args)
+    Checkpoint(config.model.folder).check_tensor_parallel(config.denoiser.tensor_parallel)
+    encoder = _deployment(
+        Encoder,
+        ray_actor_options=_actor(config.encoder.resources),
+        **_stage(config.encoder),
+        graceful_shutdown_timeout_s=60,
+    ).bind(config)
+    rank = _bundle(config.denoiser.rank)
+    denoiser = _deployment(
+        Denoiser,
+        ray_actor_options={"num_cpus": config.denoiser.coordinator_cpus},
+        placement_group_bundles=[{"CPU": config.denoiser.coordinator_cpus}] + [rank] * config.denoiser.tensor_parallel,
+        placement_group_strategy=config.denoiser.placement,
+        **_stage(config.denoiser),
+        graceful_shutdown_timeout_s=config.denoiser.shutdown_timeout_s,
+    ).bind(config)
+    decoder = _deployment(
+        Decoder,
+        ray_actor_options={**_actor(config.decoder.resources), "runtime_env": {"env_vars": _KEEP_FREED_MEMORY}},
+        **_stage(config.decoder),
+        graceful_shutdown_timeout_s=60,
+    ).bind(config)
+    return _deployment(
+        Pipeline,
+        ray_actor_options={"num_cpus": config.pipeline.num_cpus},
+        autoscaling_config=_autoscaling(config.pipeline.autoscaling),
+        max_ongoing_requests=config.pipeline.max_ongoing_requests,
+        graceful_shutdown_timeout_s=config.denoiser.shutdown_timeout_s,
+    ).bind(encoder, denoiser, decoder)
+
+
+def gateway(args: dict[str, Any]) -> Application:
+    """HTTP ingress and dispatcher.
+
+    Raises:
+        ConfigError: an option that cannot work.
+    """
+    from serve_app.gateway.ingress import Gateway
+    from serve_app.jobs.deployment import DispatcherDeployment
+
+    config = validate(args)
+    dispatcher = _deployment(
+        DispatcherDeployment, num_replicas=1, ray_actor_options={"num_cpus": config.dispatcher.num_cpus}
+    ).bind(config)
+    return _deployment(
+        Gateway,
+        num_replicas=config.gateway.num_replicas,
+        ray_actor_options={"num_cpus": config.gateway.num_cpus},
+        max_ongoing_requests=config.gateway.max_ongoing_requests,
+    ).bind(config, dispatcher)
+
+
+def _deployment(deployment: Any, **options: Any) -> Any:
+    return deployment.options(**options)
+
+
+def _stage(stage: Any) -> dict[str, Any]:
+    return {
+        "autoscaling_config": _autoscaling(stage.autoscaling),
+        "max_ongoing_requests": stage.max_ongoing_requests,
+        "health_check_period_s": stage.health_check_period_s,
+        "health_check_timeout_s": stage.health_check_timeout_s,
+        # A model that does not load will not load at the twentieth try either; each takes minutes.
+        "max_constructor_retry_count": 3,
+    }
+
+
+def _autoscaling(options: Autoscaling) -> AutoscalingConfig:
+    return AutoscalingConfig(
+        min_replicas=options.min_replicas,
+        max_replicas=options.max_replicas,
+        target_ongoing_requests=options.target_queue_length,
+        upscale_delay_s=options.upscale_delay_s,
+        downscale_delay_s=options.downscale_delay_s,
+        look_back_period_s=options.look_back_s,
+        metrics_interval_s=min(options.look_back_s / 2, 10),
+    )
+
+
+def _actor(need: Resources) -> dict[str, Any]:
+    return {"num_cpus": need.num_cpus, "num_gpus": need.num_gpus, "resources": need.resources}
+
+
+def _bundle(need: Resources) -> dict[str, float]:
+    bundle = {"CPU": need.num_cpus, "GPU": need.num_gpus, **need.resources}
+    return {name: amount for name, amount in bundle.items() if amount}

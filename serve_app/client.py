@@ -1,0 +1,167 @@
+"""Use a running deployment from another Ray job, through handle calls: blocking, async, or as a stream of progress.
+
+Goes through the same durable queue as HTTP: a video that was asked for survives the job that asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.errors import JobFailed, ServeAppError
+from serve_app.request import VideoRequest
+
+Variant = Literal["video", "thumbnail", "spritesheet"]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video as the server knows it at one moment.
+
+    Attributes:
+        info: the resource as HTTP returns it: status, progress, stage, step, seed, timings, ...
+    """
+
+    info: dict[str, Any]
+    _client: Client
+
+    @property
+    def id(self) -> str:
+        """Its name on the server."""
+        return str(self.info["id"])
+
+    @property
+    def status(self) -> str:
+        """`queued`, `in_progress`, `completed` or `failed`."""
+        return str(self.info["status"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.status in ("completed", "failed")
+
+    def content(self, variant: Variant = "video") -> bytes:
+        """The mp4, or the JPEG of a variant."""
+        return b"".join(self._client.content(self.id, variant))
+
+    def save(self, path: str | Path, variant: Variant = "video") -> Path:
+        """Write the mp4, or a variant, to a file."""
+        target = Path(path)
+        with target.open("wb") as file:
+            for chunk in self._client.content(self.id, variant):
+                file.write(chunk)
+        return target
+
+    def checked(self) -> Video:
+        """Itself.
+
+        Raises:
+            JobFailed: the job failed.
+        """
+        if self.status == "failed":
+            error = self.info.get("error") or {}
+            raise JobFailed(error.get("code", "failed"), error.get("message", "the job failed"))
+        return self
+
+
+class Client:
+    """Handle calls to a deployment. Made by `connect`."""
+
+    def __init__(self, gateway: DeploymentHandle) -> None:
+        self._gateway = gateway
+        self._stream = gateway.options(stream=True)
+
+    def submit(self, request: VideoRequest | str, **fields: Any) -> Video:
+        """Queue a video and return at once.
+
+        Args:
+            request: a request, or its prompt with the other fields as keywords.
+
+        Raises:
+            InvalidRequest: the field at fault in `param`.
+        """
+        return Video(self._gateway.submit.remote(_fields(request, fields)).result(), self)
+
+    def generate(self, request: VideoRequest | str, **fields: Any) -> Video:
+        """Queue a video and wait for it.
+
+        Raises:
+            InvalidRequest: the field at fault in `param`.
+            JobFailed: the job failed.
+        """
+        last: Video | None = None
+        for video in self.stream(request, **fields):
+            last = video
+        return _ended(last)
+
+    async def generate_async(self, request: VideoRequest | str, **fields: Any) -> Video:
+        """`generate` for an event loop."""
+        last: Video | None = None
+        async for video in self.stream_async(request, **fields):
+            last = video
+        return _ended(last)
+
+    def stream(self, request: VideoRequest | str, **fields: Any) -> Iterator[Video]:
+        """Queue a video and yield it after each change, up to its end."""
+        video = self.submit(request, **fields)
+        for info in self._stream.watch.remote(video.id):
+            yield Video(info, self)
+
+    async def stream_async(self, request: VideoRequest | str, **fields: Any) -> AsyncIterator[Video]:
+        """`stream` for an event loop."""
+        info = await self._gateway.submit.remote(_fields(request, fields))
+        async for change in self._stream.watch.remote(info["id"]):
+            yield Video(change, self)
+
+    def get(self, video_id: str) -> Video | None:
+        """A video by its id; None if there is none."""
+        info = self._gateway.get.remote(video_id).result()
+        return None if info is None else Video(info, self)
+
+    def content(self, video_id: str, variant: Variant = "video") -> Iterator[bytes]:
+        """A finished video's bytes, in chunks."""
+        yield from self._stream.content.remote(video_id, variant)
+
+    def cancel(self, video_id: str) -> bool:
+        """Stop a job at its next step. Returns whether there was something to stop."""
+        return bool(self._gateway.cancel.remote(video_id).result())
+
+    def delete(self, video_id: str) -> bool:
+        """Remove a video and its files. Returns whether it was there."""
+        return bool(self._gateway.delete.remote(video_id).result())
+
+
+def connect(application: str = "gateway", address: str | None = None) -> Client:
+    """A client of the deployment on this Ray cluster.
+
+    Args:
+        application: name of the gateway's Serve application.
+        address: of the Ray cluster, where this process has not joined one; default is the one around it.
+
+    Raises:
+        ServeAppError: no such application runs there.
+    """
+    if not ray.is_initialized():
+        ray.init(address=address or "auto", log_to_driver=False)
+    try:
+        return Client(serve.get_app_handle(application))
+    except Exception as error:
+        raise ServeAppError(f"no application {application!r} on this Ray cluster: {error}") from error
+
+
+def _fields(request: VideoRequest | str, fields: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(request, VideoRequest):
+        return {**request.model_dump(exclude_none=True), **fields}
+    return {"prompt": request, **fields}
+
+
+def _ended(video: Video | None) -> Video:
+    if video is None or not video.finished:
+        raise ServeAppError("the server ended the stream before the video")
+    return video.checked()

@@ -1,0 +1,56 @@
+"""Where a process does its math: on which device, and in which thread."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device that the configuration names; `auto` is CUDA where there is one, because nothing else is as fast."""
+    import torch
+
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def set_threads(threads: int) -> None:
+    """Let the calling thread use this many CPU threads for math (0: all cores), and no autograd.
+
+    Both are properties of the thread that calls. Ray starts processes with one thread per reserved CPU, which a
+    stage that reserves a fraction of a CPU does not want.
+    """
+    import torch
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_grad_enabled(False)
+
+
+class MathThread:
+    """The one thread that does a replica's math, so that its event loop stays free to answer health checks and to
+    collect the next batch.
+
+    Args:
+        threads: CPU threads that one operation may use; 0 is all cores.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._executor = ThreadPoolExecutor(1, "math", initializer=set_threads, initargs=(threads,))
+
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run there and wait."""
+        return self._executor.submit(function, *args, **kwargs).result()
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run there without holding up the event loop."""
+        return await asyncio.wrap_future(self._executor.submit(function, *args, **kwargs))

@@ -1,0 +1,347 @@
+"""Every option, in one frozen tree that is validated once.
+
+The tree is the `args` of both Serve applications in a YAML file under configs/. Python defaults are those of
+Wan2.2-T2V-A14B as published; a YAML file states what differs. Knows nothing of Ray: `serve_app.app` turns it into
+deployments.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from serve_app.errors import ConfigError
+
+# The fixed negative prompt of the Wan2.2 release (wan/configs/shared_config.py there); quality drops without it.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+    "三条腿，背景人很多，倒着走"
+)
+
+Device = Literal["auto", "cpu", "cuda"]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused and nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """Which weights to serve."""
+
+    path: str = "tiny"
+    """A folder in the diffusers layout, or `tiny` for the model inside the package."""
+    name: str = "wan2.2-t2v-a14b"
+    """The id that `/v1/models` lists and requests may name."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the experts and the text encoder; modules that diffusers keeps in float32 stay so."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def folder(self) -> Path:
+        """The folder that `path` names."""
+        if self.path == "tiny":
+            from serve_app.tiny import CHECKPOINT
+
+            return CHECKPOINT
+        return Path(self.path).expanduser()
+
+
+class Defaults(Section):
+    """What a request gets when it does not say."""
+
+    width: PositiveInt = 1280
+    height: PositiveInt = 720
+    num_frames: PositiveInt = 81
+    fps: PositiveInt = 16
+    num_inference_steps: PositiveInt = 40
+    guidance_scale: NonNegativeFloat = 4.0
+    """Of the high-noise expert."""
+    guidance_scale_2: NonNegativeFloat = 3.0
+    """Of the low-noise expert."""
+    flow_shift: PositiveFloat = 12.0
+    boundary_ratio: float = Field(0.875, ge=0, le=1)
+    """Share of the training timesteps from which on the high-noise expert denoises."""
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
+
+
+class Limits(Section):
+    """What a request may ask for at most."""
+
+    prompt_chars: PositiveInt = 4000
+    pixels: PositiveInt = 1280 * 720
+    """Width times height of one frame."""
+    num_frames: PositiveInt = 161
+    num_inference_steps: PositiveInt = 100
+    fps: PositiveInt = 60
+    queued_jobs: PositiveInt = 1000
+    """Waiting jobs beyond this many are answered 429."""
+    body_bytes: PositiveInt = 1 << 20
+    """Size of a request's body."""
+
+
+class Resources(Section):
+    """What Ray reserves for one process."""
+
+    num_cpus: NonNegativeFloat = 1
+    num_gpus: NonNegativeFloat = 0
+    resources: dict[str, float] = {}
+    """Custom Ray resources, e.g. to keep a stage on certain hosts."""
+
+
+class Autoscaling(Section):
+    """How many replicas, by the number of requests that wait or run."""
+
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt = 1
+    target_queue_length: PositiveFloat = 2
+    """Requests per replica, running and waiting, that the autoscaler aims at."""
+    upscale_delay_s: NonNegativeFloat = 10
+    downscale_delay_s: NonNegativeFloat = 300
+    look_back_s: PositiveFloat = 10
+    """Length of the window over which the queue length is averaged."""
+
+    @model_validator(mode="after")
+    def _order(self) -> Autoscaling:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas is {self.min_replicas}, expected at most {self.max_replicas} (max_replicas)"
+            )
+        return self
+
+
+class Batch(Section):
+    """The window of a `@serve.batch`."""
+
+    size: PositiveInt = 1
+    wait_s: NonNegativeFloat = 0.0
+    """How long the first request of a batch waits for others."""
+
+
+class Stage(Section):
+    """What the three stages have in common."""
+
+    device: Device = "auto"
+    threads: int = Field(0, ge=0)
+    """CPU threads of the stage's math; 0 leaves the choice to it."""
+    autoscaling: Autoscaling = Autoscaling()
+    max_ongoing_requests: PositiveInt = 64
+    warmup: bool = True
+    """Run once before the replica reports ready, so that the first request is not a slow one."""
+    health_check_period_s: PositiveFloat = 5
+    health_check_timeout_s: PositiveFloat = 10
+
+
+class Encoder(Stage):
+    """The text encoder."""
+
+    resources: Resources = Resources(num_cpus=1, num_gpus=1)
+    batch: Batch = Batch(size=8, wait_s=0.02)
+
+
+class Denoiser(Stage):
+    """A group of tensor-parallel ranks that denoise."""
+
+    tensor_parallel: PositiveInt = 1
+    """Ranks of a group. Must divide the number of attention heads."""
+    rank: Resources = Resources(num_cpus=1, num_gpus=1)
+    coordinator_cpus: NonNegativeFloat = 1
+    placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
+    """Ray placement strategy of a group. STRICT_PACK keeps its ranks on one host, where links are fast."""
+    batch: Batch = Batch(size=4, wait_s=0.005)
+    """Of the admissions: samples that arrive together start together."""
+    samples_per_step: PositiveInt = 1
+    """Samples of equal shape that may share a forward pass."""
+    tokens_per_step: PositiveInt = 80_000
+    """Tokens that a shared forward pass may hold; a single sample may exceed it."""
+    resident_samples: PositiveInt = 8
+    """Samples whose state a group holds at once; others wait outside."""
+    fuse_guidance_tokens: int = Field(8192, ge=0)
+    """Up to this many tokens both halves of guidance run as one forward pass."""
+    step_timeout_s: PositiveFloat = 600
+    """A step that takes longer counts as hung, and the group is replaced."""
+    start_timeout_s: PositiveFloat = 1800
+    """Time for the ranks to start and load."""
+    shutdown_timeout_s: PositiveFloat = 3600
+    """How long a replica that is scaled down or replaced may go on with its samples; at least the longest job."""
+
+
+class Decoder(Stage):
+    """The VAE and the video encoder."""
+
+    resources: Resources = Resources(num_cpus=1, num_gpus=1)
+    batch: Batch = Batch(size=1, wait_s=0.0)
+
+
+class Pipeline(Section):
+    """The deployment that composes the stages."""
+
+    autoscaling: Autoscaling = Autoscaling(target_queue_length=32)
+    num_cpus: NonNegativeFloat = 0.1
+    max_ongoing_requests: PositiveInt = 256
+
+
+class Gateway(Section):
+    """The HTTP ingress."""
+
+    num_replicas: PositiveInt = 1
+    num_cpus: NonNegativeFloat = 0.1
+    max_ongoing_requests: PositiveInt = 256
+
+
+class Dispatcher(Section):
+    """The process that leases jobs and drives them through a pipeline."""
+
+    pipeline: str = "wan"
+    """Name of the Serve application that holds the pipeline."""
+    num_cpus: NonNegativeFloat = 0.1
+    running_jobs: PositiveInt = 8
+    """Jobs that one dispatcher drives at once. The rest waits in the store."""
+    max_attempts: PositiveInt = 3
+    lease_s: PositiveFloat = 60
+    """A job whose dispatcher was silent for this long is taken up by another."""
+    poll_s: PositiveFloat = 1
+    """How often the store is asked for work when nobody announced any."""
+    retry_s: NonNegativeFloat = 5
+    """Wait before the second attempt of a job; doubles with each further one."""
+    late_outputs_s: NonNegativeFloat = 600
+    """How long after a run was cut off files that it still stored are looked for and removed."""
+
+
+class Store(Section):
+    """The database of jobs."""
+
+    url: str = ""
+    """A SQLAlchemy URL; empty is SQLite at `<home>/jobs.db`."""
+
+
+class Storage(Section):
+    """Where videos go."""
+
+    url: str = ""
+    """A folder; empty is `<home>/videos`."""
+
+
+class Config(Section):
+    """All options of a deployment."""
+
+    home: str = ""
+    """Folder of everything that outlives the process; empty is `$WAN_SERVE_HOME`, else `./data`."""
+    model: Model = Model()
+    defaults: Defaults = Defaults()
+    limits: Limits = Limits()
+    encoder: Encoder = Encoder()
+    denoiser: Denoiser = Denoiser()
+    decoder: Decoder = Decoder()
+    pipeline: Pipeline = Pipeline()
+    gateway: Gateway = Gateway()
+    dispatcher: Dispatcher = Dispatcher()
+    store: Store = Store()
+    storage: Storage = Storage()
+
+    @model_validator(mode="after")
+    def _defaults_within_limits(self) -> Config:
+        d, limit = self.defaults, self.limits
+        for option, value, most in (
+            ("width x height", d.width * d.height, limit.pixels),
+            ("num_frames", d.num_frames, limit.num_frames),
+            ("num_inference_steps", d.num_inference_steps, limit.num_inference_steps),
+            ("fps", d.fps, limit.fps),
+        ):
+            if value > most:
+                raise ValueError(f"defaults: {option} is {value}, expected at most limits' {most}")
+        return self
+
+    @property
+    def home_path(self) -> Path:
+        """The folder that `home` names, absolute."""
+        return Path(self.home or os.environ.get("WAN_SERVE_HOME") or "data").expanduser().absolute()
+
+    @property
+    def store_url(self) -> str:
+        """The SQLAlchemy URL of the job store."""
+        return self.store.url or f"sqlite+aiosqlite:///{self.home_path / 'jobs.db'}"
+
+    @property
+    def storage_url(self) -> str:
+        """Where videos are kept."""
+        return self.storage.url or str(self.home_path / "videos")
+
+
+def validate(args: dict[str, Any], where: str = "args") -> Config:
+    """The configuration in `args`.
+
+    Raises:
+        ConfigError: one line for each option at fault, with its value and what was expected.
+    """
+    try:
+        return Config.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
+
+
+# What a Serve YAML file may hold beside our `args`. Ray ignores keys that it does not know, so a typing error in one
+# would silently do nothing.
+_FILE_KEYS = {"proxy_location", "http_options", "grpc_options", "controller_options", "logging_config", "applications"}
+_HTTP_KEYS = {"host", "port", "root_path", "request_timeout_s", "keep_alive_timeout_s"}
+_APPLICATION_KEYS = {"name", "import_path", "route_prefix", "runtime_env", "args", "external_scaler_enabled"}
+
+
+def load_file(path: Path) -> tuple[dict[str, Any], Config]:
+    """Read and check a Serve YAML file of ours.
+
+    Returns:
+        The file as Ray wants it, and the one configuration that its applications share.
+
+    Raises:
+        ConfigError: the file cannot be read, holds an unknown key, or an option that cannot work.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("applications"), list)
+        or not content["applications"]
+    ):
+        raise ConfigError(f"{path}: expected a mapping with a list `applications` of at least one")
+    _known(content, _FILE_KEYS, str(path))
+    _known(content.get("http_options") or {}, _HTTP_KEYS, f"{path}: http_options")
+    configs = []
+    for application in content["applications"]:
+        name = application.get("name") if isinstance(application, dict) else None
+        where = f"{path}: application {name!r}"
+        _known(application, _APPLICATION_KEYS, where)
+        configs.append(validate(application.get("args") or {}, where))
+    if any(config != configs[0] for config in configs):
+        raise ConfigError(f"{path}: the applications' `args` differ, expected the same ones (share them by an anchor)")
+    return content, configs[0]
+
+
+def _known(mapping: Any, keys: set[str], where: str) -> None:
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{where}: has value {mapping!r}, expected a mapping")
+    for key in mapping:
+        if key not in keys:
+            raise ConfigError(f"{where}: unknown option {key!r}, expected one of {', '.join(sorted(keys))}")
+
+
+def _explain(error: Any, where: str) -> str:
+    option = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown option {option!r}"
+    subject = f"{where}: {option}" if option else where
+    value = "" if isinstance(error["input"], dict) else f" has value {error['input']!r}"
+    return f"{subject}{value}: {error['msg'].removeprefix('Value error, ')}"

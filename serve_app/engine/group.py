@@ -1,0 +1,186 @@
+"""The ranks of one denoiser replica, seen from its coordinator: start them, have them step, notice when one is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from serve_app.config import Config
+from serve_app.engine.rank import Admitted, RankActor, RankStatus, Stepped
+from serve_app.errors import ServeAppError
+from serve_app.logs import get_logger
+from serve_app.request import Params
+
+log = get_logger(__name__)
+
+# A call that failed on one rank leaves the others waiting in a collective for ever; this is how long they may lag.
+_STRAGGLER_S = 5.0
+
+
+class GroupLost(ServeAppError):
+    """A rank died or hangs: the whole group must be replaced, for the others wait for it in a collective."""
+
+
+class Group:
+    """A started group. Every method is called on all ranks alike, in the same order: that keeps them in step.
+
+    Args:
+        ranks: the actors, by rank.
+        config: the deployment's configuration.
+    """
+
+    def __init__(self, ranks: list[Any], config: Config) -> None:
+        self._ranks = ranks
+        self._config = config
+        self._statuses: list[RankStatus] = []
+
+    @classmethod
+    async def start(cls, config: Config, placement_group: PlacementGroup, first_bundle: int) -> Group:
+        """Start the ranks on the bundles from `first_bundle` on, one each, load the shards and run them once.
+
+        Raises:
+            GroupLost: a rank died or did not load within `denoiser.start_timeout_s`.
+            ServeAppError: the configuration does not fit the model.
+        """
+        need = config.denoiser.rank
+        ranks = [
+            RankActor.options(
+                num_cpus=need.num_cpus,
+                num_gpus=need.num_gpus,
+                resources=need.resources or None,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group, placement_group_bundle_index=first_bundle + index
+                ),
+            ).remote(config, index)
+            for index in range(config.denoiser.tensor_parallel)
+        ]
+        group = cls(ranks, config)
+        timeout = config.denoiser.start_timeout_s
+        try:
+            started = time.monotonic()
+            address, port = (await group._within(timeout, ranks[0].rendezvous.remote()))[0]
+            loaded = await group._all("load", address, port, timeout_s=timeout)
+            group._statuses = await group._all("status", timeout_s=timeout)
+            if config.denoiser.warmup:
+                await group._all("warm_up", group.warm_up_params(), timeout_s=timeout)
+        except BaseException:
+            group.kill()
+            raise
+        log.info(
+            "group ready",
+            extra={
+                "ranks": len(ranks),
+                "seconds": round(time.monotonic() - started, 2),
+                "load_seconds": [round(rank["seconds"], 2) for rank in loaded],
+                "peak_rss_mib": [round(rank["peak_rss_mib"]) for rank in loaded],
+            },
+        )
+        return group
+
+    def warm_up_params(self) -> Params:
+        """The default request of this deployment."""
+        return Params(**self._config.defaults.model_dump(), prompt="warm-up", seed=0)
+
+    async def admit(
+        self, sample_id: str, params: Params, positive: np.ndarray, negative: np.ndarray | None
+    ) -> Admitted:
+        """Give every rank the sample. The embeddings travel once per host, not once per rank."""
+        shared = [None if array is None else ray.put(array) for array in (positive, negative)]
+        return (await self._all("admit", sample_id, params, *shared))[0]
+
+    async def step(self, sample_ids: list[str]) -> Stepped:
+        """One denoising step of these samples on all ranks.
+
+        Raises:
+            GroupLost: a rank died or the step exceeded `denoiser.step_timeout_s`.
+            Exception: what the step raised on every rank; the group is still in step.
+        """
+        # Every rank has the same latents to the bit, so what one says of them holds for all.
+        return (await self._all("step", sample_ids))[0]
+
+    async def latents(self, sample_id: str) -> ray.ObjectRef:
+        """A reference to the sample's latents; they stay on rank 0's host until somebody wants them."""
+        reference = self._ranks[0].latents.remote(sample_id)
+        ready, _ = await asyncio.to_thread(
+            ray.wait, [reference], timeout=self._config.denoiser.step_timeout_s, fetch_local=False
+        )
+        if not ready:
+            raise GroupLost("rank 0 did not hand over latents in time")
+        return reference
+
+    async def drop(self, sample_ids: list[str]) -> None:
+        """Forget samples on every rank."""
+        await self._all("drop", sample_ids)
+
+    async def check(self, timeout_s: float) -> None:
+        """Ask every rank for a sign of life.
+
+        Raises:
+            GroupLost: a rank is dead, does not answer within `timeout_s`, or is stuck in a step.
+        """
+        self._statuses = await self._all("status", timeout_s=timeout_s)
+        limit = self._config.denoiser.step_timeout_s
+        for index, status in enumerate(self._statuses):
+            if status.busy_s is not None and status.busy_s > limit:
+                raise GroupLost(f"rank {index} has been in one step for {status.busy_s:.0f} s, expected {limit:.0f} s")
+
+    def kill(self) -> None:
+        """End every rank at once, also one that hangs."""
+        here = ray.get_runtime_context().get_node_id()
+        for status in self._statuses:
+            if status.node_id == here:
+                # A stopped or spinning process does not answer Ray's request to exit; this signal it cannot ignore.
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(status.pid, signal.SIGKILL)
+        for rank in self._ranks:
+            ray.kill(rank, no_restart=True)
+
+    async def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
+        references = [getattr(rank, method).remote(*args) for rank in self._ranks]
+        return await self._within(timeout_s or self._config.denoiser.step_timeout_s, *references)
+
+    async def _within(self, timeout_s: float, *references: Awaitable[Any]) -> list[Any]:
+        """Results of a call on every rank; an error counts as the group's own unless a rank is gone."""
+        tasks = [asyncio.ensure_future(_value(reference)) for reference in references]
+        done, late = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        if late and any(task.exception() for task in done):
+            more, late = await asyncio.wait(late, timeout=_STRAGGLER_S)
+            done |= more
+        for task in late:
+            task.cancel()
+        errors = [error for task in tasks if task in done and (error := task.exception())]
+        for error in errors:
+            if isinstance(error, RayActorError):
+                raise GroupLost(f"a rank died: {_first_line(error)}") from error
+        if errors and (late or len(errors) < len(tasks)):
+            raise GroupLost(f"the ranks are out of step: {_first_line(errors[0])}") from errors[0]
+        if errors:
+            raise errors[0]
+        if late:
+            raise GroupLost(f"{len(late)} of {len(tasks)} ranks did not answer within {timeout_s:.0f} s")
+        return [task.result() for task in tasks]
+
+
+async def _value(reference: Awaitable[Any]) -> Any:
+    try:
+        return await reference
+    except RayTaskError as error:
+        # What was raised there is the cause; the wrapper only adds where.
+        raise error.cause if isinstance(error.cause, ServeAppError) else error from None
+    except GetTimeoutError as error:
+        raise GroupLost(str(error)) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,0 +1,59 @@
+"""The few exception types that cross modules. Every message is one line that a user can act on."""
+
+
+class ServeAppError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class ConfigError(ServeAppError):
+    """An option has a value that cannot work. The message names the option, its value and what was expected."""
+
+
+class InvalidRequest(ServeAppError):
+    """A request that is refused before any work.
+
+    Args:
+        param: name of the field at fault, as the API spells it.
+        message: one sentence with the value and what was expected.
+    """
+
+    def __init__(self, param: str | None, message: str) -> None:
+        super().__init__(param, message)
+        self.param = param
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class CheckpointError(ServeAppError):
+    """A model folder lacks a file, or a file does not match its configuration. The message names the file."""
+
+
+class StateError(ServeAppError):
+    """A saved sample cannot be continued here. The message names what was found and what was expected."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception for people: its kind and its first line."""
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first}"[:300]
+
+
+class JobFailed(ServeAppError):
+    """A job ended without a video.
+
+    Args:
+        code: a stable word for programs (``out_of_memory``, ``cancelled``, ...).
+        message: one sentence for people.
+        retryable: whether another attempt could succeed (a lost rank) or not (a request that cannot fit).
+    """
+
+    def __init__(self, code: str, message: str, retryable: bool = False) -> None:
+        super().__init__(code, message, retryable)
+        self.code = code
+        self.message = message
+        self.retryable = retryable
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"

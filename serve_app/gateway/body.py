@@ -1,0 +1,116 @@
+"""A create request from its body, JSON or form, to the fields of a `VideoRequest`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from serve_app.config import Config
+from serve_app.errors import InvalidRequest
+from serve_app.gateway.errors import ApiError
+from serve_app.request import FRAME_MULTIPLE, Params, parse, resolve
+
+_SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
+async def read_fields(request: Request) -> tuple[dict[str, Any], bool]:
+    """The fields of a body, and whether they are typed (JSON) rather than text (a form).
+
+    Raises:
+        InvalidRequest, ApiError: the body cannot be read.
+    """
+    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if kind in _FORMS:
+        return await _form(request), False
+    if kind != "application/json":
+        raise InvalidRequest(None, f"Content-Type is {kind[:80]!r}, expected application/json or multipart/form-data.")
+    try:
+        fields = json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InvalidRequest(None, f"The body is not JSON: {reason}.") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest(None, f"The body is a JSON {type(fields).__name__}, expected an object.")
+    return fields, True
+
+
+async def _form(request: Request) -> dict[str, Any]:
+    try:
+        form = await request.form(max_files=8, max_fields=100)
+    except HTTPException as error:
+        if error.status_code != 400:
+            raise
+        raise InvalidRequest(None, f"The body is not a form: {error.detail}") from None
+    fields: dict[str, Any] = {}
+    try:
+        for name, value in form.multi_items():
+            if name in fields:
+                raise InvalidRequest(name, f"'{name}' is given twice.")
+            if isinstance(value, UploadFile) and name != "input_reference":
+                raise InvalidRequest(name, f"'{name}' is a file, expected text.")
+            fields[name] = value
+    finally:
+        await form.close()
+    return fields
+
+
+def params(fields: dict[str, Any], config: Config, *, typed: bool = True) -> Params:
+    """What to run for the fields of a create request, with OpenAI's `size` and `seconds` translated.
+
+    Raises:
+        InvalidRequest: the field at fault in `param`.
+        ApiError: a feature that this model does not have.
+    """
+    fields = dict(fields)
+    if fields.pop("input_reference", None) is not None:
+        message = "'input_reference' is not supported: this model makes videos from text only."
+        raise ApiError(400, "unsupported", message, "input_reference")
+    size = fields.pop("size", None)
+    if size is not None:
+        _alone("size", fields, "width", "height")
+        match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+        if match is None:
+            raise InvalidRequest("size", f"'size' has value {repr(size)[:80]}, expected WIDTHxHEIGHT, e.g. '832x480'.")
+        fields["width"], fields["height"] = (int(side) if typed else side for side in match.groups())
+    seconds = fields.pop("seconds", None)
+    if seconds is not None:
+        _alone("seconds", fields, "num_frames")
+    request = parse(fields, strict=typed)
+    if seconds is not None:
+        fps = config.defaults.fps if request.fps is None else request.fps
+        # An impossible rate is refused below, by its own name.
+        fps = fps if 1 <= fps <= config.limits.fps else 1
+        request = request.model_copy(update={"num_frames": _frames(seconds, fps)})
+    try:
+        return resolve(request, config)
+    except InvalidRequest as error:
+        # Name the field that the client sent, not the one that it became.
+        if seconds is not None and error.param == "num_frames":
+            raise InvalidRequest("seconds", f"'seconds' has value {repr(seconds)[:80]}: {error.message}") from None
+        if size is not None and error.param in ("width", "height"):
+            raise InvalidRequest("size", f"'size' has value {size!r}: {error.message}") from None
+        raise
+
+
+def _frames(seconds: Any, fps: int) -> int:
+    """The possible number of frames nearest to a length."""
+    try:
+        length = math.nan if isinstance(seconds, bool) else float(seconds)
+    except (TypeError, ValueError, OverflowError):
+        length = math.nan
+    if not 0 < length < 1e6:  # also refuses NaN
+        raise InvalidRequest("seconds", f"'seconds' has value {repr(seconds)[:80]}, expected a positive number.")
+    return max(round((length * fps - 1) / FRAME_MULTIPLE), 0) * FRAME_MULTIPLE + 1
+
+
+def _alone(name: str, fields: dict[str, Any], *others: str) -> None:
+    for other in others:
+        if fields.get(other) is not None:
+            raise InvalidRequest(name, f"'{name}' and '{other}' are both given, expected one of them.")

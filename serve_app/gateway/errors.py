@@ -1,0 +1,100 @@
+"""Errors as OpenAI's envelope, for everything that can go wrong between a client and a route."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from serve_app.errors import InvalidRequest
+from serve_app.gateway.schemas import ErrorEnvelope
+from serve_app.jobs.store import QueueFull
+
+# A queue of videos moves by one in seconds to minutes; sooner than this a retry only adds load.
+RETRY_AFTER_S = 5
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorEnvelope, "description": text}
+    for status, text in (
+        (400, "The request is at fault; `param` names the field."),
+        (404, "There is no such video."),
+        (413, "The body is too large."),
+        (500, "An error of ours."),
+    )
+}
+
+
+class ApiError(Exception):
+    """An answer in OpenAI's envelope.
+
+    Args:
+        retry: whether the same request may succeed later; the openai SDK obeys `x-should-retry`.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, param: str | None = None, *, retry: bool = False, **headers: str
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.param, self.retry = status, code, message, param, retry
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        # What a client sent may hold what UTF-8 cannot say, and we quote it.
+        message, param = (
+            None if said is None else said.encode("utf-8", "replace").decode() for said in (self.message, self.param)
+        )
+        body = {"message": message, "type": kind, "param": param, "code": self.code}
+        headers = {**self.headers, "x-should-retry": "true" if self.retry else "false"}
+        return JSONResponse({"error": body}, self.status, headers=headers)
+
+
+def no_video(video_id: str) -> ApiError:
+    """404. The id is shortened: it may be anything."""
+    return ApiError(404, "not_found", f"There is no video {video_id[:80]!r}.", "video_id")
+
+
+def internal_error() -> ApiError:
+    """500. Not to be retried: most are bugs, and after a create nobody knows whether the job is in the queue."""
+    return ApiError(500, "internal_error", "An internal error; the server's log has the details.")
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer every error in the envelope."""
+
+    @app.exception_handler(ApiError)
+    async def _api_error(_: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(InvalidRequest)
+    async def _invalid(_: Request, error: InvalidRequest) -> JSONResponse:
+        return ApiError(400, "invalid_value", error.message, error.param).response()
+
+    @app.exception_handler(QueueFull)
+    async def _full(_: Request, error: QueueFull) -> JSONResponse:
+        return ApiError(429, "queue_full", str(error), retry=True, retry_after=str(RETRY_AFTER_S)).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = next((part for part in reversed(first["loc"]) if isinstance(part, str)), None)
+        value = repr(first.get("input"))[:80]
+        return ApiError(400, "invalid_value", f"'{name}' has value {value}: {first['msg']}.", name).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"There is no {request.url.path[:200]!r}."
+        elif error.status_code == 405:
+            message = f"{request.method} is not allowed on {request.url.path[:200]!r}."
+        answer = ApiError(error.status_code, _CODES.get(error.status_code, "invalid_request"), message)
+        answer.headers.update(error.headers or {})
+        return answer.response()

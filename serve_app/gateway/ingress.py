@@ -1,0 +1,111 @@
+"""The gateway as a Serve deployment: HTTP, and the same operations as handle calls for other Ray jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
+
+from serve_app.config import Config
+from serve_app.errors import InvalidRequest
+from serve_app.gateway.app import create_app
+from serve_app.gateway.errors import ApiError
+from serve_app.gateway.schemas import Variant
+from serve_app.gateway.service import Videos
+from serve_app.jobs.store import JobStore
+from serve_app.storage import Storage
+
+
+@serve.deployment(name="gateway")
+@serve.ingress()
+class Gateway:
+    """Replicas share nothing but the store and the storage: any of them answers for any video.
+
+    Args:
+        config: all options.
+        dispatcher: has `wake()`.
+    """
+
+    async def __init__(self, config: Config, dispatcher: DeploymentHandle) -> None:  # type: ignore[misc]
+        self._config = config
+        self._dispatcher = dispatcher
+        self._store = JobStore(config.store_url, config.dispatcher.late_outputs_s)
+        await self._store.start()
+        self._storage = Storage(config.storage_url)
+        self._videos = Videos(config, self._store, self._storage, self._wake)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        # Built here, not at import, because it depends on the configuration.
+        return create_app(self._config, self._store, self._storage, self._wake, self._ready, answer_request_id=False)
+
+    async def submit(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Queue a video; its resource.
+
+        Raises:
+            InvalidRequest: the field at fault in `param`. QueueFull: too many wait.
+        """
+        try:
+            return (await self._videos.submit(fields)).model_dump()
+        except ApiError as error:
+            raise InvalidRequest(error.param, error.message) from None
+
+    async def get(self, video_id: str) -> dict[str, Any] | None:
+        """A video's resource, or None."""
+        video = await self._videos.get(video_id)
+        return None if video is None else video.model_dump()
+
+    async def watch(self, video_id: str) -> AsyncGenerator[dict[str, Any], None]:
+        """The resource now and after each change, up to its end.
+
+        Raises:
+            InvalidRequest: there is no such video. JobFailed: it was deleted meanwhile.
+        """
+        async for video in self._videos.watch(video_id):
+            yield video.model_dump()
+
+    async def content(self, video_id: str, variant: Variant = "video") -> AsyncGenerator[bytes, None]:
+        """The mp4, or the JPEG of a variant, in chunks of about 1 MiB.
+
+        Raises:
+            InvalidRequest: there is none (yet).
+        """
+        try:
+            key, _ = await self._videos.output(video_id, variant)
+        except ApiError as error:
+            raise InvalidRequest(error.param, error.message) from None
+        async for chunk in self._storage.stream(key):
+            yield chunk
+
+    async def delete(self, video_id: str) -> bool:
+        """Remove a video, its files and its run; False if there is none."""
+        return await self._videos.delete(video_id)
+
+    async def cancel(self, video_id: str) -> bool:
+        """Stop a video; whether there was something to stop."""
+        before = await self._videos.get(video_id)
+        if before is None or before.status in ("completed", "failed"):
+            return False
+        return await self._videos.cancel(video_id) is not None
+
+    async def _wake(self) -> None:
+        # Not awaited: a create must not wait for a dispatcher, and the poll finds the job if this gets lost.
+        self._dispatcher.wake.remote()
+
+    async def _ready(self) -> str | None:
+        name = self._config.dispatcher.pipeline
+        status = await asyncio.to_thread(serve.status)
+        application = status.applications.get(name)
+        if application is None:
+            return f"The pipeline application {name!r} is not deployed."
+        if application.status != ApplicationStatus.RUNNING:
+            return f"The pipeline application {name!r} is {application.status.value}."
+        return None
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_store"):
+            await self._store.close()

@@ -1,0 +1,73 @@
+"""What holds for every HTTP exchange: a request id, a bound on the body, and an envelope around our own mistakes."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.gateway.errors import internal_error
+from serve_app.logs import get_logger
+
+logger = get_logger(__name__)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Exchange:
+    """ASGI middleware.
+
+    Args:
+        body_bytes: size of a body beyond which it is answered 413. Counted as it arrives, since a chunked body does
+            not announce its size and Serve's proxy has no limit.
+        answer_request_id: whether to send `x-request-id`. Serve's proxy sends its own, and passes it on to us.
+    """
+
+    def __init__(self, app: ASGIApp, body_bytes: int, answer_request_id: bool = True) -> None:
+        self._app = app
+        self._body_bytes = body_bytes
+        self._answer_request_id = answer_request_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = f"req_{secrets.token_hex(12)}"
+        too_large = HTTPException(413, f"The body is too large, expected at most {self._body_bytes} bytes.")
+        announced = headers.get("content-length", "")
+        refuse = announced.isdecimal() and int(announced[:18]) > self._body_bytes
+        received = 0
+        started = False
+
+        async def bounded() -> Message:
+            nonlocal received
+            if refuse:
+                raise too_large
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._body_bytes:
+                raise too_large
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                if self._answer_request_id:
+                    MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, bounded, answer)
+        except Exception as error:
+            fields = {"request": request_id, "method": scope["method"], "path": scope["path"]}
+            logger.exception("request failed", extra={**fields, "error": type(error).__name__})
+            if started:
+                raise  # the answer is cut short, and the server below must know
+            await internal_error().response()(scope, receive, answer)

@@ -1,0 +1,134 @@
+"""The routes of `/v1/videos`. Each turns HTTP into one call on `Videos`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ValidationError
+
+from serve_app.errors import InvalidRequest
+from serve_app.gateway import content
+from serve_app.gateway.body import read_fields
+from serve_app.gateway.errors import RESPONSES, ApiError, no_video
+from serve_app.gateway.schemas import CreateVideo, ErrorEnvelope, Remix, Variant, Video, VideoDeleted, VideoList
+from serve_app.gateway.service import Videos
+
+_ENDED: dict[int | str, dict[str, Any]] = {409: {"model": ErrorEnvelope, "description": "The video has no content."}}
+_FULL: dict[int | str, dict[str, Any]] = {429: {"model": ErrorEnvelope, "description": "Too many videos wait."}}
+_FILE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The file.", "content": {"video/mp4": {}, "image/jpeg": {}}},
+    206: {"description": "Part of the file."},
+    304: {"description": "The file that `If-None-Match` names."},
+    416: {"model": ErrorEnvelope, "description": "The range lies outside the file."},
+}
+
+
+def _body(model: type[BaseModel], *kinds: str) -> dict[str, Any]:
+    """OpenAPI of a body that we read ourselves, because it may come in several kinds."""
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}
+
+
+def router(videos: Videos) -> APIRouter:
+    """Routes over `videos`."""
+    routes = APIRouter(tags=["videos"], responses=RESPONSES)
+
+    @routes.post(
+        "/v1/videos", responses=_FULL, openapi_extra=_body(CreateVideo, "application/json", "multipart/form-data")
+    )
+    async def create(request: Request) -> Video:
+        """Queue a video. The answer holds everything that was resolved, the drawn seed too."""
+        fields, typed = await read_fields(request)
+        return await videos.submit(fields, typed=typed)
+
+    @routes.get("/v1/videos")
+    async def list_videos(
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> VideoList:
+        """A page of videos by age."""
+        return await videos.list(after, limit, order)
+
+    for path, what in (("edits", "Editing"), ("extensions", "Extending"), ("characters", "Characters")):
+        routes.add_api_route(f"/v1/videos/{path}", _unsupported(what), methods=["POST"], name=path, response_model=None)
+    routes.add_api_route(
+        "/v1/videos/characters/{character_id}", _unsupported("Characters"), name="character", response_model=None
+    )
+
+    @routes.get("/v1/videos/{video_id}")
+    async def retrieve(video_id: str, response: Response) -> Video:
+        """A video: its state, and what it is made from."""
+        video = await videos.get(video_id)
+        if video is None:
+            raise no_video(video_id)
+        if video.status in ("queued", "in_progress"):
+            response.headers["openai-poll-after-ms"] = str(_poll_after_ms(video))
+        return video
+
+    @routes.delete("/v1/videos/{video_id}")
+    async def delete(video_id: str) -> VideoDeleted:
+        """Remove a video and its files; a run of it is cancelled."""
+        if not await videos.delete(video_id):
+            raise no_video(video_id)
+        return VideoDeleted(id=video_id)
+
+    @routes.post("/v1/videos/{video_id}/cancel")
+    async def cancel(video_id: str) -> Video:
+        """Stop a video that waits or runs. It ends as `failed` with `error.code` `cancelled`."""
+        video = await videos.cancel(video_id)
+        if video is None:
+            raise no_video(video_id)
+        return video
+
+    @routes.post("/v1/videos/{video_id}/remix", responses=_FULL, openapi_extra=_body(Remix, "application/json"))
+    async def remix(video_id: str, request: Request) -> Video:
+        """Queue the same video, seed included, with another prompt."""
+        fields, typed = await read_fields(request)
+        return await videos.remix(video_id, _remix(fields, typed))
+
+    @routes.get("/v1/videos/{video_id}/content", responses={**_ENDED, **_FILE}, response_class=Response)
+    async def get_content(video_id: str, request: Request, variant: Variant = "video") -> Response:
+        """The mp4 of a completed video, or a JPEG variant of it. Takes `Range` and `If-None-Match`."""
+        return await _content(video_id, request, variant)
+
+    @routes.head("/v1/videos/{video_id}/content", include_in_schema=False)
+    async def head_content(video_id: str, request: Request, variant: Variant = "video") -> Response:
+        return await _content(video_id, request, variant)
+
+    async def _content(video_id: str, request: Request, variant: Variant) -> Response:
+        key, stat = await videos.output(video_id, variant)
+        name = video_id if variant == "video" else f"{video_id}-{variant}"
+        head = request.method == "HEAD"
+        return content.respond(videos.storage, key, stat, name, request.headers, head=head)
+
+    return routes
+
+
+def _unsupported(what: str) -> Any:
+    async def refuse() -> None:
+        raise ApiError(400, "unsupported", f"{what} is not supported: this model makes videos from text only.")
+
+    return refuse
+
+
+def _remix(fields: dict[str, Any], typed: bool) -> Remix:
+    try:
+        return Remix.model_validate(fields, strict=typed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        param = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            raise InvalidRequest(param, f"Unknown field '{param}'.") from None
+        raise InvalidRequest(param, f"'{param}': {first['msg']}.") from None
+
+
+def _poll_after_ms(video: Video) -> int:
+    """A quarter of the time left, within sense: few polls while there is far to go, and the end is noticed at once.
+
+    A poll costs the server some milliseconds of CPU; on two cores that also do the math, twenty polls a second were
+    measured to add two seconds to a video of seven (benchmarks/RESULTS.md).
+    """
+    left_s = video.seconds_left if video.seconds_left is not None else 4
+    return int(min(max(left_s / 4, 0.1), 5) * 1000)

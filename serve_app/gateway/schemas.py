@@ -1,0 +1,176 @@
+"""What the API sends and takes, as OpenAPI shows it. Knows the job table, not HTTP."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serve_app.jobs.tables import Job, Status
+
+Variant = Literal["video", "thumbnail", "spritesheet"]
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    """The field at fault."""
+    code: str | None = None
+    """A stable word for programs."""
+
+
+class ErrorEnvelope(BaseModel):
+    """Every answer that is no success."""
+
+    error: ErrorBody
+
+
+class CreateVideo(BaseModel):
+    """A request for a video. Only `prompt` is needed. As a form, numbers are spelled as text."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"prompt": "a red circle moves right"}})
+
+    prompt: str
+    model: str | None = None
+    size: str | None = Field(None, description="Width x height in pixels, `832x480`; instead of `width` and `height`.")
+    seconds: str | float | None = Field(None, description="Length; instead of `num_frames`, fitted to a whole 4k+1.")
+    negative_prompt: str | None = None
+    width: int | None = Field(None, description="A multiple of 16.")
+    height: int | None = Field(None, description="A multiple of 16.")
+    num_frames: int | None = Field(None, description="4k+1.")
+    fps: int | None = None
+    seed: int | None = Field(None, description="Drawn, and returned, if not given.")
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = Field(None, description="Of the high-noise expert.")
+    guidance_scale_2: float | None = Field(None, description="Of the low-noise expert; default is `guidance_scale`.")
+    flow_shift: float | None = None
+    boundary_ratio: float | None = None
+
+
+class Remix(BaseModel):
+    """The same video with another prompt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+
+
+class VideoError(BaseModel):
+    """Why there is no video."""
+
+    code: str
+    message: str
+
+
+class Video(BaseModel):
+    """A video, from the request on. The first block is OpenAI's resource, the second is ours."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Status
+    progress: int = Field(ge=0, le=100)
+    created_at: int
+    completed_at: int | None = None
+    expires_at: int | None = None
+    prompt: str
+    seconds: str
+    size: str
+    remixed_from_video_id: str | None = None
+    error: VideoError | None = None
+
+    stage: str | None = Field(None, description="`encode`, `denoise` or `decode`, while it runs.")
+    step: int = 0
+    steps: int = 0
+    seconds_left: float | None = Field(None, description="Estimate, while it runs.")
+    queue_position: int | None = Field(None, description="1 is next; while it is queued.")
+    attempts: int = Field(description="Times that work on it began.")
+    last_error: VideoError | None = Field(None, description="Why an earlier attempt failed, while another is made.")
+    negative_prompt: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float
+    flow_shift: float
+    boundary_ratio: float
+    started_at: int | None = None
+    timings: dict[str, float] = {}
+    """Seconds of each stage."""
+    warnings: list[str] = []
+    size_bytes: int | None = None
+
+    @classmethod
+    def of(cls, job: Job, queue_position: int | None = None) -> Video:
+        """The resource of a job."""
+        error = None
+        if job.error_code is not None:
+            error = VideoError(code=job.error_code, message=job.error_message or "")
+        params: dict[str, Any] = job.params
+        return cls(
+            **params,
+            id=job.id,
+            model=job.model,
+            status=job.status,
+            progress=job.progress,
+            created_at=int(job.created_at),
+            completed_at=None if job.completed_at is None else int(job.completed_at),
+            expires_at=None if job.expires_at is None else int(job.expires_at),
+            started_at=None if job.started_at is None else int(job.started_at),
+            seconds=f"{params['num_frames'] / params['fps']:g}",
+            size=f"{params['width']}x{params['height']}",
+            remixed_from_video_id=job.remixed_from,
+            error=error if job.status == "failed" else None,
+            last_error=None if job.finished else error,
+            stage=job.stage,
+            step=job.step,
+            steps=job.steps,
+            seconds_left=job.seconds_left,
+            queue_position=queue_position,
+            attempts=job.attempt,
+            timings=job.timings,
+            warnings=job.warnings,
+            size_bytes=job.size_bytes,
+        )
+
+
+class VideoList(BaseModel):
+    """A page of videos; the next one starts `after` the `last_id`."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    """A video is gone."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True
+
+
+class ModelCard(BaseModel):
+    """A model, with what a request may ask for and what it gets when it does not say."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "serve_app"
+    limits: dict[str, int]
+    defaults: dict[str, int | float | str]
+
+
+class ModelList(BaseModel):
+    """The models that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

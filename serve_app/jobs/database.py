@@ -1,0 +1,131 @@
+"""A connection pool on SQLite or PostgreSQL. All that differs between the two is in here.
+
+Row locks do too, without a word: SQLAlchemy leaves FOR UPDATE out on SQLite, where a writing transaction holds the
+only write lock from its first statement on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import event, func, select
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+
+from serve_app.errors import ConfigError
+from serve_app.jobs.tables import Base
+
+_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
+# One lock for whoever creates the tables: a number that other users of the database are unlikely to have chosen.
+_SCHEMA_LOCK = 0x77616E32
+# How long a writer waits for the others before SQLite says "database is locked".
+_BUSY_S = 30
+
+
+class Database:
+    """Transactions on the tables of `serve_app.jobs.tables`.
+
+    Args:
+        url: a SQLAlchemy URL; the driver may be left out.
+
+    Raises:
+        ConfigError: the URL cannot be read, or names another kind of database.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = make_url(url)
+        except ArgumentError:
+            raise ConfigError(f"store.url has value {url!r}, expected a SQLAlchemy URL") from None
+        backend = parsed.get_backend_name()
+        memory = backend == "sqlite" and parsed.database in (None, "", ":memory:")
+        if backend not in _DRIVERS or memory:
+            raise ConfigError(f"store.url has value '{parsed!s}', expected a file of SQLite or a PostgreSQL database")
+        self._url = parsed.set(drivername=_DRIVERS[backend])
+        self._sqlite = backend == "sqlite"
+        self._engine: AsyncEngine | None = None
+        # SQLite admits one writer; queueing here beats polling for the file lock.
+        self._turn: Any = asyncio.Lock() if self._sqlite else nullcontext()
+
+    async def start(self) -> None:
+        """Connect, and create the tables that are missing.
+
+        Raises:
+            ConfigError: the database cannot be opened.
+        """
+        if self._engine is not None:
+            return
+        try:
+            self._engine = await self._open()
+        except ImportError as error:
+            raise ConfigError(f"store.url has value '{self._url!s}': needs the package {error.name!r}") from None
+        except (SQLAlchemyError, OSError) as error:
+            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+            raise ConfigError(f"store.url has value '{self._url!s}': cannot be opened: {reason}") from error
+
+    async def _open(self) -> AsyncEngine:
+        if self._sqlite:
+            assert self._url.database
+            Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
+            engine = create_async_engine(self._url, connect_args={"timeout": _BUSY_S})
+            event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+            event.listen(engine.sync_engine, "begin", _begin_sqlite)
+        else:
+            engine = create_async_engine(self._url, pool_pre_ping=True)
+        async with engine.begin() as connection:
+            if not self._sqlite:
+                await connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+            await connection.run_sync(Base.metadata.create_all)
+        return engine
+
+    async def close(self) -> None:
+        """Give every connection back."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.dispose()
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """A session that only reads. Rows stay usable after it."""
+        engine = self._started().execution_options(read_only=True)
+        async with AsyncSession(engine, expire_on_commit=False) as session:
+            yield session
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncSession]:
+        """A session that is one transaction: committed at its end, rolled back on an exception."""
+        engine = self._started()
+        async with self._turn, AsyncSession(engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    async def clock(self, session: AsyncSession) -> float:
+        """The database's time, in seconds since the epoch: the one clock that all dispatchers share."""
+        if self._sqlite:
+            return time.time()  # the database is in this process
+        return float(await session.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0)
+
+    def _started(self) -> AsyncEngine:
+        if self._engine is None:
+            raise RuntimeError("the job store is not started")
+        return self._engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    # The driver's own BEGIN is deferred and fails with "database is locked" where it should wait; ours is below.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    # FULL: a job that was acknowledged survives a power cut, at the price of one fsync each commit.
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Any) -> None:
+    read_only = connection.get_execution_options().get("read_only")
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

@@ -1,0 +1,117 @@
+"""The tables of the job store, the same on SQLite and PostgreSQL. Times are seconds since the epoch."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from typing import Any, Literal
+
+from sqlalchemy import JSON, BigInteger, Double, Index, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+Status = Literal["queued", "in_progress", "completed", "failed"]
+
+_ID = re.compile(r"video_([0-9a-f]{14})[0-9a-f]{24}")
+
+
+def new_id() -> tuple[str, float]:
+    """A fresh id and its time of creation.
+
+    The id begins with that time in microseconds, so a page of a list can start after a video that was deleted
+    meanwhile; 96 random bits keep it from being guessed.
+    """
+    microseconds = time.time_ns() // 1000
+    return f"video_{microseconds:014x}{secrets.token_hex(12)}", microseconds / 1e6
+
+
+def id_time(video_id: str) -> float | None:
+    """The time in an id, or None if it is no id of ours."""
+    match = _ID.fullmatch(video_id)
+    return int(match[1], 16) / 1e6 if match else None
+
+
+class Base(DeclarativeBase):
+    """Everything that `JobStore.start` creates."""
+
+    type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own declaration)
+        dict[str, Any]: JSON,
+        list[str]: JSON,
+        float: Double,
+        str: Text,
+    }
+
+
+class Job(Base):
+    """One video that somebody asked for.
+
+    `attempt` counts claims and fences every write of a run: one that was superseded writes nothing. `failures` counts
+    the attempts that ended badly, which is what `max_attempts` bounds: a job that was handed back loses nothing.
+    """
+
+    __tablename__ = "jobs"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    status: Mapped[str] = mapped_column(String(16), default="queued")
+    model: Mapped[str]
+    params: Mapped[dict[str, Any]]
+    """A `serve_app.request.Params` as JSON."""
+    remixed_from: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[float]
+    started_at: Mapped[float | None]
+    """When the current attempt began."""
+    completed_at: Mapped[float | None]
+    """When it completed or failed."""
+    expires_at: Mapped[float | None]
+
+    stage: Mapped[str | None] = mapped_column(String(16))
+    step: Mapped[int] = mapped_column(default=0)
+    steps: Mapped[int] = mapped_column(default=0)
+    progress: Mapped[int] = mapped_column(default=0)
+    """0 to 100, and 100 only when completed; never falls within an attempt."""
+    seconds_left: Mapped[float | None]
+
+    attempt: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    not_before: Mapped[float] = mapped_column(default=0.0)
+    lease_owner: Mapped[str | None] = mapped_column(String(64))
+    lease_until: Mapped[float | None]
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+
+    error_code: Mapped[str | None] = mapped_column(String(64))
+    error_message: Mapped[str | None]
+    outputs: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """`video`, `thumbnail`, `spritesheet` to storage keys."""
+    size_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    timings: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """A stage to its seconds."""
+    warnings: Mapped[list[str]] = mapped_column(default=list)
+
+    __table_args__ = (
+        Index("jobs_by_age", "created_at", "id"),
+        Index("jobs_by_status", "status", "created_at", "id"),
+        Index("jobs_by_lease", "status", "lease_until"),
+    )
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.status in ("completed", "failed")
+
+    @property
+    def prefix(self) -> str:
+        """The storage folder of the current attempt."""
+        return f"videos/{self.id}/{self.attempt}"
+
+
+class Garbage(Base):
+    """A storage folder to be removed once `due_at` has come.
+
+    Rows, not calls, because a run that was cut off may still store its video when whoever cut it off is long gone.
+    """
+
+    __tablename__ = "garbage"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    prefix: Mapped[str]
+    due_at: Mapped[float] = mapped_column(index=True)

@@ -1,0 +1,37 @@
+"""Structured logs: one JSON object a line on stderr, which Ray collects per process."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import UTC, datetime
+
+# Attributes that every LogRecord has; whatever else is on a record came in by `extra`.
+_STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line: time, level, logger, message, the fields of `extra`, and a traceback if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **{key: value for key, value in vars(record).items() if key not in _STANDARD},
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """A logger below `serve_app`, e.g. `get_logger(__name__).info("claimed", extra={"job": id})`."""
+    package = logging.getLogger("serve_app")
+    if not package.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonFormatter())
+        package.addHandler(handler)
+        package.setLevel(logging.INFO)
+    return logging.getLogger(name)

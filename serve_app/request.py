@@ -1,0 +1,156 @@
+"""What a user asks for (`VideoRequest`) and what is then run (`Params`): every default filled in, every limit checked.
+
+Knows the configuration, but neither HTTP nor the model.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from serve_app.config import Config
+from serve_app.errors import InvalidRequest
+
+# Spatial sides are a multiple of VAE stride 8 x patch 2; frames are one plus a multiple of VAE stride 4.
+SIDE_MULTIPLE = 16
+FRAME_MULTIPLE = 4
+MAX_SEED = 2**63 - 1
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
+class VideoRequest(BaseModel):
+    """A request. Only `prompt` is needed; what is None is taken from the configuration's `defaults`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str
+    negative_prompt: str | None = None
+    model: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    fps: int | None = None
+    seed: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    flow_shift: float | None = None
+    boundary_ratio: float | None = None
+
+
+class Params(BaseModel):
+    """All that determines a video's pixels, on a given checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_scale_2: float
+    flow_shift: float
+    boundary_ratio: float
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance runs; decided by the first scale for both experts, as WanPipeline does."""
+        return self.guidance_scale > 1.0
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of the latents."""
+        return ((self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8)
+
+    @property
+    def seconds(self) -> float:
+        """Length of the video."""
+        return self.num_frames / self.fps
+
+
+def parse(fields: dict[str, Any], *, strict: bool = True) -> VideoRequest:
+    """A request from untyped fields; `strict=False` also takes numbers spelled as strings, as HTML forms send them.
+
+    Raises:
+        InvalidRequest: an unknown field or a wrong type, named by `param`.
+    """
+    try:
+        return VideoRequest.model_validate(fields, strict=strict)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:
+            raise InvalidRequest(None, f"The fields cannot be read: {first['msg']}.") from None
+        param = str(first["loc"][0])[:80]
+        if first["type"] == "extra_forbidden":
+            raise InvalidRequest(param, f"Unknown field '{param}'.") from None
+        if first["type"] == "missing":
+            raise InvalidRequest(param, f"'{param}' is required.") from None
+        raise InvalidRequest(param, f"'{param}' has value {_short(first['input'])}: {first['msg']}.") from None
+
+
+def resolve(request: VideoRequest, config: Config) -> Params:
+    """Fill in the defaults, draw a seed if none is given, and check every limit.
+
+    Raises:
+        InvalidRequest: the field at fault in `param`, with its value and what was expected.
+    """
+    limits = config.limits
+    if request.model is not None and request.model != config.model.name:
+        raise InvalidRequest("model", f"'model' is {_short(request.model)}, expected '{config.model.name}'.")
+    values = {**config.defaults.model_dump(), **request.model_dump(exclude_none=True, exclude={"model"})}
+    # A custom guidance speaks for both experts unless the request says otherwise, as in WanPipeline.
+    if request.guidance_scale is not None and request.guidance_scale_2 is None:
+        values["guidance_scale_2"] = request.guidance_scale
+    values.setdefault("seed", secrets.randbelow(2**32))
+    params = Params(**values)
+
+    if not params.prompt.strip():
+        raise InvalidRequest("prompt", "'prompt' is empty, expected a description of the video.")
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(params, name)
+        if len(text) > limits.prompt_chars:
+            raise InvalidRequest(name, f"'{name}' has {len(text)} characters, expected at most {limits.prompt_chars}.")
+        # JSON can spell both, but neither UTF-8 nor PostgreSQL can hold them.
+        if _NO_TEXT.search(text):
+            raise InvalidRequest(name, f"'{name}' holds a NUL character or half of a surrogate pair, expected text.")
+    for name in ("width", "height"):
+        side = getattr(params, name)
+        if side < SIDE_MULTIPLE or side % SIDE_MULTIPLE:
+            raise InvalidRequest(name, f"'{name}' is {_short(side)}, expected a positive multiple of {SIDE_MULTIPLE}.")
+        _between(name, side, SIDE_MULTIPLE, limits.pixels // SIDE_MULTIPLE)
+    if params.width * params.height > limits.pixels:
+        raise InvalidRequest(
+            "size",
+            f"'size' {params.width}x{params.height} is {params.width * params.height} pixels, "
+            f"expected at most {limits.pixels}.",
+        )
+    if params.num_frames < 1 or params.num_frames % FRAME_MULTIPLE != 1:
+        raise InvalidRequest(
+            "num_frames", f"'num_frames' is {_short(params.num_frames)}, expected 4k+1 (1, 5, 9, ...)."
+        )
+    _between("num_frames", params.num_frames, 1, limits.num_frames)
+    _between("num_inference_steps", params.num_inference_steps, 1, limits.num_inference_steps)
+    _between("fps", params.fps, 1, limits.fps)
+    _between("seed", params.seed, 0, MAX_SEED)
+    _between("guidance_scale", params.guidance_scale, 0, 100)
+    _between("guidance_scale_2", params.guidance_scale_2, 0, 100)
+    _between("flow_shift", params.flow_shift, 0.01, 100)
+    _between("boundary_ratio", params.boundary_ratio, 0, 1)
+    return params
+
+
+def _between(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:  # also refuses NaN
+        raise InvalidRequest(name, f"'{name}' is {_short(value)}, expected {least} to {most}.")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,172 @@
+"""Bring a configuration up on this machine's Ray, or on a Ray of its own, and take it down again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.schema import ApplicationStatus
+
+from serve_app import app
+from serve_app.config import load_file
+from serve_app.errors import ConfigError, ServeAppError
+
+Say = Callable[[str], None]
+
+_BUILDERS: dict[str, Callable[[dict[str, Any]], serve.Application]] = {
+    "serve_app.app:wan": app.wan,
+    "serve_app.app:gateway": app.gateway,
+}
+_FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
+
+
+class Server:
+    """A deployment of one YAML file. As a context manager it is up inside the block and gone after it.
+
+    Args:
+        path: a file under configs/.
+        port: overrides the file's HTTP port.
+        own_ray: start a Ray even where one is running, and touch nothing of the running one.
+        dashboard: whether a Ray that is started here runs its dashboard (needed by `serve status`).
+        say: called with a line on each thing that happens.
+
+    Raises:
+        ConfigError: the file cannot work. Nothing has been started then.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        port: int | None = None,
+        own_ray: bool = False,
+        dashboard: bool = True,
+        say: Say = lambda line: None,
+    ) -> None:
+        self._file, self.config = load_file(path)
+        http = self._file.get("http_options") or {}
+        self._http = {**http, **({"port": port} if port else {})}
+        self._dashboard = dashboard
+        self._say = say
+        self._own_ray = own_ray
+        self.url = f"http://{self._http.get('host', '127.0.0.1')}:{self._http.get('port', 8000)}".replace(
+            "0.0.0.0", "127.0.0.1"
+        )
+
+    def __enter__(self) -> Server:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Join the running Ray, or start one, and deploy. Returns before the applications are ready."""
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about its own default
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        targets = self._targets()
+        if not self._own_ray:
+            try:
+                ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
+                self._say("joined the running Ray cluster")
+            except ConnectionError:
+                self._own_ray = True
+        if self._own_ray:
+            self._say("starting Ray on this machine")
+            ray.init(
+                address="local",
+                namespace="serve",
+                include_dashboard=self._dashboard,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        serve.start(
+            proxy_location=self._file.get("proxy_location", "EveryNode"),
+            http_options=self._http,
+            controller_options=self._file.get("controller_options"),
+        )
+        self._say(f"loading {self.config.model.name} from {self.config.model.folder}")
+        serve.run_many(
+            targets,
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+
+    def _targets(self) -> list[serve.RunTarget]:
+        """The file's applications. Building them checks what can be checked before anything starts."""
+        targets = []
+        for entry in self._file["applications"]:
+            builder = _BUILDERS.get(entry.get("import_path"))
+            if builder is None:
+                raise ConfigError(
+                    f"import_path has value {entry.get('import_path')!r}, expected one of {', '.join(_BUILDERS)}"
+                )
+            targets.append(
+                serve.RunTarget(
+                    target=builder(entry.get("args") or {}),
+                    name=entry["name"],
+                    route_prefix=entry.get("route_prefix", "/"),
+                )
+            )
+        return targets
+
+    def wait_ready(self, timeout_s: float = 3600) -> None:
+        """Wait until `/readyz` answers 200, telling each deployment as it becomes ready.
+
+        Raises:
+            ServeAppError: a deployment failed, or the time is up.
+        """
+        told: set[str] = set()
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for name, state in serve.status().applications.items():
+                if state.status in _FAILED:
+                    raise ServeAppError(f"application {name!r} did not start: {_last_line(state)}")
+                for deployment, detail in state.deployments.items():
+                    if detail.status.value == "HEALTHY" and deployment not in told:
+                        told.add(deployment)
+                        self._say(f"{deployment} is ready")
+            if told and self._answers():
+                return
+            time.sleep(0.2)
+        raise ServeAppError(f"not ready after {timeout_s:.0f} s")
+
+    def stop(self) -> None:
+        """Take the applications down; end Ray too where it was started here."""
+        if not ray.is_initialized():
+            return
+        if self._own_ray:
+            # Ray's processes all end with it, so the applications need no farewell of their own, but jobs do:
+            # the dispatcher hands its leases back when it is deleted.
+            serve.delete("gateway")
+        else:
+            serve.shutdown()
+        ray.shutdown()
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+
+def _last_line(state: Any) -> str:
+    """The most telling line of an application's status message: Ray puts a traceback into it."""
+    messages = [state.message, *(detail.message for detail in state.deployments.values())]
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    ours = [line for line in lines if "Error" in line]
+    return (ours or lines or ["no reason given"])[-1]

@@ -1,0 +1,151 @@
+"""The decoder's deployment: latents in, stored files out. Frames never leave the process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from ray import serve
+
+from serve_app.compute import MathThread, pick_device
+from serve_app.config import Config
+from serve_app.errors import JobFailed, one_line
+from serve_app.logs import get_logger
+from serve_app.request import Params
+from serve_app.storage import Storage
+
+log = get_logger(__name__)
+
+SPRITES = 16
+SPRITE_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Where a video was stored: keys by `video`, `thumbnail`, `spritesheet`; the mp4's size; seconds by part."""
+
+    outputs: dict[str, str]
+    size_bytes: int
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Item:
+    latents: np.ndarray
+    params: Params
+    prefix: str
+    job_id: str
+
+
+@serve.deployment(name="Decoder")
+class Decoder:
+    """Loads the VAE and answers `decode`.
+
+    Args:
+        config: the deployment's configuration.
+    """
+
+    def __init__(self, config: Config) -> None:
+        import torch
+
+        from serve_app.wan.checkpoint import Checkpoint
+        from serve_app.wan.vae import VideoDecoder
+
+        stage = config.decoder
+        started = time.monotonic()
+        checkpoint = Checkpoint(config.model.folder)
+        self._model_name = config.model.name
+        self._revision = checkpoint.revision
+        self._math = MathThread(stage.threads)
+        self._decoder = self._math.call(
+            VideoDecoder, checkpoint, pick_device(stage.device), getattr(torch, config.model.vae_dtype)
+        )
+        self._storage = Storage(config.storage_url)
+        if stage.warmup:
+            params = Params(**config.defaults.model_dump(), prompt="warm-up", seed=0)
+            noise = np.zeros((1, checkpoint.vae_config["z_dim"], *params.latent_shape), dtype=np.float32)
+            self._math.call(self._warm_up, noise, params)
+        self._decode_batch.set_max_batch_size(stage.batch.size)
+        self._decode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
+        log.info("decoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
+
+    async def decode(self, latents: np.ndarray, params: Params, prefix: str, job_id: str) -> Decoded:
+        """Decode latents [1, channels, frames, height, width] and store the video under `prefix`."""
+        result = await self._decode_batch(_Item(latents, params, prefix, job_id))
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    @serve.batch
+    async def _decode_batch(self, items: list[_Item]) -> list[Decoded | Exception]:
+        """Latents of equal shape share a pass of the VAE; a failure concerns its own item only."""
+        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, item in enumerate(items):
+            by_shape[item.latents.shape].append(index)
+        results: list[Decoded | Exception] = [RuntimeError("not decoded")] * len(items)
+        for indices in by_shape.values():
+            try:
+                decoded = await self._decode_equal([items[index] for index in indices])
+            except Exception as error:  # of our own type, because a process without torch cannot unpickle torch's
+                log.exception("decoding failed", extra={"jobs": [items[index].job_id for index in indices]})
+                decoded = [JobFailed("decode_failed", one_line(error)) for _ in indices]
+            for index, result in zip(indices, decoded, strict=True):
+                results[index] = result
+        return results
+
+    async def _decode_equal(self, items: list[_Item]) -> list[Decoded | Exception]:
+        started = time.monotonic()
+        stacked = np.concatenate([item.latents for item in items])
+        frames = await self._math.run(self._frames, stacked)
+        seconds = time.monotonic() - started
+        stored = await asyncio.gather(
+            *(self._store(item, video, seconds) for item, video in zip(items, frames, strict=True)),
+            return_exceptions=True,
+        )
+        return [one if isinstance(one, Decoded) else JobFailed("store_failed", one_line(one)) for one in stored]
+
+    def _frames(self, latents: np.ndarray) -> np.ndarray:
+        import torch
+
+        return self._decoder.decode(torch.from_numpy(latents))
+
+    async def _store(self, item: _Item, frames: np.ndarray, vae_seconds: float) -> Decoded:
+        """Write one video's files, [frames, height, width, 3] uint8, and put them where they belong."""
+        from serve_app.wan.video import spritesheet, thumbnail, write_mp4
+
+        started = time.monotonic()
+        with TemporaryDirectory(prefix="wan-serve-") as folder:
+            path = Path(folder) / "video.mp4"
+            metadata = {
+                "id": item.job_id,
+                "model": self._model_name,
+                "revision": self._revision,
+                **item.params.model_dump(),
+            }
+            await asyncio.to_thread(write_mp4, frames, path, item.params.fps, metadata)
+            files: dict[str, bytes | Path] = {
+                "thumbnail.jpg": await asyncio.to_thread(thumbnail, frames),
+                "spritesheet.jpg": await asyncio.to_thread(spritesheet, frames, SPRITE_COLUMNS, SPRITES),
+                # Last, so that whoever finds the video finds the rest too.
+                "video.mp4": path,
+            }
+            outputs = {}
+            for name, content in files.items():
+                outputs[name.partition(".")[0]] = f"{item.prefix}/{name}"
+                await self._storage.put(f"{item.prefix}/{name}", content)
+            size = path.stat().st_size
+        return Decoded(outputs, size, {"vae": vae_seconds, "store": time.monotonic() - started})
+
+    def _warm_up(self, latents: np.ndarray, params: Params) -> None:
+        from serve_app.wan.video import spritesheet, thumbnail, write_mp4
+
+        frames = self._frames(latents)[0]
+        with TemporaryDirectory(prefix="wan-serve-") as folder:
+            write_mp4(frames, Path(folder) / "video.mp4", params.fps, {})
+        thumbnail(frames)
+        spritesheet(frames, SPRITE_COLUMNS, SPRITES)

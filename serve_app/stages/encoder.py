@@ -1,0 +1,97 @@
+"""The text encoder's deployment: prompts in, embeddings out, batched across requests."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from ray import serve
+
+from serve_app.compute import MathThread, pick_device
+from serve_app.config import Config
+from serve_app.errors import JobFailed, one_line
+from serve_app.logs import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Embeddings of a request, float32 [tokens, dim] without padding; `negative` is None when guidance is off."""
+
+    positive: np.ndarray
+    negative: np.ndarray | None
+    truncated: list[str]
+    """Which of `prompt` and `negative_prompt` were longer than the encoder reads."""
+    seconds: float
+
+
+@serve.deployment(name="Encoder")
+class Encoder:
+    """Loads the text encoder and answers `encode`.
+
+    Args:
+        config: the deployment's configuration.
+    """
+
+    def __init__(self, config: Config) -> None:
+        import torch
+
+        from serve_app.wan.checkpoint import Checkpoint
+        from serve_app.wan.text import TextEncoder
+
+        stage = config.encoder
+        started = time.monotonic()
+        self._math = MathThread(stage.threads)
+        self._encoder = self._math.call(
+            TextEncoder,
+            Checkpoint(config.model.folder),
+            pick_device(stage.device),
+            getattr(torch, config.model.dtype),
+        )
+        if stage.warmup:
+            self._math.call(self._encoder.encode, ["warm-up"])
+        self._encode_batch.set_max_batch_size(stage.batch.size)
+        self._encode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
+        log.info("encoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
+
+    async def encode(self, prompt: str, negative_prompt: str | None) -> Encoded:
+        """Embed a prompt and, where guidance needs it, a negative prompt."""
+        result = await self._encode_batch((prompt, negative_prompt))
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    @serve.batch
+    async def _encode_batch(self, requests: list[tuple[str, str | None]]) -> list[Encoded | Exception]:
+        """All texts of a batch in one forward pass, equal ones once (most requests share the negative prompt)."""
+        started = time.monotonic()
+        texts = list(dict.fromkeys(text for request in requests for text in request if text is not None))
+        try:
+            embeddings = await self._math.run(self._encoder.encode, texts)
+        except Exception as error:
+            # Returned, because raising fails the whole batch alike; as our own type, because a process without torch
+            # cannot even unpickle one of torch's.
+            log.exception("encoding failed")
+            return [JobFailed("encode_failed", one_line(error)) for _ in requests]
+        by_text = dict(zip(texts, embeddings, strict=True))
+        seconds = time.monotonic() - started
+        results: list[Encoded | Exception] = []
+        for prompt, negative_prompt in requests:
+            positive = by_text[prompt]
+            negative = None if negative_prompt is None else by_text[negative_prompt]
+            truncated = [
+                name
+                for name, embedding in (("prompt", positive), ("negative_prompt", negative))
+                if embedding is not None and embedding.truncated
+            ]
+            results.append(
+                Encoded(
+                    positive=positive.tensor.float().numpy(),
+                    negative=None if negative is None else negative.tensor.float().numpy(),
+                    truncated=truncated,
+                    seconds=seconds,
+                )
+            )
+        return results

@@ -1,0 +1,68 @@
+"""A checkpoint and parameters in, frames out: the whole model path in one process, for notebooks and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from serve_app.request import Params
+from serve_app.wan.checkpoint import Checkpoint, Expert
+from serve_app.wan.parallel import World, load_expert
+from serve_app.wan.sample import Sample
+from serve_app.wan.sampler import denoise
+from serve_app.wan.text import TextEncoder
+from serve_app.wan.vae import VideoDecoder
+
+
+class Generator:
+    """A checkpoint loaded as a whole: text encoder, both experts, video decoder.
+
+    Args:
+        folder: in the diffusers layout.
+        device: where everything runs.
+        dtype: of text encoder and experts; the video decoder is float32.
+        world: the group to share the experts with; alone if not given. All ranks make the same calls.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        world: World | None = None,
+    ) -> None:
+        device = torch.device(device)
+        self.checkpoint = Checkpoint(folder)
+        self.device = device
+        self.dtype = dtype
+        self.text = TextEncoder(self.checkpoint, device, dtype)
+        world = world or World(0, 1, None, device)
+        self.experts: dict[Expert, nn.Module] = {
+            expert: load_expert(self.checkpoint, expert, world, dtype, device) for expert in self.checkpoint.experts
+        }
+        self.decoder = VideoDecoder(self.checkpoint, device, torch.float32)
+
+    def start(self, params: Params) -> Sample:
+        """A sample before its first step."""
+        prompts = [params.prompt, params.negative_prompt] if params.guided else [params.prompt]
+        # One at a time: the numbers are then those of WanPipeline, which encodes them in two passes.
+        embeddings = [self.text.encode([prompt])[0] for prompt in prompts]
+        negative = embeddings[1] if params.guided else None
+        return Sample.start(params, self.checkpoint, embeddings[0], negative, self.device, self.dtype)
+
+    def latents(self, params: Params, on_step: Callable[[Sample], None] | None = None) -> torch.Tensor:
+        """Denoised latents, `[1, channels, frames, height, width]`, float32."""
+        return denoise(self.experts, self.start(params), on_step)
+
+    def frames(self, params: Params, on_step: Callable[[Sample], None] | None = None) -> np.ndarray:
+        """A video, `[frames, height, width, 3]`, uint8 RGB."""
+        return self.decoder.decode(self.latents(params, on_step))[0]
+
+
+def generate(folder: Path, params: Params, device: torch.device | str = "cpu") -> np.ndarray:
+    """One video, `[frames, height, width, 3]`, uint8 RGB. For more than one, keep a `Generator`."""
+    return Generator(folder, device).frames(params)

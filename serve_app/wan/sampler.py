@@ -1,0 +1,104 @@
+"""The denoising step: samples of one cohort, one forward pass, one step of each sample's own scheduler.
+
+Knows nothing of who chose the samples, nor of how the model is spread over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from serve_app.errors import JobFailed
+from serve_app.wan.checkpoint import Expert
+from serve_app.wan.sample import Sample
+
+
+class NotFinite(JobFailed):
+    """Latents became NaN or infinite. `samples` are those concerned; the others of the batch have made their step."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        what = "; ".join(
+            f"sample {s.name or '(unnamed)'} with seed {s.params.seed} at step {s.step} of {s.steps}" for s in samples
+        )
+        super().__init__("not_finite", f"The latents are no longer finite numbers: {what}.")
+        self.samples = samples
+
+
+@torch.no_grad()
+def advance(model: torch.nn.Module, samples: list[Sample], fuse_guidance_tokens: int) -> None:
+    """One denoising step for samples that share a cohort. They may be at different steps and guidance scales.
+
+    Args:
+        model: the expert that the samples' cohort names.
+        samples: at least one, all of equal `cohort`.
+        fuse_guidance_tokens: up to this many tokens, both halves of guidance included, the conditional and the
+            unconditional prediction are one forward pass; small models are faster that way, large ones only use more
+            memory.
+
+    Raises:
+        ValueError: the samples cannot share a forward pass.
+        NotFinite: some samples' latents are no longer finite.
+    """
+    if len({sample.cohort for sample in samples}) != 1:
+        raise ValueError(f"samples of one cohort expected, got {sorted({str(s.cohort) for s in samples})}")
+    predictions = _predict(model, samples, fuse_guidance_tokens)
+    for sample, prediction in zip(samples, predictions.split(1), strict=True):
+        sample.apply(prediction)
+    finite = torch.stack([sample.latents.isfinite().all() for sample in samples]).tolist()  # the only wait for the GPU
+    if not all(finite):
+        raise NotFinite([sample for sample, good in zip(samples, finite, strict=True) if not good])
+
+
+def denoise(
+    models: Mapping[Expert, torch.nn.Module],
+    sample: Sample,
+    on_step: Callable[[Sample], None] | None = None,
+    fuse_guidance_tokens: int = 8192,
+) -> torch.Tensor:
+    """All remaining steps of one sample.
+
+    Args:
+        models: the experts, by name.
+        on_step: called after every step.
+
+    Returns:
+        The final latents, `[1, channels, frames, height, width]`, float32.
+    """
+    while not sample.finished:
+        advance(models[sample.expert], [sample], fuse_guidance_tokens)
+        if on_step is not None:
+            on_step(sample)
+    return sample.latents
+
+
+def _predict(model: torch.nn.Module, samples: list[Sample], fuse_guidance_tokens: int) -> torch.Tensor:
+    """The guided noise prediction, `[samples, channels, frames, height, width]`."""
+    positive = torch.cat([sample.positive for sample in samples])
+    latents = torch.cat([sample.latents for sample in samples]).to(positive.dtype)
+    timesteps = torch.tensor([sample.timestep for sample in samples], device=latents.device)
+    if not samples[0].guided:
+        return _forward(model, latents, timesteps, positive)
+    negative = torch.cat([sample.negative for sample in samples if sample.negative is not None])
+    if 2 * sum(sample.tokens for sample in samples) <= fuse_guidance_tokens:
+        both = _forward(model, latents.repeat(2, 1, 1, 1, 1), timesteps.repeat(2), torch.cat([positive, negative]))
+        conditional, unconditional = both.chunk(2)
+    else:
+        conditional = _forward(model, latents, timesteps, positive)
+        unconditional = _forward(model, latents, timesteps, negative)
+    # Sample by sample, so that the scale is a Python number as in WanPipeline: in bfloat16 a tensor would round it.
+    return torch.cat(
+        [
+            without + sample.guidance * (with_prompt - without)
+            for sample, with_prompt, without in zip(samples, conditional.split(1), unconditional.split(1), strict=True)
+        ]
+    )
+
+
+def _forward(
+    model: torch.nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
+) -> torch.Tensor:
+    output: torch.Tensor = model(
+        hidden_states=latents, timestep=timesteps, encoder_hidden_states=text, return_dict=False
+    )[0]
+    return output

@@ -1,0 +1,100 @@
+"""Prompts to embeddings, equal to those of `diffusers.WanPipeline`.
+
+Knows nothing of denoising; an `Embedding` is plain data that can be cached and sent.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import dataclass
+
+import ftfy
+import torch
+from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers.utils import logging
+
+from serve_app.wan.checkpoint import Checkpoint
+
+MAX_TOKENS = 512
+"""Length of the text context that Wan was trained with; longer prompts are cut, shorter ones padded with zeros."""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """An encoded prompt.
+
+    Attributes:
+        tensor: `[tokens, dim]` on the CPU, without padding.
+        tokens: number of valid tokens, at most `MAX_TOKENS`.
+        truncated: whether the prompt was longer than that.
+    """
+
+    tensor: torch.Tensor
+    tokens: int
+    truncated: bool
+
+
+def clean_prompt(text: str) -> str:
+    """`text` as the model was trained to read it: mended mojibake, no HTML entities, single spaces.
+
+    The same as `prompt_clean` in diffusers' pipeline_wan.py, which skips ftfy silently where it is not installed.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def pad(embedding: Embedding) -> torch.Tensor:
+    """The embedding as the experts take it: `[512, dim]`, zeros behind the last token."""
+    tensor = embedding.tensor
+    return torch.cat([tensor, tensor.new_zeros(MAX_TOKENS - tensor.shape[0], tensor.shape[1])])
+
+
+class TextEncoder:
+    """The UMT5 encoder of a checkpoint and its tokenizer.
+
+    Args:
+        checkpoint: where to load from.
+        device: where to run.
+        dtype: of the weights; modules that transformers keeps in float32 stay so.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # one bar per replica would fill the cluster's logs
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer")
+            self.model = UMT5EncoderModel.from_pretrained(
+                checkpoint.folder / "text_encoder", dtype=dtype, use_safetensors=True
+            )
+        finally:
+            if bars:
+                logging.enable_progress_bar()
+        self.model.eval().requires_grad_(False).to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> list[Embedding]:
+        """Encode prompts in one forward pass.
+
+        Every prompt is padded to 512 tokens before the encoder, as WanPipeline does: the numbers then do not depend on
+        what else is in the batch.
+        """
+        texts = [clean_prompt(prompt) for prompt in prompts]
+        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids]
+        inputs = self.tokenizer(
+            texts,
+            padding="max_length",
+            max_length=MAX_TOKENS,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask = inputs.attention_mask
+        states = self.model(inputs.input_ids.to(self.device), mask.to(self.device)).last_hidden_state.cpu()
+        tokens = mask.gt(0).sum(dim=1).tolist()
+        # clone: a view would keep, and send, the whole padded batch
+        return [
+            Embedding(states[row, :count].clone(), count, lengths[row] > MAX_TOKENS) for row, count in enumerate(tokens)
+        ]

@@ -1,0 +1,111 @@
+"""Frames to files: an mp4 with its parameters inside, a thumbnail, a spritesheet.
+
+Knows nothing of models: it needs numpy, PyAV and Pillow only, so a CPU process without torch can use it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_CRF = "17"  # visually lossless for H.264; a higher number is smaller and worse
+_BT709 = 1  # H.273's code for BT.709, the same for matrix, primaries and transfer
+_TV_RANGE = 1
+
+
+def write_mp4(frames: np.ndarray, path: Path, fps: int, metadata: dict[str, Any]) -> None:
+    """Write H.264, yuv420p, with the index at the front so that browsers start before the file is complete.
+
+    The file appears under `path` at once and complete, or not at all.
+
+    Args:
+        frames: `[frames, height, width, 3]`, uint8 RGB, even sides.
+        fps: frames per second.
+        metadata: JSON-able; kept as the comment of the file, see `read_metadata`.
+
+    Raises:
+        ValueError: frames of another shape or type.
+    """
+    import av  # loading its libraries takes a moment, and only the decoder stage writes videos
+    from av.video.reformatter import Colorspace
+
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.shape[0]:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}, expected uint8 [frames, height, width, 3]")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"frames are {width}x{height}, expected even sides: yuv420p halves the colour resolution")
+    path = Path(path)
+    handle, name = tempfile.mkstemp(suffix=".mp4", prefix=f".{path.stem}-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        with av.open(name, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+            stream = container.add_stream("libx264", rate=fps, options={"crf": _CRF, "preset": "medium"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            # Without these, players guess the matrix from the size, and colours shift between preview and full size.
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = _BT709
+            context.color_range = _TV_RANGE
+            for array in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+            container.mux(stream.encode())
+        temporary.chmod(0o644)  # mkstemp's 0600 would keep a web server's user out
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `write_mp4` was given as `metadata`; empty for a file of other origin."""
+    import av
+
+    with av.open(str(path)) as container:
+        try:
+            content = json.loads(container.metadata.get("comment", ""))
+        except ValueError:
+            return {}
+    return content if isinstance(content, dict) else {}
+
+
+def thumbnail(frames: np.ndarray) -> bytes:
+    """The middle frame of `[frames, height, width, 3]` as JPEG."""
+    return _jpeg(Image.fromarray(frames[len(frames) // 2]))
+
+
+def spritesheet(frames: np.ndarray, columns: int = 5, most: int = 25, tile: int = 320) -> bytes:
+    """A grid of evenly spaced frames as JPEG, left to right and top to bottom.
+
+    Args:
+        frames: `[frames, height, width, 3]`, uint8 RGB.
+        columns: tiles in a row, fewer when there are fewer frames.
+        most: the largest number of tiles; first and last frame are always among them.
+        tile: pixels that the longer side of a tile has at most.
+    """
+    count = min(most, len(frames))
+    picks = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    height, width = frames.shape[1:3]
+    scale = min(1.0, tile / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    columns = min(columns, count)
+    sheet = Image.new("RGB", (columns * size[0], math.ceil(count / columns) * size[1]))
+    for place, pick in enumerate(picks):
+        image = Image.fromarray(frames[pick]).resize(size, Image.Resampling.LANCZOS)
+        sheet.paste(image, (place % columns * size[0], place // columns * size[1]))
+    return _jpeg(sheet)
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()

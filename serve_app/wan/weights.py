@@ -1,0 +1,144 @@
+"""Safetensors files read slice by slice, so that a process holds what it asked for and nothing else.
+
+Knows the file format (https://huggingface.co/docs/safetensors), but neither models nor parallelism.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from serve_app.errors import CheckpointError
+from serve_app.wan.checkpoint import weight_files
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER = 100 << 20  # what the format's own reader accepts
+_READ = 1 << 30  # Linux returns at most 2 GiB from one read
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Weights:
+    """The tensors of one component, by name, over one or many safetensors files.
+
+    Reads with `pread` instead of a memory map: mapped pages stay resident until the kernel is short of memory, so each
+    rank would seem to, and under a container's limit could, hold the whole expert.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or not safetensors.
+    """
+
+    def __init__(self, folder: Path, stem: str = "diffusion_pytorch_model") -> None:
+        self.folder = folder
+        self._entries: dict[str, _Entry] = {}
+        self._open: dict[Path, int] = {}
+        for file in weight_files(folder, stem):
+            self._entries.update(_header(file))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files. A later read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def names(self) -> set[str]:
+        """The names of all tensors."""
+        return set(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        return self._entries[name].shape
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The slice `start:stop` of a tensor along `dim`, in the dtype of the file, on the CPU.
+
+        Only the bytes of the slice are read: in one piece along dimension 0, row by row along a later one.
+        """
+        entry = self._entries[name]
+        shape = list(entry.shape) or [1]
+        size = shape[dim]
+        stop = size if stop is None else stop
+        if not 0 <= start <= stop <= size:
+            raise IndexError(f"{name}: slice {start}:{stop} is outside of dimension {dim}, which has {size} entries")
+        shape[dim] = stop - start
+        out = torch.empty(shape, dtype=entry.dtype)
+        view = memoryview(out.view(-1).view(torch.uint8).numpy().data)
+        inner = math.prod(shape[dim + 1 :]) * entry.dtype.itemsize
+        # A whole tensor is one run of bytes, a slice has one run for each index of the dimensions before it.
+        runs = math.prod(shape[:dim]) if stop - start < size else 1
+        length = len(view) // max(1, runs)
+        file = self._file(entry.file)
+        for run in range(runs):
+            offset = entry.offset + (run * size + start) * inner
+            _fill(file, view[run * length : (run + 1) * length], offset, entry.file)
+        return out if entry.shape else out[0]
+
+    def _file(self, path: Path) -> int:
+        if path not in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY)
+        return self._open[path]
+
+
+def _fill(file: int, view: memoryview, offset: int, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(file, [view[done : done + _READ]], offset + done)
+        if count == 0:
+            raise CheckpointError(f"{path}: ended at byte {offset + done}, expected {len(view) - done} more")
+        done += count
+
+
+def _header(file: Path) -> dict[str, _Entry]:
+    total = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= min(_MAX_HEADER, total - 8):
+            raise CheckpointError(f"{file}: is not a safetensors file (a header of {length} bytes in {total})")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            ends = [8 + length + int(tensor["data_offsets"][1]) for tensor in header.values()]
+            entries = {
+                name: _Entry(
+                    file, _DTYPES[tensor["dtype"]], tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0]
+                )
+                for name, tensor in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file}: has a header that cannot be read ({error!r})") from None
+    if ends and max(ends) != total:
+        raise CheckpointError(f"{file}: has {total} bytes, expected {max(ends)}; it was not copied completely")
+    return entries

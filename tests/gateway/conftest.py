@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from serve_app.config import Config, Defaults, Limits
+from serve_app.config import Dispatcher as Options
+from serve_app.gateway.app import create_app
+from serve_app.jobs.dispatcher import Dispatcher
+from serve_app.jobs.store import JobStore
+from serve_app.storage import Storage
+from tests.jobs.fakes import FakePipeline, until
+
+
+@dataclass
+class Server:
+    """Everything but Ray and the model, in one process."""
+
+    config: Config
+    store: JobStore
+    storage: Storage
+    pipeline: FakePipeline
+    dispatcher: Dispatcher
+    app: FastAPI
+    http: httpx.AsyncClient
+    reason: str | None = None
+    """Why `/readyz` is 503."""
+
+    async def create(self, **fields: Any) -> dict[str, Any]:
+        answer = await self.http.post("/v1/videos", json={"prompt": "a red circle moves right", **fields})
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    async def ended(self, video_id: str) -> dict[str, Any]:
+        async def look() -> dict[str, Any] | None:
+            video = (await self.http.get(f"/v1/videos/{video_id}")).json()
+            return video if video["status"] in ("completed", "failed") else None
+
+        return dict(await until(look))
+
+    async def completed(self, **fields: Any) -> dict[str, Any]:
+        video = await self.ended((await self.create(**fields))["id"])
+        assert video["status"] == "completed", video["error"]
+        return video
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Server]:
+    config = Config(
+        home=str(tmp_path),
+        defaults=Defaults(width=128, height=128, num_frames=33, num_inference_steps=4),
+        limits=Limits(pixels=512 * 288, num_frames=81, queued_jobs=30, body_bytes=50_000),
+        dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2),
+    )
+    store, storage = JobStore(config.store_url, 0.2), Storage(config.storage_url)
+    await store.start()
+    pipeline = FakePipeline(storage)
+    dispatcher = Dispatcher(store, storage, pipeline, config.dispatcher)
+    dispatcher.start()
+
+    async def wake() -> None:
+        dispatcher.wake()
+
+    async def ready() -> str | None:
+        return server.reason
+
+    app = create_app(config, store, storage, wake, ready)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        server = Server(config, store, storage, pipeline, dispatcher, app, http)
+        yield server
+    if pipeline.gate is not None:
+        pipeline.gate.set()
+    await dispatcher.stop()
+    await store.close()
+
+
+@pytest.fixture
+def held(server: Server) -> asyncio.Event:
+    """Every run waits half-way until this is set."""
+    server.pipeline.gate = asyncio.Event()
+    return server.pipeline.gate

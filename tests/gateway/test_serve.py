@@ -1,0 +1,194 @@
+"""Gateway and dispatcher as deployments of a real Ray, in front of a pipeline application without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.errors import InvalidRequest, JobFailed
+from serve_app.events import Event
+
+serve = pytest.importorskip("ray.serve")
+
+PORT = 8127
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=100)
+class Pipeline:
+    """Does what the prompt says."""
+
+    def __init__(self, storage_url: str) -> None:
+        from serve_app.storage import Storage
+        from tests.jobs.fakes import FakePipeline
+
+        self._storage = Storage(storage_url)
+        self._make = FakePipeline
+
+    async def generate(self, job: dict[str, Any]) -> AsyncIterator[Event]:
+        import os
+
+        prompt = job["params"]["prompt"]
+        errors: list[Exception] = []
+        if prompt == "refuse":
+            errors = [JobFailed("too_large", "It cannot fit.")]
+        elif prompt == "lose a rank" and job["attempt"] == 1:
+            errors = [JobFailed("rank_lost", "A rank was lost.", retryable=True)]
+        elif prompt == "crash":
+            errors = [ZeroDivisionError("in a stage")]
+        elif prompt == "die" and job["attempt"] == 1:
+            os._exit(1)
+        gate = asyncio.Event() if prompt == "wait" else None
+        async for event in self._make(self._storage, step_s=0.05, errors=errors, gate=gate)(job):
+            yield event
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: str, home: Path) -> Iterator[str]:
+    from ray.serve.context import _get_global_client
+
+    from serve_app.config import Config, Defaults
+    from serve_app.config import Dispatcher as Options
+    from serve_app.gateway.ingress import Gateway
+    from serve_app.jobs.deployment import DispatcherDeployment
+
+    config = Config(
+        home=str(home),
+        defaults=Defaults(width=64, height=64, num_frames=9, num_inference_steps=4),
+        dispatcher=Options(pipeline="fake", poll_s=0.2, retry_s=0.1, late_outputs_s=0.5),
+    )
+    small = {"num_cpus": 0.1}
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    dispatcher = DispatcherDeployment.options(ray_actor_options=small).bind(config)
+    serve.run(Gateway.options(ray_actor_options=small).bind(config, dispatcher), name="gateway", route_prefix="/")
+    # The gateway is up before there is a pipeline: not ready, and jobs wait without losing an attempt.
+    port = _get_global_client().http_config.port  # another, if Serve ran already
+    url = f"http://127.0.0.1:{port}"
+    answer = httpx.get(f"{url}/readyz")
+    assert answer.status_code == 503 and "'fake' is not deployed" in answer.text
+    early = httpx.post(f"{url}/v1/videos", json={"prompt": "early"}).json()
+    time.sleep(1)
+    serve.run(Pipeline.bind(config.storage_url), name="fake", route_prefix=None)
+    assert wait(url, early["id"])["status"] == "completed"
+    yield url
+    for application in ("gateway", "fake"):
+        serve.delete(application)
+
+
+def wait(url: str, video_id: str, within_s: float = 30) -> dict[str, Any]:
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        video = dict(httpx.get(f"{url}/v1/videos/{video_id}").json())
+        if video["status"] in ("completed", "failed"):
+            return video
+        time.sleep(0.05)
+    raise AssertionError(f"{video_id} did not end: {video}")
+
+
+def make(url: str, prompt: str) -> dict[str, Any]:
+    return wait(url, httpx.post(f"{url}/v1/videos", json={"prompt": prompt}).json()["id"])
+
+
+def test_http(url: str) -> None:
+    assert httpx.get(f"{url}/readyz").status_code == 200
+    answer = httpx.post(f"{url}/v1/videos", json={"prompt": "一只猫"}, headers={"x-request-id": "mine"})
+    assert answer.headers.get_list("x-request-id") == ["mine"]
+    video = wait(url, answer.json()["id"])
+    assert (video["status"], video["attempts"], video["prompt"]) == ("completed", 1, "一只猫")
+    content = f"{url}/v1/videos/{video['id']}/content"
+    assert len(httpx.get(content).content) == 200_192
+    assert httpx.get(content, headers={"range": "bytes=1-3"}).content == b"\x01\x02\x03"
+    head = httpx.head(content)
+    assert (head.status_code, head.headers["content-length"]) == (200, "200192")
+    assert httpx.get(f"{url}/").status_code == 200 and httpx.get(f"{url}/docs").status_code == 200
+    assert httpx.get(f"{url}/nothing").json()["error"]["code"] == "not_found"
+
+
+def test_body_limit_behind_the_proxy(url: str) -> None:
+    def chunks() -> Iterator[bytes]:
+        for _ in range(64):
+            yield b"x" * 65536
+
+    for content in (chunks(), b"x" * 4_000_000):
+        answer = httpx.post(f"{url}/v1/videos", content=content, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_failures_cross_the_handle(url: str) -> None:
+    video = make(url, "refuse")
+    assert video["error"] == {"code": "too_large", "message": "It cannot fit."}
+    video = make(url, "lose a rank")
+    assert (video["status"], video["attempts"]) == ("completed", 2)
+    video = make(url, "crash")
+    assert video["error"]["code"] == "internal_error"
+    assert video["error"]["message"] == "An internal error ended this video: ZeroDivisionError: in a stage"
+
+
+def test_a_replica_dies(url: str) -> None:
+    video = make(url, "die")
+    assert (video["status"], video["attempts"]) == ("completed", 2)
+
+
+def test_cancel_and_delete_reach_the_pipeline(url: str) -> None:
+    for action in ("cancel", "delete"):
+        video_id = httpx.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()["id"]
+        while httpx.get(f"{url}/v1/videos/{video_id}").json()["stage"] != "denoise":
+            time.sleep(0.05)
+        if action == "cancel":
+            httpx.post(f"{url}/v1/videos/{video_id}/cancel")
+            assert wait(url, video_id, 5)["error"]["code"] == "cancelled"
+        else:
+            assert httpx.delete(f"{url}/v1/videos/{video_id}").status_code == 200
+        assert make(url, "after")["status"] == "completed"
+
+
+def test_handle_calls(url: str) -> None:
+    gateway = serve.get_app_handle("gateway")
+    stream = gateway.options(stream=True)
+    video = gateway.submit.remote({"prompt": "by handle", "seed": 3}).result()
+    assert (video["prompt"], video["seed"], video["status"]) == ("by handle", 3, "queued")
+    seen = list(stream.watch.remote(video["id"]))
+    assert seen[-1]["status"] == "completed" and len(seen) > 1
+    content = b"".join(stream.content.remote(video["id"], "video"))
+    assert len(content) == 200_192
+    assert gateway.get.remote(video["id"]).result()["status"] == "completed"
+    assert gateway.cancel.remote(video["id"]).result() is False
+    assert gateway.delete.remote(video["id"]).result() is True
+    assert gateway.get.remote(video["id"]).result() is None
+    with pytest.raises(InvalidRequest) as error:
+        gateway.submit.remote({"prompt": "x", "num_frames": 4}).result()
+    assert error.value.param == "num_frames"  # type: ignore[union-attr]
+    with pytest.raises(InvalidRequest):
+        list(stream.content.remote(video["id"], "video"))
+    with pytest.raises(InvalidRequest):
+        list(stream.watch.remote(video["id"]))
+
+
+def test_stopping_hands_jobs_back(url: str, home: Path) -> None:
+    """A dispatcher that Serve stops releases its jobs at once, long before their leases run out."""
+    from serve_app.jobs.store import JobStore
+
+    video_id = httpx.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()["id"]
+    while httpx.get(f"{url}/v1/videos/{video_id}").json()["stage"] != "denoise":
+        time.sleep(0.05)
+    serve.delete("gateway")
+
+    async def row() -> Any:
+        store = JobStore(f"sqlite:///{home}/jobs.db")
+        await store.start()
+        job = await store.get(video_id)
+        await store.close()
+        return job
+
+    job = asyncio.run(row())
+    assert (job.status, job.failures, job.lease_owner) == ("queued", 0, None)

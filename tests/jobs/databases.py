@@ -1,0 +1,60 @@
+"""The databases that tests run on: SQLite always, PostgreSQL where a server listens on its standard port."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from serve_app.jobs.store import JobStore
+from serve_app.jobs.tables import Base
+
+SERVER = os.environ.get("WAN_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/test")
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A database of this run's own, dropped afterwards."""
+    try:
+        import asyncpg
+
+        async def run(statement: str) -> None:
+            connection = await asyncpg.connect(SERVER, timeout=5)
+            try:
+                await connection.execute(statement)
+            finally:
+                await connection.close()
+
+        name = f"wan_test_{secrets.token_hex(6)}"
+        asyncio.run(run(f"CREATE DATABASE {name}"))
+    except (ImportError, OSError, TimeoutError) as error:
+        reason = f"PostgreSQL at {SERVER} cannot be used: {error}"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    yield f"{SERVER.rpartition('/')[0]}/{name}"
+    asyncio.run(run(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A URL for each kind of database; see `store` for an empty one."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs.db'}"
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+async def store(store_url: str) -> AsyncIterator[JobStore]:
+    """A started store without jobs."""
+    store = JobStore(store_url, late_outputs_s=0.2)
+    await store.start()
+    async with store._db.write() as session:
+        for table in Base.metadata.sorted_tables:
+            await session.execute(table.delete())
+    yield store
+    await store.close()

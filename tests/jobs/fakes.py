@@ -1,0 +1,114 @@
+"""A pipeline that needs no model: real events, real files, and trouble on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from serve_app.events import Done, Event, Progress
+from serve_app.request import Params
+from serve_app.storage import Storage
+
+PARAMS = Params(
+    prompt="a red circle moves right",
+    negative_prompt="",
+    width=64,
+    height=64,
+    num_frames=9,
+    fps=16,
+    seed=7,
+    num_inference_steps=4,
+    guidance_scale=4.0,
+    guidance_scale_2=3.0,
+    flow_shift=5.0,
+    boundary_ratio=0.875,
+)
+
+
+class FakePipeline:
+    """Yields the events of `num_inference_steps` steps and stores three files.
+
+    Args:
+        step_s: time of a step.
+        errors: raised by the first attempts, one each, half-way through denoising.
+        gate: if given, every run waits for it half-way through denoising.
+        stubborn: store the files even when cancelled, as a stage does whose call is already under way.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        step_s: float = 0.0,
+        errors: list[Exception] | None = None,
+        gate: asyncio.Event | None = None,
+        stubborn: bool = False,
+    ) -> None:
+        self.storage = storage
+        self.step_s = step_s
+        self.errors = list(errors or [])
+        self.gate = gate
+        self.stubborn = stubborn
+        self.jobs: list[dict[str, Any]] = []
+        self.ended: list[str] = []
+
+    async def __call__(self, job: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        self.jobs.append(job)
+        steps = Params(**job["params"]).num_inference_steps
+        try:
+            yield Progress("encode", 0, 1)
+            yield Progress("encode", 1, 1)
+            for step in range(steps + 1):
+                await asyncio.sleep(self.step_s)
+                if step == steps // 2:
+                    if self.gate is not None:
+                        await self.gate.wait()
+                    if self.errors:
+                        raise self.errors.pop(0)
+                yield Progress("denoise", step, steps, seconds_left=(steps - step) * self.step_s)
+            yield Progress("decode", 0, 1)
+            outputs = await self._store(job)
+            yield Progress("decode", 1, 1)
+            yield Done(outputs, {"encode": 0.1, "denoise": 2.0, "decode": 0.3}, 200_000, ["The prompt is short."])
+        except (asyncio.CancelledError, GeneratorExit):
+            if self.stubborn:
+                self.late = asyncio.create_task(self._store_late(job))
+            raise
+        finally:
+            self.ended.append(job["id"])
+
+    async def _store_late(self, job: dict[str, Any]) -> None:
+        await asyncio.sleep(0.05)
+        with contextlib.suppress(FileNotFoundError):  # the folder is swept at the same time
+            await self._store(job)
+
+    async def _store(self, job: dict[str, Any]) -> dict[str, str]:
+        outputs = {
+            "video": f"{job['prefix']}/video.mp4",
+            "thumbnail": f"{job['prefix']}/thumbnail.jpg",
+            "spritesheet": f"{job['prefix']}/spritesheet.jpg",
+        }
+        await self.storage.put(outputs["video"], bytes(range(256)) * 782)
+        await self.storage.put(outputs["thumbnail"], b"\xff\xd8 thumbnail")
+        await self.storage.put(outputs["spritesheet"], b"\xff\xd8 spritesheet")
+        return outputs
+
+
+async def until(condition: Callable[[], Awaitable[Any]], within_s: float = 10) -> Any:
+    """The first true value of `condition`, asked again and again."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            while not (value := await condition()):  # noqa: ASYNC110 (the condition is in a database)
+                await asyncio.sleep(0.01)
+            return value
+    raise AssertionError(f"not within {within_s} s")
+
+
+def files(storage: Storage) -> list[str]:
+    """What lies in a storage. os.walk, because a folder may vanish while it is walked."""
+    found = [Path(folder, name) for folder, _, names in os.walk(storage.folder) for name in names]
+    return sorted(str(path.relative_to(storage.folder)) for path in found)

@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from serve_app import config
+from serve_app.errors import JobFailed
+from serve_app.events import Event, Progress
+from serve_app.jobs.dispatcher import Dispatcher, PipelineUnavailable, Runner
+from serve_app.jobs.store import JobStore
+from serve_app.jobs.tables import Job
+from serve_app.logs import JsonFormatter
+from serve_app.storage import Storage
+from tests.jobs.fakes import PARAMS, FakePipeline, files, until
+
+OPTIONS = config.Dispatcher(poll_s=0.03, lease_s=20, retry_s=0.01, running_jobs=4, max_attempts=3)
+Start = Callable[..., Dispatcher]
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "videos"))
+
+
+@pytest.fixture
+async def start(store: JobStore, storage: Storage) -> AsyncIterator[Start]:
+    """Starts dispatchers, and stops them after the test."""
+    started: list[Dispatcher] = []
+
+    def begin(run: Runner, **options: Any) -> Dispatcher:
+        dispatcher = Dispatcher(store, storage, run, OPTIONS.model_copy(update=options))
+        dispatcher.start()
+        started.append(dispatcher)
+        return dispatcher
+
+    yield begin
+    for dispatcher in started:
+        await dispatcher.stop()
+
+
+async def create(store: JobStore) -> str:
+    return (await store.create(PARAMS, "wan")).id
+
+
+async def ended(store: JobStore, video_id: str, status: str) -> Job:
+    async def look() -> Job | None:
+        job = await store.get(video_id)
+        return job if job is not None and job.finished else None
+
+    job: Job = await until(look)
+    assert job.status == status, (job.error_code, job.error_message)
+    return job
+
+
+def expected_files(video_id: str, attempt: int) -> list[str]:
+    return [f"videos/{video_id}/{attempt}/{name}" for name in ("spritesheet.jpg", "thumbnail.jpg", "video.mp4")]
+
+
+async def no_files(storage: Storage) -> bool:
+    return not files(storage)
+
+
+async def test_drives_jobs_to_the_end(store: JobStore, storage: Storage, start: Start) -> None:
+    pipeline = FakePipeline(storage)
+    ids = [await create(store) for _ in range(10)]
+    start(pipeline)
+    for video_id in ids:
+        job = await ended(store, video_id, "completed")
+        assert job.outputs["video"] == f"videos/{video_id}/1/video.mp4"
+        assert (job.progress, job.stage, job.attempt, job.failures) == (100, "decode", 1, 0)
+        assert job.timings == {"encode": 0.1, "denoise": 2.0, "decode": 0.3}
+        assert job.warnings == ["The prompt is short."]
+    assert [job["id"] for job in pipeline.jobs] == ids
+    assert pipeline.jobs[0] == {
+        "id": ids[0],
+        "attempt": 1,
+        "params": PARAMS.model_dump(),
+        "prefix": f"videos/{ids[0]}/1",
+    }
+
+
+async def test_runs_no_more_than_it_may(store: JobStore, storage: Storage, start: Start) -> None:
+    gate = asyncio.Event()
+    ids = [await create(store) for _ in range(6)]
+    dispatcher = start(FakePipeline(storage, gate=gate), running_jobs=2)
+
+    async def busy() -> bool:
+        return dispatcher.running == 2
+
+    await until(busy)
+    await asyncio.sleep(0.15)
+    assert dispatcher.running == 2 and await store.count_queued() == 4
+    gate.set()
+    for video_id in ids:
+        await ended(store, video_id, "completed")
+
+
+async def test_wake_beats_the_poll(store: JobStore, storage: Storage, start: Start) -> None:
+    dispatcher = start(FakePipeline(storage), poll_s=30)
+    await asyncio.sleep(0.1)
+    video_id = await create(store)
+    dispatcher.wake()
+    await ended(store, video_id, "completed")
+
+
+async def test_progress_is_written_and_the_last_step_is_not_held_back(
+    store: JobStore, storage: Storage, start: Start
+) -> None:
+    written: list[tuple[str | None, int]] = []
+    progress = store.progress
+
+    async def recording(video_id: str, attempt: int, event: Progress) -> bool:
+        written.append((event.stage, event.step))
+        return await progress(video_id, attempt, event)
+
+    store.progress = recording  # type: ignore[method-assign]
+    gate = asyncio.Event()
+    video_id = await create(store)
+    start(FakePipeline(storage, gate=gate))
+
+    async def shown() -> bool:
+        job = await store.get(video_id)
+        # Step 1 comes right after step 0 and is not written at once; the run then waits before step 2.
+        return job is not None and (job.stage, job.step) == ("denoise", 1)
+
+    await until(shown)
+    gate.set()
+    await ended(store, video_id, "completed")
+    for stage, step in (("encode", 0), ("encode", 1), ("denoise", 0), ("denoise", 4), ("decode", 0), ("decode", 1)):
+        assert (stage, step) in written
+    assert written.index(("denoise", 4)) < written.index(("decode", 0))
+
+
+async def test_unretryable_failure(store: JobStore, storage: Storage, start: Start) -> None:
+    video_id = await create(store)
+    start(FakePipeline(storage, errors=[JobFailed("out_of_memory", "Needs 80 GiB.")]))
+    job = await ended(store, video_id, "failed")
+    assert (job.error_code, job.error_message, job.attempt) == ("out_of_memory", "Needs 80 GiB.", 1)
+
+
+async def test_retryable_failure_gets_another_attempt(store: JobStore, storage: Storage, start: Start) -> None:
+    video_id = await create(store)
+    pipeline = FakePipeline(storage, errors=[JobFailed("rank_lost", "A rank was lost.", retryable=True)])
+    start(pipeline)
+    job = await ended(store, video_id, "completed")
+    assert (job.attempt, job.failures, job.error_code) == (2, 1, None)
+    assert files(storage) == expected_files(video_id, 2)
+
+
+async def test_gives_up(store: JobStore, storage: Storage, start: Start) -> None:
+    video_id = await create(store)
+    errors: list[Exception] = [JobFailed("rank_lost", "A rank was lost.", retryable=True)] * 3
+    start(FakePipeline(storage, errors=errors))
+    job = await ended(store, video_id, "failed")
+    assert (job.error_code, job.attempt) == ("rank_lost", 3)
+    assert job.error_message == "A rank was lost. Gave up after 3 attempts."
+
+
+async def test_crash_is_an_internal_error(
+    store: JobStore, storage: Storage, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    crashing, sound = await create(store), await create(store)
+    start(FakePipeline(storage, errors=[ZeroDivisionError("division\nby zero")]), running_jobs=1)
+    job = await ended(store, crashing, "failed")
+    assert job.error_code == "internal_error"
+    assert job.error_message == "An internal error ended this video: ZeroDivisionError: division"
+    await ended(store, sound, "completed")
+    record = next(record for record in caplog.records if record.exc_info)
+    line = json.loads(JsonFormatter().format(record))
+    assert line["job"] == crashing and "Traceback" in line["traceback"]
+
+
+async def test_failure_wrapped_as_cause(store: JobStore, storage: Storage, start: Start) -> None:
+    wrapped = RuntimeError("remote traceback")
+    wrapped.cause = JobFailed("bad_prompt", "No.")  # type: ignore[attr-defined]
+    video_id = await create(store)
+    start(FakePipeline(storage, errors=[wrapped]))
+    assert (await ended(store, video_id, "failed")).error_code == "bad_prompt"
+
+
+async def test_stream_without_an_end(store: JobStore, storage: Storage, start: Start) -> None:
+    async def run(_: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        yield Progress("encode", 0, 1)
+
+    video_id = await create(store)
+    start(run)
+    job = await ended(store, video_id, "failed")
+    assert job.error_message == "The pipeline ended without a video."
+
+
+async def test_pipeline_unavailable_costs_no_attempt(
+    store: JobStore, storage: Storage, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.jobs.dispatcher.UNAVAILABLE_S", 0.01)
+    video_id = await create(store)
+    start(FakePipeline(storage, errors=[PipelineUnavailable("not deployed")] * 5))
+    job = await ended(store, video_id, "completed")
+    assert (job.attempt, job.failures) == (6, 0)
+
+
+async def test_cancel_running(store: JobStore, storage: Storage, start: Start) -> None:
+    pipeline = FakePipeline(storage, gate=asyncio.Event(), stubborn=True)
+    video_id = await create(store)
+    dispatcher = start(pipeline, poll_s=0.05)
+    await until(lambda: _running(store, video_id))
+    await store.request_cancel(video_id)
+    dispatcher.wake()
+    job = await ended(store, video_id, "failed")
+    assert (job.error_code, job.error_message) == ("cancelled", "Cancelled while it ran.")
+    assert pipeline.ended == [video_id]
+    await pipeline.late  # its files appear after all
+    await until(lambda: no_files(storage))
+
+
+async def test_delete_running(store: JobStore, storage: Storage, start: Start) -> None:
+    pipeline = FakePipeline(storage, gate=asyncio.Event(), stubborn=True)
+    video_id = await create(store)
+    start(pipeline)
+    await until(lambda: _running(store, video_id))
+    assert await store.delete(video_id)
+
+    async def stopped() -> bool:
+        return pipeline.ended == [video_id]
+
+    await until(stopped)
+    await pipeline.late
+    await until(lambda: no_files(storage))
+    assert await store.get(video_id) is None
+
+
+async def test_delete_completed_removes_its_files(store: JobStore, storage: Storage, start: Start) -> None:
+    video_id, other = await create(store), await create(store)
+    start(FakePipeline(storage))
+    await ended(store, video_id, "completed")
+    await ended(store, other, "completed")
+    await store.delete(video_id)
+
+    async def only_the_other() -> bool:
+        return files(storage) == expected_files(other, 1)
+
+    await until(only_the_other)
+
+
+async def test_takeover_after_a_silent_dispatcher(store: JobStore, storage: Storage, start: Start) -> None:
+    """One freezes while its run goes on; another takes the job; the first one's video must not count."""
+    gate = asyncio.Event()
+    slow, quick = FakePipeline(storage, gate=gate), FakePipeline(storage)
+    video_id = await create(store)
+    frozen = start(slow, lease_s=0.3)
+    await until(lambda: _running(store, video_id))
+    assert frozen._loop_task is not None
+    frozen._loop_task.cancel()
+    start(quick)
+    job = await ended(store, video_id, "completed")
+    assert (job.attempt, job.failures, job.outputs["video"]) == (2, 1, f"videos/{video_id}/2/video.mp4")
+    gate.set()
+
+    async def both_ended() -> bool:
+        return slow.ended == [video_id] and files(storage) == expected_files(video_id, 2)
+
+    await until(both_ended)
+    after = await store.get(video_id)
+    assert after is not None and after.outputs == job.outputs
+    with pytest.raises(RuntimeError, match="loop has ended"):
+        frozen.check()
+
+
+async def test_leases_outlive_quiet_stages(store: JobStore, storage: Storage, start: Start) -> None:
+    gate = asyncio.Event()
+    first, second = FakePipeline(storage, gate=gate), FakePipeline(storage)
+    video_id = await create(store)
+    start(first, lease_s=0.6)
+    await until(lambda: _running(store, video_id))
+    start(second, lease_s=0.6)
+    await asyncio.sleep(1.2)
+    gate.set()
+    assert (await ended(store, video_id, "completed")).attempt == 1
+    assert second.jobs == []
+
+
+async def test_stop_hands_jobs_back(store: JobStore, storage: Storage, start: Start) -> None:
+    gate = asyncio.Event()
+    pipeline = FakePipeline(storage, gate=gate)
+    video_id = await create(store)
+    dispatcher = start(pipeline)
+    await until(lambda: _running(store, video_id))
+    await dispatcher.stop()
+    job = await store.get(video_id)
+    assert job is not None
+    assert (job.status, job.attempt, job.failures, job.lease_owner) == ("queued", 1, 0, None)
+    assert pipeline.ended == [video_id]
+    dispatcher.check()
+    gate.set()
+    start(pipeline)
+    assert (await ended(store, video_id, "completed")).attempt == 2
+
+
+async def test_store_away_for_a_while(store: JobStore, storage: Storage, start: Start) -> None:
+    """Neither the loop nor a finished video is lost when the database cannot be reached."""
+    gate = asyncio.Event()
+    video_id = await create(store)
+    dispatcher = start(FakePipeline(storage, gate=gate))
+    await until(lambda: _running(store, video_id))
+    database = store._db
+
+    def away() -> Any:
+        raise OperationalError("SELECT 1", {}, ConnectionRefusedError("away"))
+
+    database.write = database.read = away  # type: ignore[method-assign]
+    gate.set()
+    await asyncio.sleep(0.4)
+    dispatcher.check()
+    del database.write, database.read
+    assert (await ended(store, video_id, "completed")).attempt == 1
+
+
+async def test_a_broken_loop_shows(store: JobStore, storage: Storage, start: Start) -> None:
+    dispatcher = start(FakePipeline(storage))
+    dispatcher.check()
+
+    async def broken(*_: Any) -> Any:
+        raise KeyError("a bug")
+
+    store.claim = broken  # type: ignore[method-assign]
+
+    async def noticed() -> bool:
+        try:
+            dispatcher.check()
+        except RuntimeError as error:
+            return isinstance(error.__cause__, KeyError)
+        return False
+
+    await until(noticed)
+
+
+async def test_two_dispatchers_share(store: JobStore, storage: Storage, start: Start) -> None:
+    first, second = FakePipeline(storage, step_s=0.01), FakePipeline(storage, step_s=0.01)
+    ids = [await create(store) for _ in range(20)]
+    start(first)
+    start(second)
+    for video_id in ids:
+        assert (await ended(store, video_id, "completed")).attempt == 1
+    ran = [job["id"] for job in first.jobs + second.jobs]
+    assert sorted(ran) == sorted(ids)
+    assert first.jobs and second.jobs
+
+
+async def _running(store: JobStore, video_id: str) -> bool:
+    job = await store.get(video_id)
+    return job is not None and job.stage == "denoise"
+
+
+def test_log_lines() -> None:
+    record = logging.makeLogRecord({"name": "serve_app.x", "msg": "claimed %d", "args": (1,), "job": "video_1"})
+    line = json.loads(JsonFormatter().format(record))
+    assert (line["message"], line["job"], line["logger"]) == ("claimed 1", "video_1", "serve_app.x")
+    assert "\n" not in JsonFormatter().format(record)

@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from serve_app.errors import ConfigError
+from serve_app.events import Done, Progress
+from serve_app.jobs.store import JobStore, QueueFull, percent
+from serve_app.jobs.tables import Job, id_time, new_id
+from tests.jobs.fakes import PARAMS
+
+DONE = Done({"video": "videos/x/1/video.mp4"}, {"denoise": 1.5}, 123, ["a warning"])
+
+
+async def create(store: JobStore, prompt: str = "a cat") -> Job:
+    return await store.create(PARAMS.model_copy(update={"prompt": prompt}), "wan")
+
+
+async def claim(store: JobStore, owner: str = "me", lease_s: float = 60, max_attempts: int = 3) -> Job:
+    job = await store.claim(owner, lease_s, max_attempts)
+    assert job is not None
+    return job
+
+
+async def get(store: JobStore, video_id: str) -> Job:
+    job = await store.get(video_id)
+    assert job is not None
+    return job
+
+
+def test_ids() -> None:
+    ids = [new_id() for _ in range(1000)]
+    assert len({video_id for video_id, _ in ids}) == 1000
+    for video_id, created_at in ids:
+        assert id_time(video_id) == created_at
+    for wrong in ("", "video_", "video_x", ids[0][0] + "0", ids[0][0].upper(), "video_\0", ids[0][0] + "\n"):
+        assert id_time(wrong) is None
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [
+        (Progress("encode", 0, 1), 0),
+        (Progress("encode", 1, 1), 2),
+        (Progress("denoise", 0, 40), 2),
+        (Progress("denoise", 20, 40), 47),
+        (Progress("denoise", 40, 40), 92),
+        (Progress("decode", 1, 1), 99),
+        (Progress("decode", 0, 0), 92),
+    ],
+)
+def test_percent(progress: Progress, expected: int) -> None:
+    assert percent(progress) == expected
+
+
+@pytest.mark.parametrize("url", ["mysql://x/y", "sqlite://", "sqlite:///:memory:", "nonsense"])
+def test_urls_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"store\.url has value"):
+        JobStore(url)
+
+
+async def test_password_is_not_shown() -> None:
+    with pytest.raises(ConfigError) as error:
+        JobStore("mysql://user:secret@host/db")
+    assert "secret" not in str(error.value)
+
+
+async def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no database, but long enough to be read as the header of one " * 9)
+    for url in (
+        f"sqlite:///{tmp_path / 'file'}",
+        f"sqlite:///{tmp_path / 'file' / 'jobs.db'}",
+        "postgresql://u:secret@127.0.0.1:1/x",
+    ):
+        with pytest.raises(ConfigError, match=r"^store\.url has value '.*': cannot be opened: [^\n]+$") as error:
+            await JobStore(url).start()
+        assert "secret" not in str(error.value)
+
+
+async def test_a_driver_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    with pytest.raises(ConfigError, match="needs the package 'asyncpg'"):
+        await JobStore("postgresql://127.0.0.1/x").start()
+
+
+async def test_start_twice_and_survives_reopening(store: JobStore, store_url: str) -> None:
+    job = await create(store)
+    await store.start()
+    other = JobStore(store_url)
+    await other.start()
+    assert (await get(other, job.id)).params == PARAMS.model_dump() | {"prompt": "a cat"}
+    await other.close()
+    with pytest.raises(RuntimeError, match="not started"):
+        await other.get(job.id)
+
+
+async def test_starting_at_the_same_time(tmp_path: Path) -> None:
+    stores = [JobStore(f"sqlite:///{tmp_path / 'deep' / 'jobs.db'}") for _ in range(5)]
+    await asyncio.gather(*(store.start() for store in stores))
+    await create(stores[0])
+    assert await stores[4].count_queued() == 1
+    await asyncio.gather(*(store.close() for store in stores))
+
+
+async def test_life_of_a_job(store: JobStore) -> None:
+    job = await create(store, "一只猫 🐈")
+    assert (job.status, job.attempt, job.progress, job.outputs, job.warnings) == ("queued", 0, 0, {}, [])
+    assert await store.count_queued() == 1
+    claimed = await claim(store)
+    assert (claimed.id, claimed.status, claimed.attempt, claimed.lease_owner) == (job.id, "in_progress", 1, "me")
+    assert claimed.started_at is not None and claimed.lease_until is not None
+    assert 59 < claimed.lease_until - claimed.started_at < 61
+    assert claimed.prefix == f"videos/{job.id}/1"
+    assert await store.claim("me", 60, 3) is None
+    assert await store.progress(job.id, 1, Progress("denoise", 2, 4, 3.5))
+    running = await get(store, job.id)
+    assert (running.stage, running.step, running.steps, running.progress) == ("denoise", 2, 4, 47)
+    assert running.seconds_left == 3.5
+    assert await store.complete(job.id, 1, DONE)
+    done = await get(store, job.id)
+    assert (done.status, done.progress, done.finished) == ("completed", 100, True)
+    assert (done.outputs, done.timings, done.size_bytes, done.warnings) == (
+        DONE.outputs,
+        DONE.timings,
+        DONE.size_bytes,
+        DONE.warnings,
+    )
+    assert done.completed_at is not None and done.lease_owner is None and done.seconds_left is None
+    assert done.params["prompt"] == "一只猫 🐈"
+
+
+async def test_progress_never_falls_within_an_attempt(store: JobStore) -> None:
+    job = await create(store)
+    await claim(store)
+    await store.progress(job.id, 1, Progress("decode", 0, 1))
+    await store.progress(job.id, 1, Progress("denoise", 1, 4))
+    assert (await get(store, job.id)).progress == 92
+
+
+async def test_claims_are_first_come_first_served(store: JobStore) -> None:
+    jobs = [await create(store, str(index)) for index in range(5)]
+    assert [await store.position(job.id) for job in jobs] == [1, 2, 3, 4, 5]
+    assert [(await claim(store)).id for _ in jobs] == [job.id for job in jobs]
+    assert await store.position(jobs[0].id) is None
+    assert await store.position("video_nonsense") is None
+
+
+async def test_two_claimers_never_get_the_same_job(store: JobStore, store_url: str) -> None:
+    stores = [store, JobStore(store_url), JobStore(store_url)]
+    for other in stores[1:]:
+        await other.start()
+    expected = {(await create(store, str(index))).id for index in range(300)}
+
+    async def claimer(mine: JobStore, owner: str) -> list[str]:
+        got = []
+        while (job := await mine.claim(owner, 60, 3)) is not None:
+            assert job.lease_owner == owner and job.attempt == 1
+            got.append(job.id)
+        return got
+
+    claims = await asyncio.gather(*(claimer(stores[index % 3], f"owner-{index}") for index in range(6)))
+    got = [video_id for claim in claims for video_id in claim]
+    assert len(got) == 300 and set(got) == expected
+    assert sum(bool(claim) for claim in claims) > 1
+    for other in stores[1:]:
+        await other.close()
+
+
+async def test_late_writers_are_fenced(store: JobStore) -> None:
+    job = await create(store)
+    await claim(store, "first", lease_s=-1)
+    second = await claim(store, "second")
+    assert (second.id, second.attempt, second.failures) == (job.id, 2, 1)
+    assert not await store.progress(job.id, 1, Progress("denoise", 4, 4))
+    assert not await store.complete(job.id, 1, DONE)
+    assert not await store.fail(job.id, 1, "x", "y")
+    assert not await store.retry(job.id, 1, "x", "y", max_attempts=3)
+    assert not await store.release(job.id, 1)
+    assert await store.renew({job.id: 1}, 60) == {}
+    assert await store.check({job.id: 1}) == {}
+    assert await store.check({job.id: 2}) == {job.id: False}
+    now = await get(store, job.id)
+    assert (now.status, now.progress, now.attempt) == ("in_progress", 0, 2)
+    assert await store.complete(job.id, 2, DONE)
+    assert not await store.complete(job.id, 2, DONE)
+    assert not await store.fail(job.id, 2, "x", "y")
+
+
+async def test_renewed_leases_do_not_expire(store: JobStore) -> None:
+    job = await create(store)
+    await claim(store, lease_s=0.2)
+    for _ in range(4):
+        await asyncio.sleep(0.1)
+        assert await store.renew({job.id: 1}, 0.2) == {job.id: False}
+        assert await store.claim("other", 60, 3) is None
+    await asyncio.sleep(0.3)
+    assert (await claim(store, "other")).attempt == 2
+
+
+async def test_attempts_are_bounded(store: JobStore) -> None:
+    job = await create(store)
+    for attempt in (1, 2):
+        assert (await claim(store, lease_s=-1, max_attempts=3)).attempt == attempt
+    assert (await claim(store, max_attempts=3)).attempt == 3
+    assert await store.retry(job.id, 3, "rank_lost", "A rank was lost.", max_attempts=3)
+    failed = await get(store, job.id)
+    assert (failed.status, failed.error_code, failed.failures) == ("failed", "rank_lost", 3)
+    assert failed.error_message == "A rank was lost. Gave up after 3 attempts."
+
+
+async def test_expired_for_the_last_time(store: JobStore) -> None:
+    job = await create(store)
+    await claim(store, lease_s=-1)
+    assert await store.claim("other", 60, 1) is None
+    failed = await get(store, job.id)
+    assert (failed.status, failed.error_code) == ("failed", "lease_expired")
+
+
+async def test_retry_waits(store: JobStore) -> None:
+    job = await create(store)
+    await claim(store)
+    await store.progress(job.id, 1, Progress("denoise", 3, 4))
+    assert await store.retry(job.id, 1, "rank_lost", "A rank was lost.", max_attempts=3, delay_s=0.3)
+    waiting = await get(store, job.id)
+    assert (waiting.status, waiting.progress, waiting.stage, waiting.error_code) == ("queued", 0, None, "rank_lost")
+    assert await store.claim("me", 60, 3) is None
+    await asyncio.sleep(0.35)
+    assert (await claim(store)).attempt == 2
+    assert await store.complete(job.id, 2, DONE)
+    assert (await get(store, job.id)).error_code is None
+
+
+async def test_release_costs_no_attempt_and_no_place(store: JobStore) -> None:
+    first, second = await create(store), await create(store)
+    for attempt in range(1, 6):
+        job = await claim(store, max_attempts=2)
+        assert (job.id, job.attempt, job.failures) == (first.id, attempt, 0)
+        assert await store.release(job.id, attempt)
+    assert await store.position(second.id) == 2
+
+
+async def test_cancel(store: JobStore) -> None:
+    waiting, running = await create(store), await create(store)
+    cancelled = await store.request_cancel(waiting.id)
+    assert cancelled is not None
+    assert (cancelled.status, cancelled.error_code) == ("failed", "cancelled")
+    assert (await claim(store)).id == running.id
+    asked = await store.request_cancel(running.id)
+    assert asked is not None
+    assert (asked.status, asked.cancel_requested) == ("in_progress", True)
+    assert await store.check({running.id: 1}) == {running.id: True}
+    assert await store.renew({running.id: 1}, 60) == {running.id: True}
+    # Whichever way the attempt ends, no other is made.
+    assert await store.release(running.id, 1)
+    assert (await get(store, running.id)).error_code == "cancelled"
+    assert await store.request_cancel("video_nonsense") is None
+
+
+async def test_cancelled_while_its_dispatcher_is_dead(store: JobStore) -> None:
+    job = await create(store)
+    await claim(store, lease_s=-1)
+    await store.request_cancel(job.id)
+    assert await store.claim("other", 60, 3) is None
+    assert (await get(store, job.id)).error_code == "cancelled"
+
+
+async def test_delete(store: JobStore) -> None:
+    waiting, running = await create(store), await create(store)
+    assert await store.delete(waiting.id)
+    assert not await store.delete(waiting.id)
+    assert not await store.delete("video_nonsense")
+    assert (await claim(store)).id == running.id
+    assert await store.delete(running.id)
+    assert not await store.progress(running.id, 1, Progress("denoise", 1, 4))
+    assert await store.check({running.id: 1}) == {}
+    due = [item.prefix for item in await store.garbage()]
+    assert due == [f"videos/{waiting.id}", f"videos/{running.id}"]
+    await store.forget_garbage(await store.garbage())
+    assert await store.garbage() == []
+    await asyncio.sleep(0.25)  # late_outputs_s
+    assert [item.prefix for item in await store.garbage()] == [f"videos/{running.id}"]
+
+
+async def test_files_of_earlier_attempts_are_garbage(store: JobStore) -> None:
+    job = await create(store)
+    await claim(store, lease_s=-1)
+    await claim(store)
+    await store.complete(job.id, 2, DONE)
+    assert [item.prefix for item in await store.garbage()] == [f"videos/{job.id}/1"]
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_list_pages(store: JobStore, order: str) -> None:
+    ids = [(await create(store, str(index))).id for index in range(7)]
+    expected = ids if order == "asc" else ids[::-1]
+    seen: list[str] = []
+    after, more = None, True
+    while more:
+        jobs, more = await store.list(after, 3, order)  # type: ignore[arg-type]
+        seen += [job.id for job in jobs]
+        after = seen[-1]
+        await store.delete(after)  # a page may start after a video that is gone
+    assert seen == expected
+    with pytest.raises(LookupError):
+        await store.list("nonsense")
+
+
+async def test_list_and_claim_use_indexes(tmp_path: Path) -> None:
+    import sqlite3
+
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+    await store.start()
+    await store.close()
+    with sqlite3.connect(tmp_path / "jobs.db") as connection:
+        for query in (
+            "SELECT * FROM jobs WHERE (created_at, id) < (1.0, 'x') ORDER BY created_at DESC, id DESC LIMIT 3",
+            "SELECT id FROM jobs WHERE status = 'queued' AND not_before <= 1 ORDER BY created_at, id LIMIT 1",
+            "SELECT * FROM jobs WHERE status = 'in_progress' AND lease_until < 1 LIMIT 100",
+        ):
+            plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}"))
+            assert "USING INDEX" in plan and "TEMP B-TREE" not in plan, plan
+    connection.close()
+
+
+async def test_queue_bound(store: JobStore) -> None:
+    for _ in range(2):
+        await store.create(PARAMS, "wan", max_queued=2)
+    with pytest.raises(QueueFull, match="2 jobs wait"):
+        await store.create(PARAMS, "wan", max_queued=2)
+    await claim(store)
+    await store.create(PARAMS, "wan", max_queued=2)
+
+
+async def test_clocks_agree(store: JobStore) -> None:
+    job = await create(store)
+    claimed = await claim(store)
+    assert claimed.started_at is not None
+    assert abs(claimed.started_at - job.created_at) < 5

@@ -1,0 +1,89 @@
+"""The `wan` application on a real Ray with the random checkpoint, and how tests look into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray import serve
+
+from serve_app.app import wan
+from serve_app.config import Config, validate
+from serve_app.request import Params, VideoRequest, resolve
+
+
+class Wan:
+    """A deployed application."""
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        self.config: Config = validate(args)
+        self.pipeline = serve.run(wan(args), name="wan", route_prefix=None).options(stream=True)
+        self._jobs = 0
+
+    def handle(self, deployment: str) -> Any:
+        return serve.get_deployment_handle(deployment, "wan")
+
+    def params(self, prompt: str = "a red circle", **fields: Any) -> Params:
+        return resolve(VideoRequest(prompt=prompt, **fields), self.config)
+
+    def job(self, prompt: str = "a red circle", **fields: Any) -> dict[str, Any]:
+        self._jobs += 1
+        job_id = f"video_{self._jobs}"
+        params = self.params(prompt, **fields)
+        return {"id": job_id, "attempt": 1, "params": params.model_dump(), "prefix": f"videos/{job_id}/1"}
+
+    def path(self, key: str) -> Path:
+        return Path(self.config.storage_url) / key
+
+
+@pytest.fixture(scope="module")
+def deploy(
+    ray_cluster: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Wan]]:
+    """Deploys the application with options of the test's own, given as a mapping of sections."""
+
+    def run(**sections: dict[str, Any]) -> Wan:
+        args: dict[str, Any] = {
+            "home": str(tmp_path_factory.mktemp("home")),
+            "model": {"path": str(checkpoint), "name": "random", "dtype": "float32"},
+            "defaults": {
+                "width": 64,
+                "height": 48,
+                "num_frames": 9,
+                "num_inference_steps": 6,
+                "guidance_scale": 4.0,
+                "guidance_scale_2": 3.0,
+                "flow_shift": 5.0,
+                "negative_prompt": "模糊",
+            },
+            "encoder": {"resources": {"num_cpus": 0.1}, "threads": 1},
+            "denoiser": {
+                "rank": {"num_cpus": 0.1},
+                "coordinator_cpus": 0.1,
+                "threads": 1,
+                "samples_per_step": 4,
+                "health_check_period_s": 1,
+                "health_check_timeout_s": 4,
+                "shutdown_timeout_s": 20,
+                "start_timeout_s": 120,
+            },
+            "decoder": {"resources": {"num_cpus": 0.1}, "threads": 1, "batch": {"size": 2, "wait_s": 0.01}},
+        }
+        for name, options in sections.items():
+            args[name] = {**args.get(name, {}), **options}
+        return Wan(args)
+
+    yield run
+    serve.delete("wan")
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """Processes of this user whose title begins so, as an operator would find them."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if (process.info["cmdline"] or [""])[0].startswith(title):
+            found.append(process)
+    return found

@@ -1,0 +1,152 @@
+"""What dies or hangs is replaced by itself, what is slow is left alone, and who leaves frees the ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from serve_app.events import Done, Progress
+from tests.stages.conftest import Wan, processes
+
+
+@pytest.fixture(scope="module")
+def app(deploy) -> Wan:
+    return deploy(denoiser={"tensor_parallel": 2, "health_check_timeout_s": 2}, limits={"num_inference_steps": 2000})
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {timeout_s} s"
+        time.sleep(0.05)
+
+
+def ranks() -> dict[int, psutil.Process]:
+    return {process.pid: process for process in processes("ray::Rank")}
+
+
+def make(app: Wan, **fields) -> Done:
+    last = list(app.pipeline.generate.remote(app.job(**fields)))[-1]
+    assert isinstance(last, Done)
+    return last
+
+
+def make_soon(app: Wan, timeout_s: float = 60) -> Done:
+    """A video as soon as the denoiser is back; before, requests may fail."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return make(app)
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_a_rank_that_is_gone_takes_its_group_along_and_a_new_group_comes(app, blow):
+    make_soon(app)
+    before = ranks()
+    assert len(before) == 2
+    stream = iter(app.pipeline.generate.remote(app.job(num_inference_steps=2000)))
+    while not (isinstance(event := next(stream), Progress) and event.stage == "denoise" and event.step > 1):
+        pass
+    os.kill(max(before), blow)
+    with pytest.raises(Exception) as failure:
+        list(stream)
+    from serve_app.jobs.deployment import translate
+
+    assert getattr(translate(failure.value), "retryable", False), repr(failure.value)
+    make_soon(app)
+    until(lambda: not any(process.is_running() for process in before.values()))
+    assert len(ranks()) == 2 and not set(ranks()) & set(before)
+
+
+def test_a_long_step_is_not_taken_for_a_hang(app):
+    """One step here takes longer than several health checks may."""
+    before = set(ranks())
+    limit = 2 * app.config.denoiser.health_check_timeout_s
+    for frames in (81, 161):  # a fast machine needs the longer one
+        params = app.params(width=480, height=480, num_frames=frames, num_inference_steps=1)
+        encoded = app.handle("Encoder").encode.remote(params.prompt, params.negative_prompt)
+        stream = app.handle("Denoiser").options(stream=True).denoise.remote(f"long-{frames}", params, encoded)
+        seconds = list(stream)[-1].seconds
+        if seconds > limit:
+            break
+    assert seconds > limit, f"a step of {seconds:.1f} s proves nothing"
+    assert set(ranks()) == before
+
+
+def test_who_leaves_frees_the_ranks_at_the_next_step(app):
+    denoiser = app.handle("Denoiser")
+    response = app.pipeline.generate.remote(app.job(num_inference_steps=2000))
+    stream = iter(response)
+    while not (isinstance(event := next(stream), Progress) and event.stage == "denoise" and event.step > 1):
+        pass
+    assert denoiser.describe.remote().result()["resident"] == 1
+    response.cancel()
+    until(lambda: denoiser.describe.remote().result()["resident"] == 0, 10)
+    steps = denoiser.describe.remote().result()["steps"]
+    make(app, num_inference_steps=3)
+    # The step that was under way when it left may end after it.
+    assert denoiser.describe.remote().result()["steps"] <= steps + 1 + 3, "the cancelled sample went on"
+
+
+def test_more_samples_than_seats_all_finish_and_who_leaves_while_waiting_is_forgotten(deploy):
+    app = deploy(denoiser={"resident_samples": 1, "batch": {"size": 4, "wait_s": 0.3}})
+    denoiser = app.handle("Denoiser")
+    with ThreadPoolExecutor(5) as pool:
+        jobs = [pool.submit(make, app, seed=seed) for seed in range(4)]
+        waiting = app.pipeline.generate.remote(app.job(seed=9))
+        pool.submit(_drain, waiting)
+        time.sleep(0.1)  # whatever it is at by now, it must be gone afterwards
+        waiting.cancel()
+        assert all(job.result(timeout=60).outputs for job in jobs)
+    until(lambda: denoiser.describe.remote().result()["resident"] == 0, 10)
+    make(app)
+
+
+def test_replicas_follow_the_queue(deploy):
+    """One replica of the denoiser, two under load, one again."""
+    app = deploy(
+        denoiser={
+            "autoscaling": {
+                "min_replicas": 1,
+                "max_replicas": 2,
+                "target_queue_length": 2,
+                "upscale_delay_s": 0,
+                "downscale_delay_s": 1,
+                "look_back_s": 2,
+            }
+        },
+        limits={"num_inference_steps": 2000},
+    )
+
+    def replicas() -> int:
+        return len(processes("ray::ServeReplica:wan:Denoiser"))
+
+    until(lambda: replicas() == 1)
+    responses = [app.pipeline.generate.remote(app.job(num_inference_steps=2000)) for _ in range(6)]
+    listeners = [threading.Thread(target=_drain, args=(response,), daemon=True) for response in responses]
+    for listener in listeners:
+        listener.start()
+    until(lambda: replicas() == 2 and len(ranks()) == 2, 90)
+    for response in responses:
+        response.cancel()
+    until(lambda: replicas() == 1 and len(ranks()) == 1, 90)
+    make(app)
+
+
+def _drain(response) -> None:
+    try:
+        for _ in response:
+            pass
+    except Exception:
+        return

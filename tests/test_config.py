@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from serve_app.config import Config, load_file, validate
+from serve_app.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "app.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def applications(**args: Any) -> dict[str, Any]:
+    return {
+        "applications": [
+            {"name": "wan", "import_path": "serve_app.app:wan", "args": args},
+            {"name": "gateway", "import_path": "serve_app.app:gateway", "route_prefix": "/", "args": args},
+        ]
+    }
+
+
+def test_python_defaults_are_those_of_the_release() -> None:
+    defaults = Config().defaults
+    assert (defaults.width, defaults.height, defaults.num_frames, defaults.fps) == (1280, 720, 81, 16)
+    assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.guidance_scale_2) == (40, 4.0, 3.0)
+    assert (defaults.flow_shift, defaults.boundary_ratio) == (12.0, 0.875)
+    assert defaults.negative_prompt.startswith("色调艳丽")
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Config().home = "x"  # type: ignore[misc]
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WAN_SERVE_HOME", raising=False)
+    assert Config().home_path == Path("data").absolute()
+    monkeypatch.setenv("WAN_SERVE_HOME", str(tmp_path))
+    assert Config().home_path == tmp_path
+    config = Config(home=str(tmp_path / "other"))
+    assert config.store_url == f"sqlite+aiosqlite:///{tmp_path}/other/jobs.db"
+    assert config.storage_url == f"{tmp_path}/other/videos"
+    config = validate({"store": {"url": "postgresql://db/jobs"}, "storage": {"url": "/videos"}})
+    assert (config.store_url, config.storage_url) == ("postgresql://db/jobs", "/videos")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"typo": 1}, "args: unknown option 'typo'"),
+        ({"limits": {"pixel": 1}}, "args: unknown option 'limits.pixel'"),
+        ({"denoiser": {"batch": {"wait": 1}}}, "args: unknown option 'denoiser.batch.wait'"),
+        (
+            {"denoiser": {"tensor_parallel": 0}},
+            "args: denoiser.tensor_parallel has value 0: Input should be greater than 0",
+        ),
+        ({"denoiser": {"placement": "NEAR"}}, "args: denoiser.placement has value 'NEAR': Input should be 'PACK'"),
+        ({"model": {"dtype": "fp8"}}, "args: model.dtype has value 'fp8': Input should be 'float32' or 'bfloat16'"),
+        ({"dispatcher": {"running_jobs": "many"}}, "args: dispatcher.running_jobs has value 'many'"),
+        ({"encoder": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "min_replicas is 3, expected at most"),
+        ({"defaults": {"num_frames": 200}}, "args: defaults: num_frames is 200, expected at most limits' 161"),
+    ],
+)
+def test_refusals_name_option_value_and_expectation(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(args)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_each_fault_has_its_line() -> None:
+    with pytest.raises(ConfigError) as error:
+        validate({"typo": 1, "limits": {"fps": 0}})
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_file(tmp_path: Path) -> None:
+    content, config = load_file(write(tmp_path, applications(limits={"fps": 30})))
+    assert content["applications"][0]["name"] == "wan"
+    assert config.limits.fps == 30
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"application": []}, "unknown option 'application'"),
+        ({"http_options": {"prot": 80}}, "http_options: unknown option 'prot'"),
+        ({"http_options": [1]}, "http_options: has value [1], expected a mapping"),
+        ({"applications": [{"nam": "wan"}]}, "application None: unknown option 'nam'"),
+        ({"applications": [{"name": "wan", "args": {"typo": 1}}]}, "application 'wan': unknown option 'typo'"),
+        ({"applications": [{"name": "wan", "deployments": []}]}, "application 'wan': unknown option 'deployments'"),
+        ({"applications": [{"args": {"home": "a"}}, {"args": {"home": "b"}}]}, "the applications' `args` differ"),
+        ({"applications": ["wan"]}, "expected a mapping"),
+        ({"applications": [{"name": "wan", "args": [1]}]}, "application 'wan' has value [1]"),
+        ({"applications": []}, "of at least one"),
+    ],
+)
+def test_file_refusals(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, {**applications(), **change})
+    with pytest.raises(ConfigError) as error:
+        load_file(path)
+    assert str(error.value).startswith(str(path)) and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not YAML"),
+        ("\x00", "is not YAML"),
+        ("", "expected a mapping"),
+        ("- 1", "expected a mapping"),
+        ("a: 1", "`applications`"),
+    ],
+)
+def test_file_is_no_configuration(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_file(write(tmp_path, content))
+
+
+def test_file_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
+        load_file(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_files(path: Path) -> None:
+    load_file(path)

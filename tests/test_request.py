@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.config import Config, Defaults, Limits
+from serve_app.errors import InvalidRequest
+from serve_app.request import Params, VideoRequest, parse, resolve
+
+CONFIG = Config(
+    defaults=Defaults(width=128, height=64, num_frames=33, num_inference_steps=8, negative_prompt="blurry"),
+    limits=Limits(pixels=512 * 288, num_frames=81, num_inference_steps=50, prompt_chars=100),
+)
+
+
+def test_defaults_fill_in() -> None:
+    params = resolve(parse({"prompt": "a cat"}), CONFIG)
+    assert (params.width, params.height, params.num_frames, params.fps) == (128, 64, 33, 16)
+    assert (params.num_inference_steps, params.negative_prompt) == (8, "blurry")
+    assert (params.guidance_scale, params.guidance_scale_2, params.flow_shift) == (4.0, 3.0, 12.0)
+    assert 0 <= params.seed < 2**32
+    assert params.seconds == 33 / 16 and params.latent_shape == (9, 8, 16) and params.guided
+
+
+def test_a_seed_is_kept_or_drawn() -> None:
+    assert resolve(VideoRequest(prompt="a", seed=0), CONFIG).seed == 0
+    assert resolve(VideoRequest(prompt="a", seed=2**63 - 1), CONFIG).seed == 2**63 - 1
+    assert len({resolve(VideoRequest(prompt="a"), CONFIG).seed for _ in range(20)}) > 1
+
+
+def test_one_guidance_speaks_for_both_experts() -> None:
+    assert resolve(VideoRequest(prompt="a", guidance_scale=5), CONFIG).guidance_scale_2 == 5
+    assert resolve(VideoRequest(prompt="a", guidance_scale=5, guidance_scale_2=2), CONFIG).guidance_scale_2 == 2
+    assert resolve(VideoRequest(prompt="a", guidance_scale_2=2), CONFIG).guidance_scale == 4.0
+    assert not resolve(VideoRequest(prompt="a", guidance_scale=1), CONFIG).guided
+
+
+def test_an_empty_negative_prompt_is_a_choice() -> None:
+    assert resolve(VideoRequest(prompt="a", negative_prompt=""), CONFIG).negative_prompt == ""
+
+
+def test_forms_spell_numbers_as_text() -> None:
+    fields = {"prompt": "a", "seed": "7", "guidance_scale": "2.5", "num_frames": "5"}
+    request = parse(fields, strict=False)
+    assert (request.seed, request.guidance_scale, request.num_frames) == (7, 2.5, 5)
+    with pytest.raises(InvalidRequest, match="'num_frames' has value '5'"):
+        parse(fields)
+
+
+def test_limits_are_inclusive() -> None:
+    resolve(VideoRequest(prompt="x" * 100, width=512, height=288, num_frames=81, num_inference_steps=50), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({}, "prompt", "'prompt' is required."),
+        ({"prompt": " "}, "prompt", "'prompt' is empty, expected a description of the video."),
+        ({"prompt": "x" * 101}, "prompt", "'prompt' has 101 characters, expected at most 100."),
+        ({"prompt": "a", "colour": 1}, "colour", "Unknown field 'colour'."),
+        ({"prompt": "a", "model": "sora"}, "model", "'model' is 'sora', expected 'wan2.2-t2v-a14b'."),
+        ({"prompt": "a", "width": 100}, "width", "'width' is 100, expected a positive multiple of 16."),
+        ({"prompt": "a", "height": 0}, "height", "'height' is 0, expected a positive multiple of 16."),
+        (
+            {"prompt": "a", "width": 512, "height": 512},
+            "size",
+            "'size' 512x512 is 262144 pixels, expected at most 147456.",
+        ),
+        ({"prompt": "a", "num_frames": 4}, "num_frames", "'num_frames' is 4, expected 4k+1 (1, 5, 9, ...)."),
+        ({"prompt": "a", "num_frames": 85}, "num_frames", "'num_frames' is 85, expected 1 to 81."),
+        ({"prompt": "a", "seed": -1}, "seed", f"'seed' is -1, expected 0 to {2**63 - 1}."),
+        ({"prompt": "a", "flow_shift": float("nan")}, "flow_shift", "'flow_shift' is nan, expected 0.01 to 100."),
+        (
+            {"prompt": "a", "guidance_scale": float("inf")},
+            "guidance_scale",
+            "'guidance_scale' is inf, expected 0 to 100.",
+        ),
+        ({"prompt": "a", "fps": True}, "fps", "'fps' has value True: Input should be a valid integer."),
+    ],
+)
+def test_refusals_name_field_value_and_expectation(fields: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        resolve(parse(fields), CONFIG)
+    assert (error.value.param, str(error.value)) == (param, message)
+
+
+ANY = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.lists(st.integers(), max_size=2)
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from([*VideoRequest.model_fields, "other"]), ANY), st.booleans())
+def test_any_fields_give_params_or_a_refusal(fields: dict[str, Any], strict: bool) -> None:
+    try:
+        params = resolve(parse(fields, strict=strict), CONFIG)
+    except InvalidRequest as error:
+        assert str(error) and "\n" not in str(error) and len(str(error)) < 400
+        return
+    assert params.width * params.height <= CONFIG.limits.pixels and params.num_frames % 4 == 1
+    assert Params.model_validate_json(params.model_dump_json()) == params

@@ -1,0 +1,31 @@
+"""The pieces that several tests of the model path use, loaded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve_app.wan.generate import Generator
+from serve_app.wan.parallel import World
+
+
+@pytest.fixture(scope="session")
+def alone() -> World:
+    """A group of one on the CPU."""
+    return World(0, 1, None, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def generator(checkpoint: Path) -> Generator:
+    """The random checkpoint, loaded."""
+    return Generator(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The latents of WanPipeline for the cases of the parity benchmark."""
+    from benchmarks import parity
+
+    return parity.reference(checkpoint)

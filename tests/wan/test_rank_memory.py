@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.rank_memory import MB, SIZES, measure, write_large
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_large(tmp_path_factory.mktemp("large"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_rank_holds_and_reads_its_shard_only(large: Path, size: int) -> None:
+    whole = sum(file.stat().st_size for file in (large / "transformer").glob("*.safetensors"))
+    for rank in measure(large, size):
+        # What is not cut (norms, embeddings, the projection of the timestep) comes on top of the even share.
+        assert whole / size <= rank["shard"] + MB
+        assert rank["shard"] <= whole / size + 60 * MB
+        assert rank["growth"] <= 1.1 * rank["shard"] + 48 * MB
+        assert rank["read"] <= rank["shard"] + 2 * MB
+
+
+def test_half_the_precision_is_half_the_memory(large: Path) -> None:
+    for rank in measure(large, 2, "bfloat16"):
+        assert rank["growth"] <= 1.1 * rank["shard"] + 80 * MB  # the largest tensor is read in float32 first

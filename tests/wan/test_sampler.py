@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.parity import CASES, relative_error
+from serve_app.request import Params
+from serve_app.wan.generate import Generator
+from serve_app.wan.sample import Sample
+from serve_app.wan.sampler import NotFinite, advance, denoise
+
+BASE = next(iter(CASES.values()))
+FUSE = 8192
+# Strangers of one shape: different prompts, lengths, seeds, scales and schedules.
+STRANGERS = [
+    BASE,
+    Params(**{**BASE.model_dump(), "prompt": "蓝色的星星", "seed": 5, "guidance_scale": 6.5, "guidance_scale_2": 1.5}),
+    Params(**{**BASE.model_dump(), "seed": 6, "num_inference_steps": 11, "flow_shift": 9.0, "negative_prompt": "x"}),
+]
+
+
+def test_strangers_in_a_batch_are_as_alone(generator: Generator) -> None:
+    samples = [generator.start(params) for params in STRANGERS]
+    advance(generator.experts["transformer"], samples[:1], FUSE)  # joined later by the others
+    shared = 0
+    while waiting := [sample for sample in samples if not sample.finished]:
+        batch = [sample for sample in waiting if sample.cohort == waiting[-1].cohort]
+        shared += len(batch) > 1 and len({sample.timestep for sample in batch}) > 1
+        advance(generator.experts[batch[0].expert], batch, FUSE)
+    assert shared > 3
+    for sample in samples:
+        assert relative_error(sample.latents, generator.latents(sample.params)) <= 1e-5
+
+
+@pytest.mark.parametrize("params", STRANGERS[:2])
+def test_fused_guidance_changes_nothing(generator: Generator, params: Params) -> None:
+    fused = denoise(generator.experts, generator.start(params), fuse_guidance_tokens=FUSE)
+    apart = denoise(generator.experts, generator.start(params), fuse_guidance_tokens=0)
+    assert relative_error(fused, apart) <= 1e-5
+
+
+def test_forward_passes(generator: Generator) -> None:
+    sizes = []
+    model = generator.experts["transformer"]
+    with model.register_forward_pre_hook(
+        lambda _, __, inputs: sizes.append(inputs["hidden_states"].shape[0]), with_kwargs=True
+    ):
+        guided = generator.start(BASE)
+        for fuse in (2 * guided.tokens, 2 * guided.tokens - 1):
+            advance(model, [generator.start(BASE)], fuse)
+        advance(model, [generator.start(BASE), generator.start(STRANGERS[1])], 4 * guided.tokens)
+        advance(model, [generator.start(Params(**{**BASE.model_dump(), "guidance_scale": 1.0}))], 0)
+    assert sizes == [2, 1, 1, 4, 1]
+
+
+def test_only_samples_of_one_cohort(generator: Generator) -> None:
+    other = generator.start(Params(**{**BASE.model_dump(), "width": 80}))
+    with pytest.raises(ValueError, match="samples of one cohort expected"):
+        advance(generator.experts["transformer"], [generator.start(BASE), other], FUSE)
+    with pytest.raises(ValueError, match="samples of one cohort expected"):
+        advance(generator.experts["transformer"], [], FUSE)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_sample_that_is_not_finite_is_named(generator: Generator, poison: float) -> None:
+    good, bad = generator.start(BASE), generator.start(STRANGERS[1])
+    bad.name = "job-7"
+    bad.latents[0, 0, 0, 0, 0] = poison
+    with pytest.raises(NotFinite, match="sample job-7 with seed 5 at step 1 of 8") as error:
+        advance(generator.experts["transformer"], [good, bad], FUSE)
+    assert error.value.samples == [bad]
+    assert not error.value.retryable
+    alone = generator.start(BASE)
+    advance(generator.experts["transformer"], [alone], FUSE)
+    assert relative_error(good.latents, alone.latents) <= 1e-5
+
+
+def test_progress_of_the_whole_loop(generator: Generator) -> None:
+    seen: list[tuple[int, int]] = []
+    sample = generator.start(BASE)
+
+    def note(at: Sample) -> None:
+        seen.append((at.step, at.steps))
+
+    latents = denoise(generator.experts, sample, note)
+    assert seen == [(step, 8) for step in range(1, 9)]
+    assert latents is sample.latents
+    assert latents.dtype == torch.float32
