@@ -87,7 +87,7 @@ def load_expert(
     """An expert, or this rank's shard of it, ready to run.
 
     The module is called as `WanTransformer3DModel` is, by all ranks with the same arguments, and returns the same
-    prediction on all of them. The memory of the process grows by the shard plus one tensor.
+    prediction on all of them. The memory of the process grows by the shard and little more.
 
     Args:
         dtype: of weights and activations; the modules that diffusers keeps in float32 stay so.
@@ -233,11 +233,11 @@ def _fill(model: nn.Module, weights: Weights, world: World, dtype: torch.dtype, 
             )
         dim = cut[0] if cut else 0
         start = world.rank * parameter.shape[dim] if cut else 0
-        tensor = weights.read(name, dim, start, start + parameter.shape[dim])
         target = torch.float32 if float32.intersection(name.split(".")) else dtype
+        tensor = weights.read(name, dim, start, start + parameter.shape[dim], target)
         # A new parameter, since those built on the meta device cannot be given memory.
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, target), requires_grad=False))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device), requires_grad=False))
     # Present in files of the image-to-video sibling, without a place in the model; diffusers ignores it as well.
     missing = {name for name in missing if "norm_added_q" not in name}
     if missing:

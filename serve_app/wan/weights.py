@@ -34,6 +34,7 @@ _DTYPES = {
 }
 _MAX_HEADER = 100 << 20  # what the format's own reader accepts
 _READ = 1 << 30  # Linux returns at most 2 GiB from one read
+_BUFFER = 8 << 20  # bytes; a multiple of every element's size
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Weights:
         self.folder = folder
         self._entries: dict[str, _Entry] = {}
         self._open: dict[Path, int] = {}
+        self._buffer: torch.Tensor | None = None
         for file in weight_files(folder, stem):
             self._entries.update(_header(file))
 
@@ -70,7 +72,8 @@ class Weights:
         self.close()
 
     def close(self) -> None:
-        """Close the files. A later read opens them again."""
+        """Close the files and free the buffer. A later read opens them again."""
+        self._buffer = None
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -82,10 +85,16 @@ class Weights:
         """The shape of the whole tensor."""
         return self._entries[name].shape
 
-    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """The slice `start:stop` of a tensor along `dim`, in the dtype of the file, on the CPU.
+    def read(
+        self, name: str, dim: int = 0, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """The slice `start:stop` of a tensor along `dim`, on the CPU.
 
         Only the bytes of the slice are read: in one piece along dimension 0, row by row along a later one.
+
+        Args:
+            dtype: of the result, that of the file if not given. Conversion goes through a buffer that all reads share,
+                so that memory holds the result alone, and is not left in holes of the size of the file's tensors.
         """
         entry = self._entries[name]
         shape = list(entry.shape) or [1]
@@ -94,17 +103,34 @@ class Weights:
         if not 0 <= start <= stop <= size:
             raise IndexError(f"{name}: slice {start}:{stop} is outside of dimension {dim}, which has {size} entries")
         shape[dim] = stop - start
-        out = torch.empty(shape, dtype=entry.dtype)
-        view = memoryview(out.view(-1).view(torch.uint8).numpy().data)
         inner = math.prod(shape[dim + 1 :]) * entry.dtype.itemsize
         # A whole tensor is one run of bytes, a slice has one run for each index of the dimensions before it.
         runs = math.prod(shape[:dim]) if stop - start < size else 1
-        length = len(view) // max(1, runs)
+        length = math.prod(shape) * entry.dtype.itemsize // max(1, runs)
+        out = torch.empty(shape, dtype=dtype or entry.dtype)
+        flat = out.view(-1)
+        # Without a conversion the result itself is the buffer.
+        buffer = flat.view(torch.uint8) if out.dtype == entry.dtype else self._conversion_buffer()
+        view = memoryview(buffer.numpy().data)
         file = self._file(entry.file)
+        filled = written = 0
         for run in range(runs):
             offset = entry.offset + (run * size + start) * inner
-            _fill(file, view[run * length : (run + 1) * length], offset, entry.file)
+            done = 0
+            while done < length:
+                count = min(length - done, len(view) - filled)
+                _fill(file, view[filled : filled + count], offset + done, entry.file)
+                done, filled = done + count, filled + count
+                if out.dtype != entry.dtype and (filled == len(view) or (run == runs - 1 and done == length)):
+                    values = buffer[:filled].view(entry.dtype)
+                    flat[written : written + len(values)] = values
+                    written, filled = written + len(values), 0
         return out if entry.shape else out[0]
+
+    def _conversion_buffer(self) -> torch.Tensor:
+        if self._buffer is None:
+            self._buffer = torch.empty(_BUFFER, dtype=torch.uint8)
+        return self._buffer
 
     def _file(self, path: Path) -> int:
         if path not in self._open:

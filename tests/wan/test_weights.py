@@ -49,6 +49,21 @@ def test_slices_along_every_dimension(weights: Weights, tensors: dict[str, torch
                 assert torch.equal(weights.read(name, dim, start, stop), expected), (name, dim, start, stop)
 
 
+@pytest.mark.parametrize("size", [8, 48, 1 << 20])
+def test_conversion_while_reading(
+    weights: Weights, tensors: dict[str, torch.Tensor], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.wan.weights._BUFFER", size)  # smaller than a row, than a tensor, larger than both
+    for name, dtype in (("matrix", torch.bfloat16), ("cube", torch.float16), ("half", torch.float32)):
+        for dim, count in enumerate(tensors[name].shape):
+            for start, stop in ((0, count // 2), (1, count), (0, count), (0, 0)):
+                expected = tensors[name].narrow(dim, start, stop - start).to(dtype)
+                read = weights.read(name, dim, start, stop, dtype)
+                assert read.dtype == dtype
+                assert torch.equal(read, expected), (name, dim, start, stop)
+    assert torch.equal(weights.read("scalar", dtype=torch.float64), tensors["scalar"].double())
+
+
 def test_a_slice_outside_is_refused(weights: Weights) -> None:
     with pytest.raises(IndexError, match="slice 4:7 is outside of dimension 0, which has 6 entries"):
         weights.read("matrix", 0, 4, 7)
