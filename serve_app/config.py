@@ -24,6 +24,7 @@ WAN_NEGATIVE_PROMPT = (
 )
 
 Device = Literal["auto", "cpu", "cuda"]
+Priority = Literal["interactive", "standard", "batch"]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 
@@ -93,7 +94,9 @@ class Resources(Section):
     num_cpus: NonNegativeFloat = 1
     num_gpus: NonNegativeFloat = 0
     resources: dict[str, float] = {}
-    """Custom Ray resources, e.g. to keep a stage on certain hosts."""
+    """Custom Ray resources that it uses up."""
+    labels: dict[str, str] = {}
+    """Ray node labels that its host must have, e.g. `{pool: h200}`; a value may be `in(a, b)` or `!a`."""
 
 
 class Autoscaling(Section):
@@ -157,12 +160,26 @@ class Denoiser(Stage):
     """Ray placement strategy of a group. STRICT_PACK keeps its ranks on one host, where links are fast."""
     batch: Batch = Batch(size=4, wait_s=0.005)
     """Of the admissions: samples that arrive together start together."""
+    experts: Literal["together", "swap", "split"] = "together"
+    """`together`: every rank holds both. `swap`: both in host memory, the one in use on the device as well.
+    `split`: two deployments with one expert each, which hand samples over at the boundary."""
+    low_noise_autoscaling: Autoscaling | None = None
+    """With `experts: split`, of the low-noise expert's replicas; `autoscaling` is then that of the high-noise ones, and
+    of both if this is not given."""
     samples_per_step: PositiveInt = 1
     """Samples of equal shape that may share a forward pass."""
     tokens_per_step: PositiveInt = 80_000
     """Tokens that a shared forward pass may hold; a single sample may exceed it."""
+    step_memory_mib: NonNegativeFloat = 0
+    """Working memory that a shared forward pass may take on one rank; a single sample may exceed it. 0 is no bound."""
     resident_samples: PositiveInt = 8
     """Samples whose state a group holds at once; others wait outside."""
+    parked_memory_mib: NonNegativeFloat = 4096
+    """Device memory for the state of samples that do not take part in a step; the least urgent beyond it are kept in
+    host memory."""
+    checkpoint_s: NonNegativeFloat = 30
+    """A sample that was denoised for this long since it was last saved is saved again, for another group to continue if
+    this one is lost. 0 is never."""
     fuse_guidance_tokens: int = Field(8192, ge=0)
     """Up to this many tokens both halves of guidance run as one forward pass."""
     step_timeout_s: PositiveFloat = 600
@@ -205,14 +222,35 @@ class Dispatcher(Section):
     running_jobs: PositiveInt = 8
     """Jobs that one dispatcher drives at once. The rest waits in the store."""
     max_attempts: PositiveInt = 3
+    """A job fails after this many attempts in a row that ended badly and began no further than the one before."""
+    group_losses: PositiveInt = 2
+    """A job whose group was lost this many times during one and the same step fails as poisonous."""
     lease_s: PositiveFloat = 60
     """A job whose dispatcher was silent for this long is taken up by another."""
     poll_s: PositiveFloat = 1
     """How often the store is asked for work when nobody announced any."""
     retry_s: NonNegativeFloat = 5
-    """Wait before the second attempt of a job; doubles with each further one."""
+    """Wait before the third attempt of a job, the second being made at once; doubles with each further one."""
     late_outputs_s: NonNegativeFloat = 600
     """How long after a run was cut off files that it still stored are looked for and removed."""
+
+
+class Patience(Section):
+    """For each priority class the seconds of waiting after which a job is no longer overtaken by any that came later.
+
+    Before, a more urgent class goes first, and within a class on a group of ranks whichever has the least work left.
+    """
+
+    interactive: NonNegativeFloat = 60
+    standard: NonNegativeFloat = 900
+    batch: NonNegativeFloat = 6 * 3600
+
+    @model_validator(mode="after")
+    def _order(self) -> Patience:
+        if not self.interactive <= self.standard <= self.batch:
+            given = f"{self.interactive:g}, {self.standard:g}, {self.batch:g}"
+            raise ValueError(f"has {given}, expected interactive <= standard <= batch")
+        return self
 
 
 class Store(Section):
@@ -243,6 +281,7 @@ class Config(Section):
     pipeline: Pipeline = Pipeline()
     gateway: Gateway = Gateway()
     dispatcher: Dispatcher = Dispatcher()
+    patience: Patience = Patience()
     store: Store = Store()
     storage: Storage = Storage()
 

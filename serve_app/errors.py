@@ -47,13 +47,16 @@ class JobFailed(ServeAppError):
         code: a stable word for programs (``out_of_memory``, ``cancelled``, ...).
         message: one sentence for people.
         retryable: whether another attempt could succeed (a lost rank) or not (a request that cannot fit).
+        step: the denoising step, counted from 1, during which a group of ranks was lost with this job in it: the job
+            may be the reason. None in all other cases.
     """
 
-    def __init__(self, code: str, message: str, retryable: bool = False) -> None:
-        super().__init__(code, message, retryable)
+    def __init__(self, code: str, message: str, retryable: bool = False, step: int | None = None) -> None:
+        super().__init__(code, message, retryable, step)
         self.code = code
         self.message = message
         self.retryable = retryable
+        self.step = step
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
