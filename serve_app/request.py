@@ -1,4 +1,6 @@
-"""What a user asks for (`VideoRequest`) and what is then run (`Params`): every default filled in, every limit checked.
+"""What a user asks for (`VideoRequest`), what is then run (`Params`), and how soon (`Urgency`).
+
+Every default is filled in and every limit checked here.
 
 Knows the configuration, but neither HTTP nor the model.
 """
@@ -11,13 +13,15 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from serve_app.config import Config
+from serve_app.config import Config, Priority
 from serve_app.errors import InvalidRequest
 
 # Spatial sides are a multiple of VAE stride 8 x patch 2; frames are one plus a multiple of VAE stride 4.
 SIDE_MULTIPLE = 16
 FRAME_MULTIPLE = 4
 MAX_SEED = 2**63 - 1
+# A year and a day: what is longer is a typing error, and no time that anybody waits.
+MAX_DEADLINE_S = 366 * 86400
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -39,6 +43,10 @@ class VideoRequest(BaseModel):
     guidance_scale_2: float | None = None
     flow_shift: float | None = None
     boundary_ratio: float | None = None
+    priority: Priority | None = None
+    """None is `standard`."""
+    deadline_s: float | None = None
+    """Seconds from its creation after which the video is of no use. None: it is of use whenever it comes."""
 
 
 class Params(BaseModel):
@@ -75,6 +83,16 @@ class Params(BaseModel):
         return self.num_frames / self.fps
 
 
+class Urgency(BaseModel):
+    """How soon a video is wanted. Nothing of this shows in its pixels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    priority: Priority = "standard"
+    deadline_s: float | None = None
+    """Seconds from its creation after which the video is of no use."""
+
+
 def parse(fields: dict[str, Any], *, strict: bool = True) -> VideoRequest:
     """A request from untyped fields; `strict=False` also takes numbers spelled as strings, as HTML forms send them.
 
@@ -104,7 +122,10 @@ def resolve(request: VideoRequest, config: Config) -> Params:
     limits = config.limits
     if request.model is not None and request.model != config.model.name:
         raise InvalidRequest("model", f"'model' is {_short(request.model)}, expected '{config.model.name}'.")
-    values = {**config.defaults.model_dump(), **request.model_dump(exclude_none=True, exclude={"model"})}
+    values = {
+        **config.defaults.model_dump(),
+        **request.model_dump(exclude_none=True, exclude={"model", *Urgency.model_fields}),
+    }
     # A custom guidance speaks for both experts unless the request says otherwise, as in WanPipeline.
     if request.guidance_scale is not None and request.guidance_scale_2 is None:
         values["guidance_scale_2"] = request.guidance_scale
@@ -144,6 +165,20 @@ def resolve(request: VideoRequest, config: Config) -> Params:
     _between("flow_shift", params.flow_shift, 0.01, 100)
     _between("boundary_ratio", params.boundary_ratio, 0, 1)
     return params
+
+
+def urgency(request: VideoRequest) -> Urgency:
+    """How soon the video is wanted.
+
+    Raises:
+        InvalidRequest: `deadline_s` is no time that could pass.
+    """
+    deadline_s = request.deadline_s
+    if deadline_s is not None and not 0 < deadline_s <= MAX_DEADLINE_S:  # also refuses NaN
+        raise InvalidRequest(
+            "deadline_s", f"'deadline_s' is {_short(deadline_s)}, expected seconds above 0, at most {MAX_DEADLINE_S}."
+        )
+    return Urgency(priority=request.priority or "standard", deadline_s=deadline_s)
 
 
 def _between(name: str, value: float, least: float, most: float) -> None:

@@ -8,17 +8,21 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 import obstore
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from serve_app.errors import ConfigError
+
+T = TypeVar("T")
+_Keys = list[str]  # inside `Storage`, `list` is a method
 
 CHUNK_BYTES = 1 << 20
 # Every segment starts with a letter, digit or underscore: no `..`, no hidden files, no empty segments, no staging
@@ -42,6 +46,8 @@ class Storage:
     interpreters that exit right after a call (obstore 0.12, Python 3.11): its runtime wakes the event loop after the
     interpreter has begun to go.
 
+    Where nothing more precise is said, what the file system refuses (a full disk, missing rights) is an OSError.
+
     Raises:
         ConfigError: the folder cannot be made, or the URL names a kind of store that is not offered.
     """
@@ -62,11 +68,12 @@ class Storage:
 
         Raises:
             FileExistsError: the key is taken; what it holds stays as it is.
+            OSError: it cannot be stored. Nothing of it is left.
             ValueError: the key is malformed.
         """
         _check(key)
         try:
-            await asyncio.to_thread(obstore.put, self._store, key, data, mode="create")
+            await asyncio.to_thread(_translated, obstore.put, self._store, key, data, mode="create")
         except AlreadyExistsError:
             raise FileExistsError(f"storage already holds {key!r}") from None
 
@@ -78,11 +85,26 @@ class Storage:
         """
         _check(key)
         try:
-            meta = await asyncio.to_thread(obstore.head, self._store, key)
+            meta = await asyncio.to_thread(_translated, obstore.head, self._store, key)
         except FileNotFoundError:
             raise FileNotFoundError(f"storage holds no {key!r}") from None
         etag = meta["e_tag"] or f'"{meta["size"]:x}-{meta["last_modified"].timestamp():.6f}"'
         return Stat(size=meta["size"], etag=etag, modified=meta["last_modified"])
+
+    async def get(self, key: str) -> bytes:
+        """All bytes of an object.
+
+        Raises:
+            FileNotFoundError: nothing is stored under the key.
+        """
+        _check(key)
+        try:
+            return await asyncio.to_thread(_translated, self._get, key)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"storage holds no {key!r}") from None
+
+    def _get(self, key: str) -> bytes:
+        return bytes(obstore.get(self._store, key).bytes())
 
     async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
         """The bytes from `start` up to, not including, `end` (None: to the last), in chunks of about 1 MiB.
@@ -96,20 +118,36 @@ class Storage:
         if start >= end:
             return
         try:
-            result = await asyncio.to_thread(obstore.get, self._store, key, options={"range": (start, end)})
+            result = await asyncio.to_thread(
+                _translated, obstore.get, self._store, key, options={"range": (start, end)}
+            )
         except FileNotFoundError:
             raise FileNotFoundError(f"storage holds no {key!r}") from None
         chunks = iter(result.stream(min_chunk_size=CHUNK_BYTES))
-        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        while (chunk := await asyncio.to_thread(_translated, next, chunks, None)) is not None:
             yield bytes(chunk)
+
+    async def list(self, prefix: str) -> _Keys:
+        """The keys in the folder `prefix` and below, sorted; none if there is no such folder."""
+        _check(prefix)
+        return await asyncio.to_thread(_translated, self._list, prefix)
+
+    def _list(self, prefix: str) -> _Keys:
+        return sorted(meta["path"] for batch in obstore.list(self._store, prefix=prefix) for meta in batch)
+
+    async def delete(self, key: str) -> None:
+        """Remove an object. Removing what is not there is no error."""
+        _check(key)
+        with suppress(FileNotFoundError):
+            await asyncio.to_thread(_translated, obstore.delete, self._store, key)
 
     async def delete_prefix(self, prefix: str) -> int:
         """Remove every object in the folder `prefix`; how many there were. Removing nothing is no error."""
         _check(prefix)
-        return await asyncio.to_thread(self._delete_prefix, prefix)
+        return await asyncio.to_thread(_translated, self._delete_prefix, prefix)
 
     def _delete_prefix(self, prefix: str) -> int:
-        keys = [meta["path"] for batch in obstore.list(self._store, prefix=prefix) for meta in batch]
+        keys = self._list(prefix)
         if keys:
             # Missing when another process sweeps the same prefix; the folder below goes in any case.
             with suppress(FileNotFoundError):
@@ -117,6 +155,16 @@ class Storage:
         # What a killed writer left behind (`name#1`) is invisible to list.
         shutil.rmtree(self.folder / prefix, ignore_errors=True)
         return len(keys)
+
+
+def _translated(function: Callable[..., T], *args: Any, **options: Any) -> T:
+    """What `function` returns. obstore's own exceptions, which callers should not have to know, become OSErrors."""
+    try:
+        return function(*args, **options)
+    except AlreadyExistsError:
+        raise
+    except BaseError as error:
+        raise OSError(f"storage: {str(error).strip().splitlines()[0]}") from error
 
 
 def _check(key: str) -> None:

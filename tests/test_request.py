@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from serve_app.config import Config, Defaults, Limits
 from serve_app.errors import InvalidRequest
-from serve_app.request import Params, VideoRequest, parse, resolve
+from serve_app.request import MAX_DEADLINE_S, Params, Urgency, VideoRequest, parse, resolve, urgency
 
 CONFIG = Config(
     defaults=Defaults(width=128, height=64, num_frames=33, num_inference_steps=8, negative_prompt="blurry"),
@@ -48,6 +48,41 @@ def test_forms_spell_numbers_as_text() -> None:
     assert (request.seed, request.guidance_scale, request.num_frames) == (7, 2.5, 5)
     with pytest.raises(InvalidRequest, match="'num_frames' has value '5'"):
         parse(fields)
+
+
+SECONDS = "expected seconds above 0, at most 31622400."
+
+
+def test_urgency_is_no_parameter() -> None:
+    request = parse({"prompt": "a", "priority": "batch", "deadline_s": 90})
+    assert urgency(request) == Urgency(priority="batch", deadline_s=90)
+    assert not {"priority", "deadline_s"} & set(resolve(request, CONFIG).model_dump())
+    assert urgency(parse({"prompt": "a"})) == Urgency() == Urgency(priority="standard", deadline_s=None)
+    assert urgency(parse({"prompt": "a", "priority": None, "deadline_s": None})) == Urgency()
+    assert urgency(parse({"prompt": "a", "deadline_s": "1.5"}, strict=False)).deadline_s == 1.5
+    assert urgency(VideoRequest(prompt="a", deadline_s=MAX_DEADLINE_S)).deadline_s == MAX_DEADLINE_S
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        (
+            {"priority": "high"},
+            "priority",
+            "'priority' has value 'high': Input should be 'interactive', 'standard' or 'batch'.",
+        ),
+        ({"deadline_s": 0}, "deadline_s", f"'deadline_s' is 0.0, {SECONDS}"),
+        ({"deadline_s": -1.5}, "deadline_s", f"'deadline_s' is -1.5, {SECONDS}"),
+        ({"deadline_s": float("nan")}, "deadline_s", f"'deadline_s' is nan, {SECONDS}"),
+        ({"deadline_s": float("inf")}, "deadline_s", f"'deadline_s' is inf, {SECONDS}"),
+        ({"deadline_s": "soon"}, "deadline_s", "'deadline_s' has value 'soon': Input should be a valid number."),
+        ({"deadline_s": True}, "deadline_s", "'deadline_s' has value True: Input should be a valid number."),
+    ],
+)
+def test_refused_urgency(fields: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        urgency(parse({"prompt": "a", **fields}))
+    assert (error.value.param, str(error.value)) == (param, message)
 
 
 def test_limits_are_inclusive() -> None:
@@ -96,9 +131,11 @@ ANY = st.one_of(
 @given(st.dictionaries(st.sampled_from([*VideoRequest.model_fields, "other"]), ANY), st.booleans())
 def test_any_fields_give_params_or_a_refusal(fields: dict[str, Any], strict: bool) -> None:
     try:
-        params = resolve(parse(fields, strict=strict), CONFIG)
+        request = parse(fields, strict=strict)
+        params, wanted = resolve(request, CONFIG), urgency(request)
     except InvalidRequest as error:
         assert str(error) and "\n" not in str(error) and len(str(error)) < 400
         return
+    assert wanted.deadline_s is None or wanted.deadline_s > 0
     assert params.width * params.height <= CONFIG.limits.pixels and params.num_frames % 4 == 1
     assert Params.model_validate_json(params.model_dump_json()) == params

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,8 +41,40 @@ async def test_put_stat_stream(storage: Storage, tmp_path: Path) -> None:
     assert await read(storage, "videos/b") == data
 
 
+async def test_get(storage: Storage) -> None:
+    data = bytes(range(256)) * 12_000
+    await storage.put("samples/a/7", data)
+    got = await storage.get("samples/a/7")
+    assert type(got) is bytes and got == data
+    with pytest.raises(FileNotFoundError, match="storage holds no 'samples/a/8'"):
+        await storage.get("samples/a/8")
+    with pytest.raises(FileNotFoundError, match="storage holds no 'samples/a'"):
+        await storage.get("samples/a")
+
+
+async def test_list(storage: Storage) -> None:
+    assert await storage.list("samples/a") == []
+    for key in ("samples/a/10", "samples/a/9", "samples/a/x/1", "samples/ab/1", "samples/b"):
+        await storage.put(key, b"x")
+    (storage.folder / "samples/a/11#1").write_bytes(b"of a killed writer")
+    assert await storage.list("samples/a") == ["samples/a/10", "samples/a/9", "samples/a/x/1"]
+    assert len(await storage.list("samples")) == 5
+
+
+async def test_delete(storage: Storage) -> None:
+    await storage.put("samples/a/1", b"x")
+    await storage.put("samples/a/2", b"x")
+    await storage.delete("samples/a/1")
+    assert await storage.list("samples/a") == ["samples/a/2"]
+    await storage.delete("samples/a/1")
+    await storage.delete("samples/none/1")
+    await storage.put("samples/a/1", b"again")
+    assert await storage.get("samples/a/1") == b"again"
+
+
 async def test_empty_object(storage: Storage) -> None:
     await storage.put("empty", b"")
+    assert await storage.get("empty") == b""
     assert (await storage.stat("empty")).size == 0
     assert await read(storage, "empty") == b""
 
@@ -58,6 +95,71 @@ async def test_put_shows_no_half_file(storage: Storage) -> None:
         except FileNotFoundError:
             await asyncio.sleep(0)
     await writing
+
+
+PUT = """
+import asyncio, sys
+from serve_app.storage import Storage
+asyncio.run(Storage(sys.argv[1]).put("samples/a/1", b"x" * 500_000_000))
+"""
+
+
+@pytest.fixture
+def killed_writer(storage: Storage) -> None:
+    """A process that was killed amid a `put` of samples/a/1."""
+    writer = subprocess.Popen([sys.executable, "-c", PUT, str(storage.folder)])
+    try:
+        while not any(storage.folder.rglob("*#*")):
+            assert writer.poll() is None, "it ended before it could be killed"
+    finally:
+        writer.kill()
+        assert writer.wait() == -signal.SIGKILL
+    assert [path.name for path in storage.folder.rglob("*") if path.is_file()] == ["1#1"]  # killed while it wrote
+
+
+@pytest.mark.usefixtures("killed_writer")
+async def test_a_writer_that_is_killed_leaves_nothing_to_see(storage: Storage) -> None:
+    assert await storage.list("samples/a") == []
+    with pytest.raises(FileNotFoundError):
+        await storage.get("samples/a/1")
+    await storage.put("samples/a/1", b"second")
+    assert await storage.get("samples/a/1") == b"second"
+    assert await storage.delete_prefix("samples/a") == 1
+    assert not any(storage.folder.rglob("*#*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small file system cannot be mounted: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+async def test_full_disk(small_disk: Path) -> None:
+    storage = Storage(str(small_disk / "videos"))
+    await storage.put("samples/a/1", b"x" * 300_000)
+    for _ in range(3):  # what failed leaves no room missing either
+        with pytest.raises(OSError, match=r"^storage: .*No space left on device[^\n]*$"):
+            await storage.put("samples/a/2", b"x" * 4_000_000)
+        with pytest.raises(FileNotFoundError):
+            await storage.get("samples/a/2")
+    assert await storage.list("samples") == ["samples/a/1"]
+    assert [path.name for path in storage.folder.rglob("*") if path.is_file()] == ["1"]
+    await storage.put("samples/a/3", b"x" * 300_000)
+
+
+async def test_errors_of_the_file_system(storage: Storage) -> None:
+    await storage.put("file", b"x")
+    with pytest.raises(OSError, match=r"^storage: .*Not a directory[^\n]*$"):
+        await storage.put("file/below", b"x")
 
 
 async def test_missing(storage: Storage) -> None:
@@ -106,8 +208,9 @@ async def test_malformed_keys(storage: Storage, key: str) -> None:
         await storage.stat(key)
     with pytest.raises(ValueError, match="storage key"):
         await read(storage, key, 0, 1)
-    with pytest.raises(ValueError, match="storage key"):
-        await storage.delete_prefix(key)
+    for call in (storage.get, storage.list, storage.delete, storage.delete_prefix):
+        with pytest.raises(ValueError, match="storage key"):
+            await call(key)
 
 
 def test_urls(tmp_path: Path) -> None:
