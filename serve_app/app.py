@@ -10,7 +10,8 @@ from typing import Any
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
-from serve_app.config import Autoscaling, Resources, validate
+from serve_app.config import Autoscaling, Config, Resources, validate
+from serve_app.errors import ConfigError
 from serve_app.wan.checkpoint import Checkpoint
 
 # glibc hands each large tensor back to the kernel and asks for it again; for a VAE on CPUs, whose every layer makes
@@ -30,22 +31,25 @@ def wan(args: dict[str, Any]) -> Application:
     from serve_app.stages.pipeline import Pipeline
 
     config = validate(args)
-    Checkpoint(config.model.folder).check_tensor_parallel(config.denoiser.tensor_parallel)
+    checkpoint = Checkpoint(config.model.folder)
+    checkpoint.check_tensor_parallel(config.denoiser.tensor_parallel)
     encoder = _deployment(
         Encoder,
         ray_actor_options=_actor(config.encoder.resources),
         **_stage(config.encoder),
         graceful_shutdown_timeout_s=60,
     ).bind(config)
-    rank = _bundle(config.denoiser.rank)
-    denoiser = _deployment(
-        Denoiser,
-        ray_actor_options={"num_cpus": config.denoiser.coordinator_cpus},
-        placement_group_bundles=[{"CPU": config.denoiser.coordinator_cpus}] + [rank] * config.denoiser.tensor_parallel,
-        placement_group_strategy=config.denoiser.placement,
-        **_stage(config.denoiser),
-        graceful_shutdown_timeout_s=config.denoiser.shutdown_timeout_s,
-    ).bind(config)
+    denoisers = [_denoiser(Denoiser, config).bind(config)]
+    if config.denoiser.experts == "split":
+        if not checkpoint.has_two_experts:
+            raise ConfigError(f"denoiser.experts has value 'split', but {checkpoint.folder} has one expert")
+        low = config.denoiser.low_noise_autoscaling or config.denoiser.autoscaling
+        denoisers = [
+            _denoiser(Denoiser, config).options(name="HighNoiseDenoiser").bind(config, ("transformer",)),
+            _denoiser(Denoiser, config)
+            .options(name="LowNoiseDenoiser", autoscaling_config=_autoscaling(low))
+            .bind(config, ("transformer_2",)),
+        ]
     decoder = _deployment(
         Decoder,
         ray_actor_options={**_actor(config.decoder.resources), "runtime_env": {"env_vars": _KEEP_FREED_MEMORY}},
@@ -58,7 +62,7 @@ def wan(args: dict[str, Any]) -> Application:
         autoscaling_config=_autoscaling(config.pipeline.autoscaling),
         max_ongoing_requests=config.pipeline.max_ongoing_requests,
         graceful_shutdown_timeout_s=config.denoiser.shutdown_timeout_s,
-    ).bind(encoder, denoiser, decoder)
+    ).bind(encoder, denoisers[0], decoder, *denoisers[1:])
 
 
 def gateway(args: dict[str, Any]) -> Application:
@@ -86,6 +90,24 @@ def _deployment(deployment: Any, **options: Any) -> Any:
     return deployment.options(**options)
 
 
+def _denoiser(deployment: Any, config: Config) -> Any:
+    """The denoiser's deployment: a bundle for the coordinator, then one for each rank."""
+    stage = config.denoiser
+    rank = _bundle(stage.rank)
+    labels: dict[str, Any] = {}
+    if stage.rank.labels:  # the coordinator too: it stays with its ranks
+        labels["placement_group_bundle_label_selector"] = [stage.rank.labels] * (1 + stage.tensor_parallel)
+    return _deployment(
+        deployment,
+        ray_actor_options={"num_cpus": stage.coordinator_cpus},
+        placement_group_bundles=[{"CPU": stage.coordinator_cpus}] + [rank] * stage.tensor_parallel,
+        placement_group_strategy=stage.placement,
+        **labels,
+        **_stage(stage),
+        graceful_shutdown_timeout_s=stage.shutdown_timeout_s,
+    )
+
+
 def _stage(stage: Any) -> dict[str, Any]:
     return {
         "autoscaling_config": _autoscaling(stage.autoscaling),
@@ -110,7 +132,8 @@ def _autoscaling(options: Autoscaling) -> AutoscalingConfig:
 
 
 def _actor(need: Resources) -> dict[str, Any]:
-    return {"num_cpus": need.num_cpus, "num_gpus": need.num_gpus, "resources": need.resources}
+    options = {"num_cpus": need.num_cpus, "num_gpus": need.num_gpus, "resources": need.resources}
+    return {**options, "label_selector": need.labels} if need.labels else options
 
 
 def _bundle(need: Resources) -> dict[str, float]:

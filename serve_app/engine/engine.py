@@ -1,7 +1,7 @@
 """The step engine: holds the samples of one group and asks the group for one denoising step after the other.
 
-Between two steps everything may change: samples join, finish and leave. Runs in the coordinator's event loop and does
-no math itself.
+Between two steps everything may change: samples join, overtake, finish, move to another group and leave. Runs in the
+coordinator's event loop and does no math itself.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, get_args
 
-import numpy as np
-import ray
-
-from serve_app.config import Config
+from serve_app.config import Config, Priority
 from serve_app.engine.group import Group, GroupLost
+from serve_app.engine.rank import Order, OutOfMemory
 from serve_app.engine.scheduler import Entry, Scheduler
+from serve_app.engine.seats import Claim, Seats
+from serve_app.engine.ticket import Admission, Denoised, Moved, Ticket
 from serve_app.errors import JobFailed
 from serve_app.events import Progress
 from serve_app.logs import get_logger
-from serve_app.request import Params
+
+if TYPE_CHECKING:
+    from serve_app.wan.checkpoint import Expert
 
 log = get_logger(__name__)
 
@@ -29,33 +32,20 @@ log = get_logger(__name__)
 _NEWEST = 0.3
 
 
-@dataclass(frozen=True)
-class Admission:
-    """A sample that asks to be denoised. Embeddings are float arrays [tokens, dim]; `negative` is None unguided."""
-
-    id: str
-    params: Params
-    positive: np.ndarray
-    negative: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Denoised:
-    """The end of a sample: a reference to its latents, and the seconds from admission to here."""
-
-    latents: ray.ObjectRef
-    seconds: float
-
-
 @dataclass
 class _Flight:
     """A sample in the engine: what its listener has yet to hear, and how long its steps take."""
 
+    ticket: Ticket
     entry: Entry
-    events: asyncio.Queue[Progress | Denoised | Exception] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Progress | Denoised | Moved | Exception] = field(default_factory=asyncio.Queue)
     admitted: float = field(default_factory=time.monotonic)
     last_step: float = field(default_factory=time.monotonic)
     step_s: float | None = None
+    came_at: int = 0
+    """The step that it came with."""
+    unsaved_s: float = 0.0
+    """Seconds of denoising that would be lost with the group."""
 
 
 class Engine:
@@ -64,26 +54,41 @@ class Engine:
     Args:
         group: the started ranks.
         config: the deployment's configuration.
+        experts: which ones the ranks hold; None is all.
     """
 
-    def __init__(self, group: Group, config: Config) -> None:
-        stage = config.denoiser
+    def __init__(self, group: Group, config: Config, experts: tuple[Expert, ...] | None = None) -> None:
+        self._stage = stage = config.denoiser
+        self._patience = config.patience
         self._group = group
-        self._scheduler = Scheduler(stage.samples_per_step, stage.tokens_per_step)
+        self._experts = experts
+        self._scheduler = Scheduler(
+            stage.samples_per_step,
+            stage.tokens_per_step,
+            stage.step_memory_mib,
+            stage.parked_memory_mib,
+            costly_switch=stage.experts == "swap",
+        )
         self._flights: dict[str, _Flight] = {}
-        self._room = asyncio.Semaphore(stage.resident_samples)
-        self._seats: set[str] = set()
+        self._seats = Seats(stage.resident_samples)
+        self._stepping: list[Entry] = []
+        self._yielding: str | None = None
+        """Who was moved for somebody waiting, and has not left yet."""
         self._work = asyncio.Event()
         self.lost = asyncio.Event()
         """Set when the group cannot go on; the owner must replace it."""
         self.reason: str | None = None
+        self.leaving = False
+        """Whether samples are moved away rather than stepped; see `drain`."""
         self.steps = 0
         """Forward passes so far; `advanced` counts the samples in them."""
         self.advanced = 0
+        self.step_s = self.overhead_s = 0.0
+        """Seconds of all steps as the ranks measured them, and what the rest of the loop added."""
         self._task = asyncio.create_task(self._run(), name="engine")
 
     @asynccontextmanager
-    async def seat(self, sample_id: str) -> AsyncIterator[None]:
+    async def seat(self, ticket: Ticket) -> AsyncIterator[None]:
         """Room for one sample; waits while `denoiser.resident_samples` are in. Leaving it, for whatever reason and at
         whatever moment, frees the sample.
 
@@ -92,18 +97,16 @@ class Engine:
 
         Raises:
             JobFailed: the sample has a seat already.
+            Leaving: `drain` was called.
         """
-        await self._room.acquire()
-        if sample_id in self._seats:
-            self._room.release()
-            raise JobFailed("duplicate", f"sample {sample_id} is being denoised already")
-        self._seats.add(sample_id)
+        claim = Claim(ticket.id, get_args(Priority).index(ticket.priority), self._turn(ticket))
+        self._work.set()  # somebody less urgent may have to make room
+        await self._seats.take(claim)
         try:
             yield
         finally:
-            self._seats.discard(sample_id)
-            self._room.release()
-            await self._leave(sample_id)
+            self._seats.leave(ticket.id)
+            await self._leave(ticket.id)
 
     async def admit(self, admission: Admission) -> None:
         """Take in a sample that has a seat.
@@ -113,29 +116,43 @@ class Engine:
         """
         if self.reason is not None:
             raise JobFailed("group_lost", self.reason, retryable=True)
-        params = admission.params
+        ticket = admission.ticket
         try:
-            admitted = await self._group.admit(admission.id, params, admission.positive, admission.negative)
-            if admission.id not in self._seats:
-                await self._group.drop([admission.id])
-                raise JobFailed("cancelled", f"sample {admission.id} was left before it began")
+            admitted = await self._group.admit(
+                ticket.id, ticket.params, admission.positive, admission.negative, admission.state
+            )
+            if ticket.id not in self._seats:
+                await self._group.drop([ticket.id])
+                raise JobFailed("cancelled", f"sample {ticket.id} was left before it began")
         except GroupLost as error:
             self.lose(error)
             raise JobFailed("group_lost", str(error), retryable=True) from error
+        if admitted.refused is not None:
+            log.warning("saved state not used", extra={"job": ticket.id, "reason": admitted.refused})
         entry = Entry(
-            id=admission.id,
-            latent_shape=params.latent_shape,
-            guided=params.guided,
+            id=ticket.id,
+            latent_shape=ticket.params.latent_shape,
+            guided=ticket.params.guided,
             tokens=admitted.tokens,
-            steps=params.num_inference_steps,
+            steps=admitted.steps,
             boundary=admitted.boundary,
+            step=admitted.step,
+            priority=get_args(Priority).index(ticket.priority),
+            turn=self._turn(ticket),
+            work=admitted.work,
+            step_mib=admitted.step_mib,
+            state_mib=admitted.state_mib,
         )
-        self._flights[admission.id] = _Flight(entry)
+        self._flights[ticket.id] = _Flight(ticket, entry, came_at=entry.step)
         self._scheduler.add(entry)
         self._work.set()
 
-    async def events(self, sample_id: str) -> AsyncIterator[Progress | Denoised]:
-        """What happens to an admitted sample, up to its end.
+    def step_of(self, sample_id: str) -> int:
+        """How many steps an admitted sample has behind it."""
+        return self._flights[sample_id].entry.step
+
+    async def events(self, sample_id: str) -> AsyncIterator[Progress | Denoised | Moved]:
+        """What happens to an admitted sample, up to its end here.
 
         Raises:
             JobFailed: the sample failed.
@@ -146,7 +163,7 @@ class Engine:
             if isinstance(event, Exception):
                 raise event
             yield event
-            if isinstance(event, Denoised):
+            if not isinstance(event, Progress):
                 return
 
     @property
@@ -154,15 +171,28 @@ class Engine:
         """Samples inside."""
         return len(self._flights)
 
+    def drain(self) -> None:
+        """Move every sample away after the step in flight, and take no more, until `stay` is called."""
+        self.leaving = True
+        self._seats.close()
+        self._work.set()
+
+    def stay(self) -> None:
+        """Take samples again."""
+        self.leaving = False
+        self._seats.open()
+
     async def stop(self) -> None:
         """Stop stepping. Samples inside fail as retryable."""
         self._task.cancel()
-        self.lose(GroupLost("the denoiser replica is shutting down"))
+        self.lose(GroupLost("the denoiser replica is shutting down", host=True))
 
     async def _leave(self, sample_id: str) -> None:
         """Forget a sample, wherever it is; a step in flight ends first, then its memory is free."""
         if self._flights.pop(sample_id, None) is None:
             return
+        if self._yielding == sample_id:
+            self._yielding = None
         self._scheduler.remove(sample_id)
         if self.reason is None:
             try:
@@ -172,27 +202,71 @@ class Engine:
 
     async def _run(self) -> None:
         while self.reason is None:
-            entries = self._scheduler.pick()
-            if not entries:
-                self._work.clear()
-                await self._work.wait()
-                continue
+            self._stepping = []
+            began = time.monotonic()
             try:
-                stepped = await self._group.step([entry.id for entry in entries])
-                self.steps += 1
-                self.advanced += len(entries)
-                for entry in entries:
-                    if entry.id in stepped.failed:
-                        self._fail([entry], stepped.failed[entry.id])
-                    else:
-                        await self._advanced(entry)
+                await self._move_away()
+                now = time.time()
+                self._stepping = stepping = self._scheduler.pick(now)
+                if stepping:
+                    seconds = await self._step(stepping, self._scheduler.parked_off_device(stepping, now))
+                    self.step_s += seconds
+                    self.overhead_s += time.monotonic() - began - seconds
+                else:
+                    self._work.clear()
+                    await self._work.wait()
             except GroupLost as error:
                 self.lose(error)
             except Exception as error:  # whatever the model raised: it concerns these samples, not the group
-                log.warning("step failed", extra={"jobs": [e.id for e in entries], "error": repr(error)})
-                self._fail(entries, (str(error).strip() or repr(error)).splitlines()[-1])
+                log.warning("step failed", extra={"jobs": [e.id for e in self._stepping], "error": repr(error)})
+                reason = (str(error).strip() or repr(error)).splitlines()[-1]
+                for entry in self._stepping:
+                    self._fail(entry, "step_failed", f"step {entry.step + 1}: {reason}")
 
-    async def _advanced(self, entry: Entry) -> None:
+    async def _step(self, entries: list[Entry], park: list[str]) -> float:
+        """One forward pass, and what follows from it; the seconds that the ranks took."""
+        save = {entry.id: prefix for entry in entries if (prefix := self._save_to(entry.id))}
+        try:
+            stepped = await self._group.step(Order([entry.id for entry in entries], park, save))
+        except OutOfMemory as error:
+            return await self._step_alone(entries, error)
+        self.steps += 1
+        self.advanced += len(entries)
+        for entry in entries:
+            if entry.id in stepped.failed:
+                self._fail(entry, "not_finite", stepped.failed[entry.id])
+            else:
+                await self._advanced(entry, stepped.seconds, saved=entry.id in save)
+        return stepped.seconds
+
+    async def _step_alone(self, entries: list[Entry], error: OutOfMemory) -> float:
+        """After a step that did not fit: its samples one by one, every other sample's state off the device."""
+        log.warning("out of memory", extra={"jobs": [entry.id for entry in entries], "error": str(error)})
+        if len(entries) > 1:
+            self._scheduler.out_of_memory(entries)
+        seconds = 0.0
+        for entry in entries:
+            if entry.id not in self._flights:  # left meanwhile
+                continue
+            self._stepping = [entry]
+            others = [sample_id for sample_id in self._flights if sample_id != entry.id]
+            try:
+                stepped = await self._group.step(Order([entry.id], others))
+            except OutOfMemory as alone:
+                self._fail(
+                    entry, "out_of_memory", f"step {entry.step + 1} does not fit into memory, even alone: {alone}"
+                )
+                continue
+            seconds += stepped.seconds
+            self.steps += 1
+            self.advanced += 1
+            if entry.id in stepped.failed:
+                self._fail(entry, "not_finite", stepped.failed[entry.id])
+            else:
+                await self._advanced(entry, stepped.seconds, saved=False)
+        return seconds
+
+    async def _advanced(self, entry: Entry, seconds: float, saved: bool) -> None:
         entry.step += 1
         flight = self._flights.get(entry.id)
         if flight is None:  # left during the step
@@ -200,26 +274,70 @@ class Engine:
         now = time.monotonic()
         took, flight.last_step = now - flight.last_step, now
         flight.step_s = took if flight.step_s is None else flight.step_s + _NEWEST * (took - flight.step_s)
+        flight.unsaved_s = 0.0 if saved else flight.unsaved_s + seconds
         left = flight.step_s * (entry.steps - entry.step)
         flight.events.put_nowait(Progress("denoise", entry.step, entry.steps, left))
         if entry.finished:
-            self._scheduler.remove(entry.id)
-            latents = await self._group.latents(entry.id)
-            flight.events.put_nowait(Denoised(latents, time.monotonic() - flight.admitted))
+            await self._finish(flight)
 
-    def _fail(self, entries: list[Entry], reason: str) -> None:
-        for entry in entries:
-            self._scheduler.remove(entry.id)
-            if (flight := self._flights.get(entry.id)) is not None:
-                flight.events.put_nowait(JobFailed("step_failed", f"step {entry.step + 1}: {reason}"))
+    async def _finish(self, flight: _Flight) -> None:
+        self._scheduler.remove(flight.entry.id)
+        latents = await self._group.latents(flight.entry.id)
+        flight.events.put_nowait(Denoised(latents, time.monotonic() - flight.admitted))
+
+    async def _move_away(self) -> None:
+        """Hand out the samples that are not to be stepped here, or not now."""
+        urgent = self._seats.next()
+        order = self._scheduler.order(time.time())
+        for flight in list(self._flights.values()):
+            entry = flight.entry
+            if entry.id not in self._scheduler:
+                continue
+            if entry.finished:  # it was when it came
+                await self._finish(flight)
+            elif self.leaving or not self._can_step(entry):
+                await self._move(flight)
+            elif urgent is not None and self._yielding is None and entry is order[-1] and self._yields(entry, urgent):
+                self._yielding = entry.id
+                await self._move(flight)
+
+    async def _move(self, flight: _Flight) -> None:
+        entry = flight.entry
+        self._scheduler.remove(entry.id)
+        state = await self._group.save(entry.id) if entry.step != flight.came_at else None
+        flight.events.put_nowait(Moved(state, entry.high_noise, time.monotonic() - flight.admitted))
+
+    def _can_step(self, entry: Entry) -> bool:
+        return self._experts is None or ("transformer" if entry.high_noise else "transformer_2") in self._experts
+
+    def _yields(self, entry: Entry, urgent: Claim) -> bool:
+        """Whether a sample gives its seat to one that waits for it: only to a more urgent class."""
+        return entry.priority > urgent.priority and entry.turn > time.time()
+
+    def _save_to(self, sample_id: str) -> str | None:
+        """Where to save a sample after this step; None if not now."""
+        flight = self._flights.get(sample_id)
+        if flight is None or not self._stage.checkpoint_s or flight.unsaved_s < self._stage.checkpoint_s:
+            return None
+        return flight.ticket.state_prefix
+
+    def _turn(self, ticket: Ticket) -> float:
+        return (ticket.created_at or time.time()) + float(getattr(self._patience, ticket.priority))
+
+    def _fail(self, entry: Entry, code: str, message: str) -> None:
+        self._scheduler.remove(entry.id)
+        if (flight := self._flights.get(entry.id)) is not None:
+            flight.events.put_nowait(JobFailed(code, message))
 
     def lose(self, error: GroupLost) -> None:
-        """The group cannot go on: everybody inside hears it, once."""
+        """The group cannot go on: everybody inside hears it, once, and which step they were in."""
         if self.reason is not None:
             return
         self.reason = str(error)
         log.error("group lost", extra={"reason": self.reason, "jobs": list(self._flights)})
-        for flight in self._flights.values():
-            flight.events.put_nowait(JobFailed("group_lost", self.reason, retryable=True))
+        suspects = set() if error.host else {entry.id for entry in self._stepping}
+        for sample_id, flight in self._flights.items():
+            step = flight.entry.step + 1 if sample_id in suspects else None
+            flight.events.put_nowait(JobFailed("group_lost", self.reason, retryable=True, step=step))
         self.lost.set()
         self._work.set()

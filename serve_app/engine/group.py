@@ -8,19 +8,22 @@ import os
 import signal
 import time
 from collections.abc import Awaitable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from serve_app.config import Config
-from serve_app.engine.rank import Admitted, RankActor, RankStatus, Stepped
+from serve_app.engine.rank import Admitted, DeviceBroken, Order, RankActor, RankStatus, Stepped
 from serve_app.errors import ServeAppError
 from serve_app.logs import get_logger
 from serve_app.request import Params
+
+if TYPE_CHECKING:
+    from serve_app.wan.checkpoint import Expert
 
 log = get_logger(__name__)
 
@@ -29,7 +32,16 @@ _STRAGGLER_S = 5.0
 
 
 class GroupLost(ServeAppError):
-    """A rank died or hangs: the whole group must be replaced, for the others wait for it in a collective."""
+    """A rank died or hangs: the whole group must be replaced, for the others wait for it in a collective.
+
+    Args:
+        message: what happened.
+        host: whether it was the rank's host that went, which no sample can be the reason of.
+    """
+
+    def __init__(self, message: str, host: bool = False) -> None:
+        super().__init__(message)
+        self.host = host
 
 
 class Group:
@@ -43,11 +55,21 @@ class Group:
     def __init__(self, ranks: list[Any], config: Config) -> None:
         self._ranks = ranks
         self._config = config
+        self._step_timeout_s = config.denoiser.step_timeout_s
         self._statuses: list[RankStatus] = []
 
     @classmethod
-    async def start(cls, config: Config, placement_group: PlacementGroup, first_bundle: int) -> Group:
+    async def start(
+        cls,
+        config: Config,
+        placement_group: PlacementGroup,
+        first_bundle: int,
+        experts: tuple[Expert, ...] | None = None,
+    ) -> Group:
         """Start the ranks on the bundles from `first_bundle` on, one each, load the shards and run them once.
+
+        Args:
+            experts: which ones the ranks hold; None is all.
 
         Raises:
             GroupLost: a rank died or did not load within `denoiser.start_timeout_s`.
@@ -62,7 +84,7 @@ class Group:
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement_group, placement_group_bundle_index=first_bundle + index
                 ),
-            ).remote(config, index)
+            ).remote(config, index, experts)
             for index in range(config.denoiser.tensor_parallel)
         ]
         group = cls(ranks, config)
@@ -93,47 +115,54 @@ class Group:
         return Params(**self._config.defaults.model_dump(), prompt="warm-up", seed=0)
 
     async def admit(
-        self, sample_id: str, params: Params, positive: np.ndarray, negative: np.ndarray | None
+        self,
+        sample_id: str,
+        params: Params,
+        positive: np.ndarray,
+        negative: np.ndarray | None,
+        state: bytes | None = None,
     ) -> Admitted:
-        """Give every rank the sample. The embeddings travel once per host, not once per rank."""
-        shared = [None if array is None else ray.put(array) for array in (positive, negative)]
+        """Give every rank the sample. What is large travels once per host, not once per rank."""
+        shared = [None if one is None else ray.put(one) for one in (positive, negative, state)]
         return (await self._all("admit", sample_id, params, *shared))[0]
 
-    async def step(self, sample_ids: list[str]) -> Stepped:
-        """One denoising step of these samples on all ranks.
+    async def step(self, order: Order) -> Stepped:
+        """One denoising step on all ranks.
 
         Raises:
             GroupLost: a rank died or the step exceeded `denoiser.step_timeout_s`.
+            OutOfMemory: on every rank; nothing has changed.
             Exception: what the step raised on every rank; the group is still in step.
         """
         # Every rank has the same latents to the bit, so what one says of them holds for all.
-        return (await self._all("step", sample_ids))[0]
+        return (await self._all("step", order))[0]
 
-    async def latents(self, sample_id: str) -> ray.ObjectRef:
-        """A reference to the sample's latents; they stay on rank 0's host until somebody wants them."""
-        reference = self._ranks[0].latents.remote(sample_id)
-        ready, _ = await asyncio.to_thread(
-            ray.wait, [reference], timeout=self._config.denoiser.step_timeout_s, fetch_local=False
-        )
-        if not ready:
-            raise GroupLost("rank 0 did not hand over latents in time")
-        return reference
+    async def save(self, sample_id: str) -> bytes:
+        """A sample's state, for another group to continue."""
+        state: bytes = (await self._within(self._step_timeout_s, self._ranks[0].save.remote(sample_id)))[0]
+        return state
+
+    async def latents(self, sample_id: str) -> np.ndarray:
+        """The sample's latents, float32 [1, channels, frames, height, width]."""
+        latents: np.ndarray = (await self._within(self._step_timeout_s, self._ranks[0].latents.remote(sample_id)))[0]
+        return latents
 
     async def drop(self, sample_ids: list[str]) -> None:
         """Forget samples on every rank."""
         await self._all("drop", sample_ids)
 
-    async def check(self, timeout_s: float) -> None:
+    async def check(self, timeout_s: float) -> list[RankStatus]:
         """Ask every rank for a sign of life.
 
         Raises:
             GroupLost: a rank is dead, does not answer within `timeout_s`, or is stuck in a step.
         """
         self._statuses = await self._all("status", timeout_s=timeout_s)
-        limit = self._config.denoiser.step_timeout_s
+        limit = self._step_timeout_s
         for index, status in enumerate(self._statuses):
             if status.busy_s is not None and status.busy_s > limit:
                 raise GroupLost(f"rank {index} has been in one step for {status.busy_s:.0f} s, expected {limit:.0f} s")
+        return self._statuses
 
     def kill(self) -> None:
         """End every rank at once, also one that hangs."""
@@ -148,7 +177,7 @@ class Group:
 
     async def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         references = [getattr(rank, method).remote(*args) for rank in self._ranks]
-        return await self._within(timeout_s or self._config.denoiser.step_timeout_s, *references)
+        return await self._within(timeout_s or self._step_timeout_s, *references)
 
     async def _within(self, timeout_s: float, *references: Awaitable[Any]) -> list[Any]:
         """Results of a call on every rank; an error counts as the group's own unless a rank is gone."""
@@ -162,7 +191,9 @@ class Group:
         errors = [error for task in tasks if task in done and (error := task.exception())]
         for error in errors:
             if isinstance(error, RayActorError):
-                raise GroupLost(f"a rank died: {_first_line(error)}") from error
+                raise GroupLost(f"a rank died: {_first_line(error)}", host=_host_died(error)) from error
+            if isinstance(error, DeviceBroken):
+                raise GroupLost(f"a rank's device failed: {error}") from error
         if errors and (late or len(errors) < len(tasks)):
             raise GroupLost(f"the ranks are out of step: {_first_line(errors[0])}") from errors[0]
         if errors:
@@ -180,6 +211,11 @@ async def _value(reference: Awaitable[Any]) -> Any:
         raise error.cause if isinstance(error.cause, ServeAppError) else error from None
     except GetTimeoutError as error:
         raise GroupLost(str(error)) from error
+
+
+def _host_died(error: RayActorError) -> bool:
+    """Whether the actor went with its host, or the link to it. Ray says the former in words only."""
+    return isinstance(error, ActorUnavailableError) or "its node has died" in str(error)
 
 
 def _first_line(error: BaseException) -> str:

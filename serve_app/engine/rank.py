@@ -1,34 +1,66 @@
-"""A rank: one process with one shard of both experts. Does what its group's coordinator says, one call at a time.
+"""A rank: one process with one shard of the experts. Does what its group's coordinator says, one call at a time.
 
 Torch is imported where it is used: the coordinator imports this module for the actor class alone.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from serve_app.compute import pick_device, set_threads
 from serve_app.config import Config
+from serve_app.errors import ServeAppError, StateError, one_line
+from serve_app.logs import get_logger
 from serve_app.request import Params
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from serve_app.wan.checkpoint import Expert
     from serve_app.wan.sample import Sample
+
+log = get_logger(__name__)
+
+
+class OutOfMemory(ServeAppError):
+    """A step did not fit into memory. No sample has changed."""
+
+
+class DeviceBroken(ServeAppError):
+    """The device failed in a way that this process cannot go on from."""
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """What the scheduler needs of a new sample: its token count and the first step of the low-noise expert."""
+    """What the scheduler needs of a new sample; `Entry` says what each field is.
+
+    `refused` says why a saved state was not used, the sample then being at step 0; None if it was, or none was given.
+    """
 
     tokens: int
+    step: int
+    steps: int
     boundary: int
+    work: float
+    step_mib: float
+    state_mib: float
+    refused: str | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """One step: who advances, whose state leaves the device before, and whose is saved after (id to storage prefix)."""
+
+    advance: list[str]
+    park: list[str] = field(default_factory=list)
+    save: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,11 +73,18 @@ class Stepped:
 
 @dataclass(frozen=True)
 class RankStatus:
-    """Where a rank runs, and for how many seconds its present call has been running (None: it is idle)."""
+    """A sign of life.
+
+    `busy_s` says for how many seconds the present step has been running (None: idle); `samples` how many are held;
+    `rss_mib` and `device_mib` the memory of the process and of its tensors on a GPU.
+    """
 
     node_id: str
     pid: int
     busy_s: float | None
+    samples: int
+    rss_mib: float
+    device_mib: float
 
 
 class Rank:
@@ -55,14 +94,15 @@ class Rank:
     Args:
         config: the deployment's configuration.
         rank: index in the group, from 0.
+        experts: which ones to load; None is all that the checkpoint has.
     """
 
-    def __init__(self, config: Config, rank: int) -> None:
+    def __init__(self, config: Config, rank: int, experts: tuple[Expert, ...] | None = None) -> None:
         self._config = config
         self._rank = rank
+        self._wanted = experts
         self._busy_since: float | None = None
         self._samples: dict[str, Sample] = {}
-        self._models: dict[str, Any] = {}
 
     def rendezvous(self) -> tuple[str, int]:
         """An address and a free port on this host at which the group's ranks can meet."""
@@ -72,7 +112,7 @@ class Rank:
             return address, probe.getsockname()[1]
 
     def load(self, address: str, port: int) -> dict[str, float]:
-        """Join the group and load this rank's shard of both experts.
+        """Join the group and load this rank's shard of the experts.
 
         Returns:
             `seconds` it took and `peak_rss_mib` of the process.
@@ -85,19 +125,29 @@ class Rank:
 
         import torch
 
+        from serve_app.engine.saver import Saver
+        from serve_app.storage import Storage
         from serve_app.wan.checkpoint import Checkpoint
+        from serve_app.wan.experts import Experts
         from serve_app.wan.parallel import init_world, load_expert
 
         started = time.monotonic()
         stage = self._config.denoiser
-        set_threads(stage.threads or max(1, (os.cpu_count() or 1) // stage.tensor_parallel))
-        device = pick_device(stage.device)
-        world = init_world(self._rank, stage.tensor_parallel, address, port, device, timeout_s=stage.start_timeout_s)
-        self._device = device
+        set_threads(stage.threads)
+        self._device = pick_device(stage.device)
+        world = init_world(
+            self._rank, stage.tensor_parallel, address, port, self._device, timeout_s=stage.start_timeout_s
+        )
         self._dtype = getattr(torch, self._config.model.dtype)
         self._checkpoint = Checkpoint(self._config.model.folder)
-        for expert in self._checkpoint.experts:
-            self._models[expert] = load_expert(self._checkpoint, expert, world, self._dtype, device)
+        self._experts = Experts(
+            self._wanted or self._checkpoint.experts,
+            lambda name: load_expert(self._checkpoint, name, world, self._dtype, self._device),
+            "swap" if stage.experts == "swap" else "together",
+            self._device,
+        )
+        # All ranks hold the same samples, so one of them saves.
+        self._saver = Saver(Storage(self._config.storage_url)) if self._rank == 0 and stage.checkpoint_s else None
         return {
             "seconds": time.monotonic() - started,
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -112,42 +162,96 @@ class Rank:
 
         text_dim = self._checkpoint.expert_config("transformer")["text_dim"]
         empty = Embedding(torch.zeros(1, text_dim), tokens=1, truncated=False)
-        for model in self._models.values():
+        for name in self._experts.names:
             sample = self._start(params, empty, empty if params.guided else None, "warm-up")
-            advance(model, [sample], self._config.denoiser.fuse_guidance_tokens)
+            advance(self._experts.use(name), [sample], self._config.denoiser.fuse_guidance_tokens)
 
-    def admit(self, sample_id: str, params: Params, positive: np.ndarray, negative: np.ndarray | None) -> Admitted:
-        """Take in a sample at step 0.
+    def admit(
+        self,
+        sample_id: str,
+        params: Params,
+        positive: np.ndarray,
+        negative: np.ndarray | None,
+        state: bytes | None = None,
+    ) -> Admitted:
+        """Take in a sample.
 
         Args:
             positive: embedding of the prompt, [tokens, dim]; `negative` of the negative prompt, None without guidance.
+            state: where to go on, as `save` returned it. One that cannot be used is said, and the sample begins anew.
         """
         import torch
 
+        from serve_app.wan.cost import activation_bytes, step_flops
         from serve_app.wan.text import Embedding
 
         def embedding(array: np.ndarray) -> Embedding:
             # The array lies in Ray's read-only shared memory; torch wants memory of its own.
             return Embedding(torch.tensor(array), tokens=len(array), truncated=False)
 
-        sample = self._start(params, embedding(positive), None if negative is None else embedding(negative), sample_id)
+        sample, refused = None, None
+        if state is not None:
+            try:
+                sample = self._continue(state, params, sample_id)
+            except StateError as error:
+                refused = str(error)
+        if sample is None:
+            sample = self._start(
+                params, embedding(positive), None if negative is None else embedding(negative), sample_id
+            )
         self._samples[sample_id] = sample
-        return Admitted(tokens=sample.tokens, boundary=sample.boundary_step)
+        config = self._checkpoint.expert_config("transformer")
+        size = self._config.denoiser.tensor_parallel
+        return Admitted(
+            tokens=sample.tokens,
+            step=sample.step,
+            steps=sample.steps,
+            boundary=sample.boundary_step,
+            work=step_flops(config, sample.tokens, sample.guided),
+            step_mib=activation_bytes(config, sample.tokens, self._dtype.itemsize, size) / 2**20,
+            state_mib=sample.state_bytes / 2**20,
+            refused=refused,
+        )
 
-    def step(self, sample_ids: list[str]) -> Stepped:
-        """Advance these samples, all of one cohort, by one step."""
+    def step(self, order: Order) -> Stepped:
+        """Advance the samples of `order`, all of one cohort, by one step.
+
+        Raises:
+            OutOfMemory: the step did not fit; nothing has changed.
+            DeviceBroken: this process is of no use any more.
+        """
+        import torch
+
         from serve_app.wan.sampler import NotFinite, advance
 
         started = self._busy_since = time.monotonic()
         failed: dict[str, str] = {}
         try:
-            samples = [self._samples[sample_id] for sample_id in sample_ids]
-            advance(self._models[samples[0].expert], samples, self._config.denoiser.fuse_guidance_tokens)
+            for sample_id in order.park:
+                self._move(sample_id, torch.device("cpu"))
+            samples = [self._move(sample_id, self._device) for sample_id in order.advance]
+            advance(self._experts.use(samples[0].expert), samples, self._config.denoiser.fuse_guidance_tokens)
         except NotFinite as error:  # the other samples of the batch have made their step
             failed = {sample.name: str(error) for sample in error.samples}
+        except (RuntimeError, MemoryError) as error:
+            # By text as well: the CPU's allocator has no exception of its own.
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise OutOfMemory(one_line(error)) from None
+            if "CUDA error" in str(error):  # a failed assertion or access in a kernel: every later call fails alike
+                raise DeviceBroken(one_line(error)) from None
+            raise
         finally:
             self._busy_since = None
-        return Stepped(seconds=time.monotonic() - started, failed=failed)
+        seconds = time.monotonic() - started
+        for sample_id, prefix in order.save.items():
+            if self._saver is not None and sample_id not in failed:
+                frozen = self._samples[sample_id].snapshot()
+                self._saver.save(prefix, frozen.step, functools.partial(self._bytes, frozen))
+        return Stepped(seconds, failed)
+
+    def save(self, sample_id: str) -> bytes:
+        """A sample's state, for another group to continue."""
+        return self._bytes(self._samples[sample_id])
 
     def latents(self, sample_id: str) -> np.ndarray:
         """A sample's latents, float32 [1, channels, frames, height, width]."""
@@ -161,17 +265,46 @@ class Rank:
     @ray.method(concurrency_group="health")
     def status(self) -> RankStatus:
         """Answered at once, also during a step."""
-        since = self._busy_since
+        import psutil
+
+        since, device_mib = self._busy_since, 0.0
+        if getattr(self, "_device", None) is not None and self._device.type == "cuda":
+            import torch
+
+            device_mib = torch.cuda.memory_allocated(self._device) / 2**20
         return RankStatus(
             node_id=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
             busy_s=None if since is None else time.monotonic() - since,
+            samples=len(self._samples),
+            rss_mib=psutil.Process().memory_info().rss / 2**20,
+            device_mib=device_mib,
         )
 
     def _start(self, params: Params, positive: Any, negative: Any, name: str) -> Sample:
         from serve_app.wan.sample import Sample
 
         return Sample.start(params, self._checkpoint, positive, negative, self._device, self._dtype, name)
+
+    def _continue(self, state: bytes, params: Params, name: str) -> Sample:
+        from serve_app.wan.state import from_bytes
+
+        sample = from_bytes(state, self._checkpoint, self._device, self._dtype)
+        if sample.params != params:
+            raise StateError("saved sample: belongs to another request")
+        sample.name = name
+        return sample
+
+    def _bytes(self, sample: Sample) -> bytes:
+        from serve_app.wan.state import to_bytes
+
+        return to_bytes(sample, self._checkpoint.revision)
+
+    def _move(self, sample_id: str, device: Any) -> Sample:
+        sample = self._samples[sample_id]
+        if sample.latents.device.type != device.type:
+            sample.to(device)
+        return sample
 
 
 RankActor: Any = ray.remote(concurrency_groups={"health": 1})(Rank)

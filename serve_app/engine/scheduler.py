@@ -10,7 +10,14 @@ from dataclasses import dataclass
 class Entry:
     """What the scheduler knows of a sample.
 
-    `boundary` is the first step that the low-noise expert does; `tokens` is the length of its token sequence.
+    Attributes:
+        tokens: length of its token sequence.
+        boundary: the first step that the low-noise expert does.
+        priority: of its class; 0 is the most urgent.
+        turn: the moment from which on no sample that was created later goes first; on the clock of `Scheduler.pick`.
+        work: of one step, in any unit that is the same for all.
+        step_mib: working memory that its part of a forward pass takes.
+        state_mib: memory of what is kept between its steps.
     """
 
     id: str
@@ -20,6 +27,11 @@ class Entry:
     steps: int
     boundary: int
     step: int = 0
+    priority: int = 1
+    turn: float = float("inf")
+    work: float = 1.0
+    step_mib: float = 0.0
+    state_mib: float = 0.0
 
     @property
     def finished(self) -> bool:
@@ -27,23 +39,53 @@ class Entry:
         return self.step >= self.steps
 
     @property
+    def high_noise(self) -> bool:
+        """Whether the high-noise expert does the next step."""
+        return self.step < self.boundary
+
+    @property
+    def remaining(self) -> float:
+        """Work of all steps that are left."""
+        return (self.steps - self.step) * self.work
+
+    @property
     def cohort(self) -> Hashable:
         """Samples of equal cohort can share a forward pass: same latent shape, expert and guidance mode."""
-        return self.latent_shape, self.step < self.boundary, self.guided
+        return self.latent_shape, self.high_noise, self.guided
 
 
 class Scheduler:
-    """First come, first served, with company: the oldest sample leads and takes its cohort along.
+    """Decides before every step which samples take part and which are parked.
+
+    Samples whose turn has come go first, in the order of their turns. The others go by class, and within a class the
+    one with the least remaining work goes first, which gives the shortest mean wait. So a sample is overtaken only by
+    samples that were created before its turn came, and of those only `resident_samples - 1` can be inside: whatever
+    else arrives, it leads no later than when they are done. Who leads takes along, in the same order, as many of its
+    cohort as the bounds allow.
 
     Args:
-        samples_per_step: samples in one forward pass at most.
-        tokens_per_step: tokens in one forward pass at most; the leader alone may exceed it.
+        samples_per_step, tokens_per_step, step_memory_mib: bounds of one forward pass; the leader alone may exceed the
+            latter two. No memory bound if 0.
+        parked_memory_mib: state on the device of samples that do not take part.
+        costly_switch: whether a change of expert costs as much as steps do. Then, within a class, samples of the expert
+            that is in use go first.
     """
 
-    def __init__(self, samples_per_step: int, tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        samples_per_step: int,
+        tokens_per_step: int,
+        step_memory_mib: float = 0,
+        parked_memory_mib: float = float("inf"),
+        costly_switch: bool = False,
+    ) -> None:
         self._samples_per_step = samples_per_step
         self._tokens_per_step = tokens_per_step
+        self._step_memory_mib = step_memory_mib or float("inf")
+        self._parked_memory_mib = parked_memory_mib
+        self._costly_switch = costly_switch
         self._entries: dict[str, Entry] = {}  # in order of admission
+        self._last_high_noise: bool | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -56,21 +98,52 @@ class Scheduler:
         self._entries[entry.id] = entry
 
     def remove(self, sample_id: str) -> None:
-        """Forget a sample that has finished, failed or been cancelled."""
+        """Forget a sample that has finished, failed, moved or been cancelled."""
         self._entries.pop(sample_id, None)
 
-    def pick(self) -> list[Entry]:
+    def order(self, now: float) -> list[Entry]:
+        """All samples with steps left, the most urgent first."""
+        # Sorting is stable, so equals go in the order of their admission.
+        return sorted((e for e in self._entries.values() if not e.finished), key=lambda entry: self._key(entry, now))
+
+    def pick(self, now: float) -> list[Entry]:
         """The samples of the next step, all of one cohort; empty when nothing is left to do."""
-        leader = next((entry for entry in self._entries.values() if not entry.finished), None)
-        if leader is None:
+        order = self.order(now)
+        if not order:
             return []
-        chosen, tokens = [leader], leader.tokens
-        for entry in self._entries.values():
+        leader = order[0]
+        chosen, tokens, memory = [leader], leader.tokens, leader.step_mib
+        for entry in order[1:]:
             if len(chosen) >= self._samples_per_step:
                 break
-            if entry is leader or entry.finished or entry.cohort != leader.cohort:
+            if entry.cohort != leader.cohort:
                 continue
-            if tokens + entry.tokens <= self._tokens_per_step:
+            if tokens + entry.tokens <= self._tokens_per_step and memory + entry.step_mib <= self._step_memory_mib:
                 chosen.append(entry)
                 tokens += entry.tokens
+                memory += entry.step_mib
+        self._last_high_noise = leader.high_noise
         return chosen
+
+    def parked_off_device(self, chosen: list[Entry], now: float) -> list[str]:
+        """Samples whose state must leave the device while `chosen` step: the least urgent beyond the memory for it."""
+        stepping = {entry.id for entry in chosen}
+        used, away = 0.0, []
+        for entry in self.order(now):
+            if entry.id in stepping:
+                continue
+            if used + entry.state_mib > self._parked_memory_mib:
+                away.append(entry.id)
+            else:
+                used += entry.state_mib
+        return away
+
+    def out_of_memory(self, chosen: list[Entry]) -> None:
+        """These samples did not fit into one forward pass: from now on fewer tokens share one."""
+        self._tokens_per_step = min(self._tokens_per_step, sum(entry.tokens for entry in chosen) - 1)
+
+    def _key(self, entry: Entry, now: float) -> tuple[float, ...]:
+        if entry.turn <= now:
+            return (0, entry.turn)
+        switch = self._costly_switch and self._last_high_noise is not None
+        return (1, entry.priority, float(switch and entry.high_noise != self._last_high_noise), entry.remaining)

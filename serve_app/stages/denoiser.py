@@ -10,30 +10,43 @@ import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 
 from serve_app.config import Config
-from serve_app.engine.engine import Admission, Denoised, Engine
+from serve_app.engine.engine import Engine
 from serve_app.engine.group import Group, GroupLost
+from serve_app.engine.saver import latest
+from serve_app.engine.seats import Leaving
+from serve_app.engine.ticket import Admission, Denoised, Moved, Ticket
+from serve_app.errors import one_line
 from serve_app.events import Progress
 from serve_app.logs import get_logger
-from serve_app.request import Params
+from serve_app.stages import retirement
 from serve_app.stages.encoder import Encoded
+from serve_app.storage import Storage
+
+if TYPE_CHECKING:
+    from serve_app.wan.checkpoint import Expert
 
 log = get_logger(__name__)
 
 # Time for the streams in flight to tell their callers why, before the process goes.
 _LAST_WORDS_S = 0.5
+# A storage that does not answer is not waited for longer: a job that begins anew is better than one that does not.
+_STORAGE_S = 20.0
 
 
 @dataclass(frozen=True)
 class Started:
-    """A sample is in the engine. Carries what its caller cannot know, for the embeddings do not pass there."""
+    """A sample is in the engine, with `step` steps behind it. Carries what its caller cannot know, for the embeddings
+    do not pass there."""
 
     encode_seconds: float
     truncated: list[str]
+    step: int
 
 
 @serve.deployment(name="Denoiser")
@@ -42,40 +55,67 @@ class Denoiser:
 
     Args:
         config: the deployment's configuration.
+        experts: which ones its ranks hold; None is all.
     """
 
-    async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, config: Config, experts: tuple[Expert, ...] | None = None) -> None:  # type: ignore[misc]  # Serve awaits it
         self._config = config
         placement_group = ray.util.get_current_placement_group()
         if placement_group is None:
             raise RuntimeError("a denoiser replica needs a placement group, expected `placement_group_bundles`")
-        self._group = await Group.start(config, placement_group, first_bundle=1)
-        self._engine = Engine(self._group, config)
-        self._watch = asyncio.create_task(self._leave_when_lost(), name="leave-when-lost")
+        self._storage = Storage(config.storage_url)
+        self._group = await Group.start(config, placement_group, first_bundle=1, experts=experts)
+        self._engine = Engine(self._group, config, experts)
+        self._tasks = [
+            asyncio.create_task(self._leave_when_lost(), name="leave-when-lost"),
+            asyncio.create_task(retirement.watch(self._routed), name="retirement"),
+        ]
         self._admit.set_max_batch_size(config.denoiser.batch.size)
         self._admit.set_batch_wait_timeout_s(config.denoiser.batch.wait_s)
 
     async def denoise(
-        self, sample_id: str, params: Params, encoded: Encoded
-    ) -> AsyncIterator[Started | Progress | Denoised]:
-        """Denoise one sample, telling its start and each step; the last event refers to the latents.
+        self, ticket: Ticket, encoded: Encoded, state: bytes | None = None, resume: bool = False
+    ) -> AsyncIterator[Started | Progress | Denoised | Moved]:
+        """Denoise one sample, telling its start and each step; the last event carries the latents, or says that the
+        sample goes on elsewhere.
 
         Ending the stream early frees the ranks at the next step.
+
+        Args:
+            state: where to go on, from a `Moved`.
+            resume: whether to look for a saved state where none is given.
 
         Raises:
             JobFailed: the sample failed, or its group was lost (then retryable).
         """
-        async with self._engine.seat(sample_id):
-            error = await self._admit(Admission(sample_id, params, encoded.positive, encoded.negative))
-            if error is not None:
-                raise error
-            yield Started(encoded.seconds, encoded.truncated)
-            async for event in self._engine.events(sample_id):
-                yield event
+        if state is None and resume and ticket.state_prefix is not None:
+            state = await self._saved(ticket)
+        try:
+            async with self._engine.seat(ticket):
+                error = await self._admit(Admission(ticket, encoded.positive, encoded.negative, state))
+                if error is not None:
+                    raise error
+                yield Started(encoded.seconds, encoded.truncated, self._engine.step_of(ticket.id))
+                async for event in self._engine.events(ticket.id):
+                    yield event
+        except Leaving:
+            yield Moved()
 
-    async def describe(self) -> dict[str, int]:
-        """Samples inside, steps done so far, and samples advanced by them: their ratio is the batching achieved."""
-        return {"resident": self._engine.resident, "steps": self._engine.steps, "advanced": self._engine.advanced}
+    async def describe(self) -> dict[str, Any]:
+        """Samples inside; steps done so far and samples advanced by them, whose ratio is the batching achieved; seconds
+        of the steps on the ranks and of everything around them; and of each rank its samples and its memory in MiB."""
+        engine = self._engine
+        return {
+            "resident": engine.resident,
+            "steps": engine.steps,
+            "advanced": engine.advanced,
+            "step_s": engine.step_s,
+            "overhead_s": engine.overhead_s,
+            "ranks": [
+                {"samples": rank.samples, "rss_mib": rank.rss_mib, "device_mib": rank.device_mib}
+                for rank in await self._group.check(self._config.denoiser.health_check_timeout_s / 2)
+            ],
+        }
 
     @serve.batch
     async def _admit(self, admissions: list[Admission]) -> list[Exception | None]:
@@ -92,6 +132,22 @@ class Denoiser:
         except GroupLost as error:
             self._engine.lose(error)
             raise
+
+    async def _saved(self, ticket: Ticket) -> bytes | None:
+        """The state that an earlier attempt saved last."""
+        assert ticket.state_prefix is not None
+        try:
+            return await asyncio.wait_for(latest(self._storage, ticket.state_prefix), _STORAGE_S)
+        except (OSError, TimeoutError) as error:
+            log.warning("saved state not read", extra={"job": ticket.id, "error": one_line(error)})
+            return None
+
+    def _routed(self, routed: bool) -> None:
+        log.info("put back" if routed else "retired: samples move away", extra={"resident": self._engine.resident})
+        if routed:
+            self._engine.stay()
+        else:
+            self._engine.drain()
 
     async def _leave_when_lost(self) -> None:
         """A replica without its group is of no use: end the process, which is what Serve notices fastest.

@@ -1,10 +1,12 @@
 """The deployment that composes the stages: encoder, denoiser, decoder, as a DAG of handle calls.
 
-Embeddings and latents pass from stage to stage as references; this process sees neither.
+Embeddings pass from stage to stage as references. Latents, and the states of samples that move from group to group,
+pass through here: a reference would be worth nothing once the process that it came from has gone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.engine.engine import Denoised
+from serve_app.engine.ticket import Denoised, Moved, Ticket
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Event, Progress
 from serve_app.logs import get_logger
@@ -24,6 +26,8 @@ log = get_logger(__name__)
 
 # Weight of the newest decode in the running mean of seconds per pixel.
 _NEWEST = 0.3
+# Before a sample that was turned away is offered again: routers hear a little later than the replica that it leaves.
+_TURNED_AWAY_S = 0.1
 
 
 @serve.deployment(name="Pipeline")
@@ -32,11 +36,19 @@ class Pipeline:
 
     Args:
         encoder, denoiser, decoder: handles of the stages.
+        low_noise_denoiser: where the low-noise expert has a deployment of its own; `denoiser` then has the other one.
     """
 
-    def __init__(self, encoder: DeploymentHandle, denoiser: DeploymentHandle, decoder: DeploymentHandle) -> None:
+    def __init__(
+        self,
+        encoder: DeploymentHandle,
+        denoiser: DeploymentHandle,
+        decoder: DeploymentHandle,
+        low_noise_denoiser: DeploymentHandle | None = None,
+    ) -> None:
         self._encoder = encoder
         self._denoiser = denoiser.options(stream=True)
+        self._low_noise_denoiser = (low_noise_denoiser or denoiser).options(stream=True)
         self._decoder = decoder
         self._decode_s_per_pixel = 0.0
 
@@ -44,7 +56,9 @@ class Pipeline:
         """Make a job's video.
 
         Args:
-            job: `id`, `attempt`, `params` (of `Params`) and `prefix` (the storage prefix of its files).
+            job: `id`, `attempt`, `params` (of `Params`) and `prefix` (the storage prefix of its files); where a
+                dispatcher drives it also `priority`, `created_at` and `state_prefix` (see `Ticket`). An attempt beyond
+                the first goes on from the last state that was saved.
 
         Yields:
             Progress of each stage, and Done at the end. Ending the iteration early cancels the work at its next step.
@@ -54,24 +68,43 @@ class Pipeline:
         """
         params = Params(**job["params"])
         # The attempt is part of the name: a second attempt may arrive while the first is still being cancelled.
-        sample_id = f"{job['id']}.{job['attempt']}"
+        ticket = Ticket(
+            id=f"{job['id']}.{job['attempt']}",
+            params=params,
+            priority=job.get("priority", "standard"),
+            created_at=job.get("created_at", time.time()),
+            state_prefix=job.get("state_prefix"),
+        )
         decode_s = self._decode_s_per_pixel * params.width * params.height * params.num_frames
 
         started = time.monotonic()
         yield Progress("encode", 0, 1)
         encoded = self._encoder.encode.remote(params.prompt, params.negative_prompt if params.guided else None)
         begun: Started | None = None
-        denoised: Denoised | None = None
-        async for event in self._denoiser.denoise.remote(sample_id, params, encoded):
-            if isinstance(event, Started):
-                begun = event
-                yield Progress("encode", 1, 1)
-                yield Progress("denoise", 0, params.num_inference_steps)
-            elif isinstance(event, Progress):
-                left = None if event.seconds_left is None else event.seconds_left + decode_s
-                yield Progress("denoise", event.step, event.steps, left)
-            else:
-                denoised = event
+        denoised: Denoised | Moved | None = Moved()
+        state, denoiser, denoise_s = None, self._denoiser, 0.0
+        while isinstance(denoised, Moved):
+            denoised = None
+            stream = denoiser.denoise.remote(ticket, encoded, state, state is None and job["attempt"] > 1)
+            async for event in stream:
+                if isinstance(event, Started):
+                    if begun is None:
+                        yield Progress("encode", 1, 1)
+                        yield Progress("denoise", event.step, params.num_inference_steps)
+                    begun = event
+                elif isinstance(event, Progress):
+                    left = None if event.seconds_left is None else event.seconds_left + decode_s
+                    yield Progress("denoise", event.step, event.steps, left)
+                else:
+                    denoised = event
+                    denoise_s += event.seconds
+            if isinstance(denoised, Moved):
+                log.info("moved", extra={"job": job["id"], "with_state": denoised.state is not None})
+                state = denoised.state or state
+                if denoised.high_noise is not None:
+                    denoiser = self._denoiser if denoised.high_noise else self._low_noise_denoiser
+                if denoised.state is None:
+                    await asyncio.sleep(_TURNED_AWAY_S)
         if begun is None or denoised is None:
             raise JobFailed("no_latents", "the denoiser's stream ended without latents", retryable=True)
 
@@ -84,7 +117,7 @@ class Pipeline:
             outputs=decoded.outputs,
             timings={
                 "encode": begun.encode_seconds,
-                "denoise": denoised.seconds,
+                "denoise": denoise_s,
                 "decode": decoded.timings["vae"],
                 "store": decoded.timings["store"],
                 "total": time.monotonic() - started,

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Expert = Literal["transformer", "transformer_2"]
 
+MAX_TOKENS = 512
+"""Text tokens that an expert reads; shorter texts are padded with zeros."""
+
 _CLASSES = {
     "transformer": "WanTransformer3DModel",
     "transformer_2": "WanTransformer3DModel",

@@ -5,6 +5,7 @@ Knows neither the model nor which other samples exist.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Self
@@ -130,6 +131,34 @@ class Sample:
     def cohort(self) -> Hashable:
         """Samples of equal cohort can share a forward pass: same latent shape, expert, and guided or not."""
         return (tuple(self.latents.shape), self.expert, self.guided)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of everything that is kept between steps, once the sampler's history is full."""
+        history = 1 + len(self.scheduler.model_outputs)  # of `last_sample` and the model's outputs
+        texts = [text for text in (self.positive, self.negative) if text is not None]
+        return self.latents.nbytes * (1 + history) + sum(text.nbytes for text in texts)
+
+    def snapshot(self) -> Self:
+        """The sample as it is now, whatever steps follow. Shares the tensors, since a step makes new ones."""
+        frozen = copy.copy(self)
+        frozen.scheduler = copy.copy(self.scheduler)
+        for name in ("model_outputs", "timestep_list"):
+            setattr(frozen.scheduler, name, list(getattr(self.scheduler, name)))
+        return frozen
+
+    def restore(self, snapshot: Self) -> None:
+        """Be again what the sample was when `snapshot` was taken; the snapshot must not be used any more."""
+        self.__dict__.update(snapshot.__dict__)
+
+    def to(self, device: torch.device) -> None:
+        """Move all tensors that the next step reads."""
+        self.latents = self.latents.to(device)
+        self.positive = self.positive.to(device)
+        self.negative = None if self.negative is None else self.negative.to(device)
+        scheduler = self.scheduler
+        scheduler.model_outputs = [None if one is None else one.to(device) for one in scheduler.model_outputs]
+        scheduler.last_sample = None if scheduler.last_sample is None else scheduler.last_sample.to(device)
 
     def apply(self, prediction: torch.Tensor) -> None:
         """Take one step of the scheduler along `prediction`, which has the shape of the latents."""

@@ -29,6 +29,8 @@ class NotFinite(JobFailed):
 def advance(model: torch.nn.Module, samples: list[Sample], fuse_guidance_tokens: int) -> None:
     """One denoising step for samples that share a cohort. They may be at different steps and guidance scales.
 
+    Either all of them make their step or, where anything but `NotFinite` is raised, none does.
+
     Args:
         model: the expert that the samples' cohort names.
         samples: at least one, all of equal `cohort`.
@@ -43,8 +45,14 @@ def advance(model: torch.nn.Module, samples: list[Sample], fuse_guidance_tokens:
     if len({sample.cohort for sample in samples}) != 1:
         raise ValueError(f"samples of one cohort expected, got {sorted({str(s.cohort) for s in samples})}")
     predictions = _predict(model, samples, fuse_guidance_tokens)
-    for sample, prediction in zip(samples, predictions.split(1), strict=True):
-        sample.apply(prediction)
+    before = [sample.snapshot() for sample in samples]
+    try:
+        for sample, prediction in zip(samples, predictions.split(1), strict=True):
+            sample.apply(prediction)
+    except BaseException:
+        for sample, snapshot in zip(samples, before, strict=True):
+            sample.restore(snapshot)
+        raise
     finite = torch.stack([sample.latents.isfinite().all() for sample in samples]).tolist()  # the only wait for the GPU
     if not all(finite):
         raise NotFinite([sample for sample, good in zip(samples, finite, strict=True) if not good])

@@ -16,9 +16,9 @@ from safetensors.torch import load, save
 
 from serve_app.errors import StateError
 from serve_app.request import Params
-from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.checkpoint import MAX_TOKENS, Checkpoint
 from serve_app.wan.sample import Sample
-from serve_app.wan.text import MAX_TOKENS, Embedding
+from serve_app.wan.text import Embedding
 
 VERSION = 1
 """Of the format. It grows whenever the tensors or the header change; only the current one is read."""

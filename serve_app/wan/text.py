@@ -14,9 +14,8 @@ import torch
 from transformers import AutoTokenizer, UMT5EncoderModel
 from transformers.utils import logging
 
-from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.checkpoint import MAX_TOKENS, Checkpoint
 
-MAX_TOKENS = 512
 """Length of the text context that Wan was trained with; longer prompts are cut, shorter ones padded with zeros."""
 
 

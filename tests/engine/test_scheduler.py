@@ -1,4 +1,8 @@
-"""The scheduler's rules: who leads, who comes along, and who never does."""
+"""The scheduler's rules: who leads, who comes along, who is parked, and how long anybody waits at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,65 +10,203 @@ from hypothesis import strategies as st
 from serve_app.engine.scheduler import Entry, Scheduler
 
 SHAPES = [(3, 8, 8), (9, 16, 16)]
+PATIENCE = (5.0, 40.0, 200.0)
+"""Of each class, in steps: the simulations below count a step as one unit of time."""
 
-entries = st.lists(
-    st.builds(
-        Entry,
-        id=st.uuids().map(str),
-        latent_shape=st.sampled_from(SHAPES),
-        guided=st.booleans(),
-        tokens=st.integers(1, 900),
-        steps=st.integers(1, 6),
-        boundary=st.integers(0, 6),
-    ),
-    max_size=12,
-    unique_by=lambda entry: entry.id,
+
+@dataclass
+class Arrival:
+    """A sample, when its job was created, and how long it was then kept waiting outside."""
+
+    entry: Entry
+    created: float
+    delay: float = 0.0
+    led: list[float] = field(default_factory=list)
+
+
+@st.composite
+def arrivals(draw: st.DrawFn, most: int = 12) -> list[Arrival]:
+    made = []
+    for index in range(draw(st.integers(1, most))):
+        created = draw(st.integers(0, 60))
+        priority = draw(st.integers(0, 2))
+        entry = Entry(
+            id=str(index),
+            latent_shape=draw(st.sampled_from(SHAPES)),
+            guided=draw(st.booleans()),
+            tokens=draw(st.integers(1, 900)),
+            steps=draw(st.integers(1, 12)),
+            boundary=draw(st.integers(0, 12)),
+            priority=priority,
+            turn=created + PATIENCE[priority],
+            work=draw(st.floats(0.1, 100)),
+            step_mib=draw(st.floats(0, 500)),
+            state_mib=draw(st.floats(0, 100)),
+        )
+        made.append(Arrival(entry, created, draw(st.integers(0, 30))))
+    return made
+
+
+schedulers = st.builds(
+    Scheduler,
+    samples_per_step=st.integers(1, 5),
+    tokens_per_step=st.integers(1, 2000),
+    step_memory_mib=st.one_of(st.just(0), st.floats(1, 1000)),
+    parked_memory_mib=st.floats(0, 300),
+    costly_switch=st.booleans(),
 )
 
 
-def make(samples: int, tokens: int, those: list[Entry]) -> Scheduler:
+def simulate(scheduler: Scheduler, those: list[Arrival]) -> list[tuple[float, list[Entry]]]:
+    """Every step, with its time, until all have finished."""
+    steps, now, outside = [], 0.0, list(those)
+    while outside or len(scheduler):
+        for arrival in [a for a in outside if a.created + a.delay <= now]:
+            outside.remove(arrival)
+            scheduler.add(arrival.entry)
+        batch = scheduler.pick(now)
+        if batch:
+            steps.append((now, batch))
+            next(a for a in those if a.entry is batch[0]).led.append(now)
+        for entry in batch:
+            entry.step += 1
+            if entry.finished:
+                scheduler.remove(entry.id)
+        now += 1
+        assert now < 10_000, "somebody never finishes"
+    return steps
+
+
+@given(schedulers, arrivals())
+def test_everybody_finishes_and_every_batch_is_one_cohort_within_bounds(scheduler, those):
+    bounds = scheduler._samples_per_step, scheduler._tokens_per_step, scheduler._step_memory_mib
+    done = dict.fromkeys((a.entry.id for a in those), 0)
+    entries = {a.entry.id: a.entry for a in those}
+    # Cohorts change with the step, so a batch is looked at as it was picked.
+    pick = scheduler.pick
+
+    def checked(now: float) -> list[Entry]:
+        batch = pick(now)
+        assert len({entry.cohort for entry in batch}) <= 1
+        assert len({entry.id for entry in batch}) == len(batch) <= bounds[0]
+        if len(batch) > 1:
+            assert sum(entry.tokens for entry in batch) <= bounds[1]
+            assert sum(entry.step_mib for entry in batch) <= bounds[2]
+        for entry in batch:
+            done[entry.id] += 1
+        return batch
+
+    scheduler.pick = checked
+    simulate(scheduler, those)
+    assert done == {name: entry.steps for name, entry in entries.items()}
+    assert scheduler.pick(0) == [] and len(scheduler) == 0
+
+
+@given(schedulers, arrivals())
+def test_once_its_turn_has_come_nobody_created_later_goes_first(scheduler, those):
+    """The bound on waiting: after its turn, a sample waits only for such whose turn came before."""
+    simulate(scheduler, those)
+    for one in those:
+        finished = max(one.led, default=None)
+        if finished is None:  # never led: it always went along, which is no wait
+            continue
+        for other in those:
+            if other.created > one.entry.turn:
+                between = [t for t in other.led if one.entry.turn <= t and one.created + one.delay <= t < finished]
+                assert not between, f"{other.entry.id} went before {one.entry.id}, whose turn had come"
+        # So it is done within its own steps and those of the samples whose turn came before.
+        ahead = sum(o.entry.steps for o in those if o.entry.turn <= one.entry.turn)
+        late = max((o.created + o.delay for o in those if o.entry.turn <= one.entry.turn), default=0)
+        assert finished <= max(one.entry.turn, one.created + one.delay, late) + ahead
+
+
+@given(arrivals(), st.integers(1, 5), st.integers(1, 2000))
+def test_before_anybodys_turn_the_class_decides_and_then_the_least_remaining_work(those, samples, tokens):
     scheduler = Scheduler(samples, tokens)
-    for entry in those:
+    inside = [a.entry for a in those]
+    for entry in inside:
+        entry.turn = float("inf")
         scheduler.add(entry)
-    return scheduler
-
-
-@given(entries, st.integers(1, 5), st.integers(1, 2000))
-def test_everybody_finishes_and_every_batch_is_one_cohort_within_bounds(those, samples, tokens):
-    scheduler = make(samples, tokens, those)
-    work = sum(entry.steps for entry in those)
-    for _ in range(work):
-        batch = scheduler.pick()
-        if not batch:
-            break
-        assert len({entry.cohort for entry in batch}) == 1
-        assert len(batch) <= samples
-        assert len(batch) == 1 or sum(entry.tokens for entry in batch) <= tokens
-        assert len({entry.id for entry in batch}) == len(batch)
+    while batch := scheduler.pick(0):
+        left = [entry for entry in inside if not entry.finished]
+        assert (batch[0].priority, batch[0].remaining) == min((e.priority, e.remaining) for e in left)
         for entry in batch:
             entry.step += 1
-    assert all(entry.finished for entry in those)
-    assert scheduler.pick() == []
 
 
-@given(entries.filter(lambda those: len(those) > 0), st.integers(1, 5), st.integers(1, 2000))
-def test_the_oldest_unfinished_sample_always_advances(those, samples, tokens):
-    scheduler = make(samples, tokens, those)
-    while batch := scheduler.pick():
-        assert batch[0] is next(entry for entry in those if not entry.finished)
-        for entry in batch:
-            entry.step += 1
+@given(schedulers, arrivals(), st.integers(0, 300))
+def test_what_is_parked_fits_and_the_most_urgent_stay(scheduler, those, now):
+    for arrival in those:
+        scheduler.add(arrival.entry)
+    chosen = scheduler.pick(now)
+    away = scheduler.parked_off_device(chosen, now)
+    assert not {entry.id for entry in chosen} & set(away)
+    stays = [e for e in scheduler.order(now) if e.id not in away and e not in chosen]
+    assert sum(entry.state_mib for entry in stays) <= scheduler._parked_memory_mib
+    for name in away:  # it would not have fitted beside those that are more urgent and stay
+        order = [entry.id for entry in scheduler.order(now)]
+        before = sum(e.state_mib for e in stays if order.index(e.id) < order.index(name))
+        mine = next(a.entry.state_mib for a in those if a.entry.id == name)
+        assert before + mine > scheduler._parked_memory_mib
 
 
 def test_a_sample_joins_at_the_next_step_and_leaves_at_once():
     first, second = (Entry(name, SHAPES[0], True, 10, 4, 2) for name in "ab")
-    scheduler = make(4, 100, [first])
-    assert [entry.id for entry in scheduler.pick()] == ["a"]
+    scheduler = Scheduler(4, 100)
+    scheduler.add(first)
+    assert [entry.id for entry in scheduler.pick(0)] == ["a"]
     first.step = 1
     scheduler.add(second)
-    assert [entry.id for entry in scheduler.pick()] == ["a", "b"]
+    assert [entry.id for entry in scheduler.pick(0)] == ["a", "b"]
     first.step = 2  # another expert now
-    assert [entry.id for entry in scheduler.pick()] == ["a"]
+    assert [entry.id for entry in scheduler.pick(0)] == ["a"]
     scheduler.remove("a")
-    assert [entry.id for entry in scheduler.pick()] == ["b"]
+    assert [entry.id for entry in scheduler.pick(0)] == ["b"]
     assert "a" not in scheduler and len(scheduler) == 1
+
+
+def test_a_sample_that_fills_the_budget_alone_is_never_batched():
+    scheduler = Scheduler(4, 100)
+    for name in "ab":
+        scheduler.add(Entry(name, SHAPES[0], True, 90, 4, 2))
+    assert [entry.id for entry in scheduler.pick(0)] == ["a"]
+
+
+def test_a_preview_overtakes_and_the_overtaken_one_goes_on_after():
+    long = Entry("long", SHAPES[1], True, 500, 40, 20, work=10)
+    scheduler = Scheduler(1, 1000)
+    scheduler.add(long)
+    long.step = 10
+    preview = Entry("preview", SHAPES[0], True, 50, 2, 1, work=0.1)
+    scheduler.add(preview)
+    assert scheduler.pick(0) == [preview]
+    preview.step = 2
+    assert scheduler.pick(0) == [long]
+
+
+def test_where_changing_experts_is_costly_the_one_in_use_goes_on_within_a_class():
+    low = Entry("low", SHAPES[0], True, 10, 4, 2, step=2)
+    high = Entry("high", SHAPES[0], True, 10, 20, 10)
+    urgent = Entry("urgent", SHAPES[0], True, 10, 20, 0, priority=0)
+    scheduler = Scheduler(1, 100, costly_switch=True)
+    scheduler.add(high)
+    assert scheduler.pick(0) == [high]
+    scheduler.add(low)
+    assert scheduler.pick(0) == [high]  # although `low` has less left
+    scheduler.add(urgent)
+    assert scheduler.pick(0) == [urgent]  # a class is worth the change
+    scheduler.remove("urgent")
+    assert scheduler.pick(0) == [low]
+    low.turn = high.turn = 5
+    high.turn = 1
+    assert scheduler.pick(9) == [high]
+
+
+def test_after_memory_ran_out_fewer_tokens_share_a_pass():
+    scheduler = Scheduler(4, 1000)
+    those = [Entry(name, SHAPES[0], True, 10, 4, 2) for name in "abcd"]
+    for entry in those:
+        scheduler.add(entry)
+    assert len(scheduler.pick(0)) == 4
+    scheduler.out_of_memory(those)
+    assert len(scheduler.pick(0)) == 3

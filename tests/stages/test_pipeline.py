@@ -6,10 +6,10 @@ import asyncio
 
 import numpy as np
 import pytest
-import ray
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
+from serve_app.engine.ticket import Ticket
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
 from serve_app.wan.checkpoint import Checkpoint
@@ -35,8 +35,8 @@ def frames(path) -> np.ndarray:
 def denoise(app: Wan, sample_id: str, params) -> np.ndarray:
     """Latents of one sample, through encoder and denoiser."""
     encoded = app.handle("Encoder").encode.remote(params.prompt, params.negative_prompt if params.guided else None)
-    stream = app.handle("Denoiser").options(stream=True).denoise.remote(sample_id, params, encoded)
-    return ray.get(list(stream)[-1].latents)
+    stream = app.handle("Denoiser").options(stream=True).denoise.remote(Ticket(sample_id, params), encoded)
+    return list(stream)[-1].latents
 
 
 def test_events_are_true_and_in_order_and_the_files_are_there(app):
@@ -105,9 +105,9 @@ async def test_batch_mates_do_not_change_a_video(app):
 
     async def latents(name, params):
         encoded = app.handle("Encoder").encode.remote(params.prompt, params.negative_prompt)
-        async for event in denoiser.options(stream=True).denoise.remote(name, params, encoded):
+        async for event in denoiser.options(stream=True).denoise.remote(Ticket(name, params), encoded):
             last = event
-        return await last.latents
+        return last.latents
 
     alone = [await latents(f"alone-{params.seed}", params) for params in wanted]
     before = await denoiser.describe.remote()

@@ -1,0 +1,56 @@
+"""Tells a replica that Serve is about to stop it.
+
+Serve itself says nothing: it waits for the requests in flight, for minutes here, before it calls the destructor. But it
+takes a replica that is to go off the list that routers send requests by, and that list can be listened to. The only
+place that uses names which Ray keeps to itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve._private.long_poll import LongPollNamespace
+
+from serve_app.errors import one_line
+from serve_app.logs import get_logger
+
+log = get_logger(__name__)
+
+# After the controller could not be asked: it restarts by itself.
+_RETRY_S = 1.0
+
+
+async def watch(on_change: Callable[[bool], None]) -> None:
+    """Follow, for ever, whether requests are still routed to this replica.
+
+    Args:
+        on_change: called with False when Serve takes the replica off the list, and with True if it is put back (the
+            list is incomplete for a moment after the controller restarted).
+    """
+    own: Any = serve.get_replica_context().replica_id
+    key = (LongPollNamespace.DEPLOYMENT_TARGETS, own.deployment_id)
+    snapshot = -1
+    listed: bool | None = None
+    while True:
+        try:
+            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            updates = await controller.listen_for_change.remote({key: snapshot})
+        except (RayError, ValueError) as error:  # ValueError: there is no such actor at this moment
+            log.info("controller away", extra={"error": one_line(error)})
+            snapshot = -1
+            await asyncio.sleep(_RETRY_S)
+            continue
+        if not isinstance(updates, dict) or key not in updates:  # nothing changed for a while
+            continue
+        snapshot = updates[key].snapshot_id
+        now = any(replica.replica_id == own for replica in updates[key].object_snapshot.running_replicas)
+        if listed is not None and now != listed:
+            on_change(now)
+        if now or listed is not None:  # before it is first listed it has only not been announced yet
+            listed = now

@@ -1,0 +1,36 @@
+"""What a denoising step costs, from the shape of the model alone: floating-point operations and bytes.
+
+Knows neither devices nor what was measured on them. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve_app.wan.checkpoint import MAX_TOKENS
+
+
+def step_flops(config: dict[str, Any], tokens: int, guided: bool) -> float:
+    """Floating-point operations of one denoising step of one sample, on all ranks together.
+
+    Counts matrix products and attention, a multiplication and an addition as two; all else is a few per cent.
+
+    Args:
+        config: of an expert.
+        tokens: latent tokens after patching.
+    """
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    ffn, layers = int(config["ffn_dim"]), int(config["num_layers"])
+    projections = 2 * tokens * (6 * width**2 + 2 * width * ffn) + 2 * MAX_TOKENS * 2 * width**2
+    attention = 4 * tokens * (tokens + MAX_TOKENS) * width
+    return float(layers * (projections + attention)) * (2 if guided else 1)
+
+
+def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int, tensor_parallel: int) -> int:
+    """Working memory of a forward pass over `tokens` on one rank, beside the weights.
+
+    The widest moment of a block: the feed-forward's hidden features, this rank's share of them, beside six tensors of
+    the model's width.
+    """
+    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    return tokens * itemsize * (int(config["ffn_dim"]) // tensor_parallel + 6 * width)
