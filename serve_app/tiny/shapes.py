@@ -47,8 +47,9 @@ class Scenes:
     """N scenes of up to two objects; all index tensors are int64.
 
     background [N], count [N] (1 or 2), shape/colour/motion [N, 2], vertical_split [N] (1: the two objects live in the
-    left and right halves, 0: top and bottom), chance [N, 2, 6] (uniform numbers that fix sizes and paths),
-    blur [N] (edge width in pixels at 128, 0 is sharp), fade [N] (0..1, share of the background mixed into objects).
+    left and right halves, 0: top and bottom; the first is the left or upper one), chance [N, 2, 6] (uniform numbers
+    that fix sizes and paths), blur [N] (edge width in pixels at 128, 0 is sharp), fade [N] (0..1, share of the
+    background mixed into objects).
     """
 
     background: Tensor
@@ -99,12 +100,14 @@ def make_scenes(shape: Tensor, colour: Tensor, motion: Tensor, count: Tensor, ge
     )
 
 
-def random_scenes(n: int, generator: torch.Generator, two: float = 0.5, forbidden: Tensor | None = None) -> Scenes:
-    """Draw n scenes; `two` is the share with two objects, the hardest to learn: each keeps its own words.
+def random_scenes(
+    n: int, generator: torch.Generator, two: float = 0.5, forbidden: Tensor | None = None, alike: float = 0.25
+) -> Scenes:
+    """Draw n scenes; `two` is the share with two objects, and `alike` the share of these that are alike in everything.
 
     forbidden: bool [colours, shapes, motions]; objects whose triple is set there are never drawn (held-out set).
-    Of the pairs, a fifth are twins (same shape and colour) and a third share their motion, because captions such as
-    "two red circles" name one kind only.
+    Of the pairs that differ, a sixth share shape and colour and another sixth their motion, because captions name
+    these once or in the same words; the rest share nothing on purpose: there each object must keep its own words.
     """
     pool = torch.cartesian_prod(*(torch.arange(k) for k in (len(COLOURS), len(SHAPES), len(MOTIONS))))
     if forbidden is not None:
@@ -113,13 +116,14 @@ def random_scenes(n: int, generator: torch.Generator, two: float = 0.5, forbidde
     allowed[pool[:, 0], pool[:, 1], pool[:, 2]] = True
     first = pool[torch.randint(len(pool), (n,), generator=generator)]
     second = pool[torch.randint(len(pool), (n,), generator=generator)]
-    twin = torch.rand(n, generator=generator) < 0.2
-    same_motion = torch.rand(n, generator=generator) < 0.35
-    wish = torch.where(twin[:, None], torch.cat([first[:, :2], second[:, 2:]], 1), second)
-    wish[:, 2] = torch.where(same_motion, first[:, 2], wish[:, 2])
-    # A wish that lands on a held-out triple falls back to a plain twin, which is always allowed.
-    ok = allowed[wish[:, 0], wish[:, 1], wish[:, 2]]
-    second = torch.where(ok[:, None], wish, first)
+    u = torch.rand(n, generator=generator)[:, None]
+    differ = (1 - alike) / 6
+    look = torch.cat([first[:, :2], second[:, 2:]], 1)
+    move = torch.cat([second[:, :2], first[:, 2:]], 1)
+    wish = torch.where(u < alike + differ, look, torch.where(u < alike + 2 * differ, move, second))
+    # A wish that lands on a held-out triple falls back to a pair that shares nothing on purpose.
+    second = torch.where(allowed[wish[:, 0], wish[:, 1], wish[:, 2]][:, None], wish, second)
+    second = torch.where(u < alike, first, second)
     count = 1 + (torch.rand(n, generator=generator) < two).long()
     objects = torch.stack([first, second], 1)
     return make_scenes(objects[..., 1], objects[..., 0], objects[..., 2], count, generator)
@@ -165,8 +169,11 @@ def paths(scenes: Scenes, frames: int, height: int, width: int) -> tuple[Tensor,
         begin = span(low, size, 0.15 * u[..., 3])[..., None]
         return begin + (span(low, size, 1 - 0.15 * u[..., 4])[..., None] - begin) * t
 
-    x = span(x_lo, box_w, u[..., 4])[..., None].expand_as(r)
-    y = span(y_lo, box_h, u[..., 5])[..., None].expand_as(r)
+    # A single object keeps to the middle, where no object of a pair has its lane: a place that could be either's let
+    # the model begin two. It must also settle on one place from noise, which is easier the fewer there are.
+    across_at, along_at = (torch.where(pair, u[..., k], 0.2 + 0.6 * u[..., k]) for k in (4, 5))
+    x = span(x_lo, box_w, across_at)[..., None].expand_as(r)
+    y = span(y_lo, box_h, along_at)[..., None].expand_as(r)
     m = scenes.motion[..., None]
     across, along = travel(x_lo, box_w), travel(y_lo, box_h)
     x = torch.where(m == 1, across, torch.where(m == 0, across.flip(-1), x))
