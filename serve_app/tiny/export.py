@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from serve_app.tiny import CHECKPOINT
 from serve_app.tiny.captions import DEFAULTS
-from serve_app.tiny.train_experts import BOUNDARY
+from serve_app.tiny.experts import BOUNDARY
 
 LIMIT = 16 * 2**20  # bytes: the package ships the folder
 
