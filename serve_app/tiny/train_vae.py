@@ -1,9 +1,11 @@
 """Train the tiny AutoencoderKLWan on whole rendered clips.
 
-    python -m serve_app.tiny.train_vae --minutes 8 --work DIR [--resume]
+    python -m serve_app.tiny.train_vae --minutes 8 --work DIR [--resume] [--decoder-only]
 
 Writes DIR/vae (diffusers layout, fp16, averaged weights, true latents_mean/std) and DIR/vae_log.json. --resume
-continues from DIR/vae, or from the shipped checkpoint where DIR holds none. --smoke walks the same path in seconds.
+continues from DIR/vae, or from --source (by default the shipped checkpoint) where DIR holds none; the optimiser starts
+anew. New latents are new to the experts: train them afterwards (train_experts --resume). --decoder-only leaves the
+latents as they are, so the experts need nothing, and a step costs half. --smoke walks the same path in seconds.
 """
 
 from __future__ import annotations
@@ -54,19 +56,27 @@ def make_pool(
     return torch.cat(clips), torch.cat(grounds)
 
 
-def loss_of(vae: AutoencoderKLWan, clip: Tensor, ground: Tensor) -> Tensor:
-    """Reconstruction from noisy latents, weighted towards the objects and their surroundings.
+def decoding_loss(vae: AutoencoderKLWan, z: Tensor, clip: Tensor, ground: Tensor, square: float) -> Tensor:
+    """Error of the clip decoded from noisy latents, weighted towards the objects and their surroundings.
 
-    Objects cover a few per cent of a clip; without the weight an L1 loss is content with their background.
+    Objects cover a few per cent of a clip; without the weight an L1 loss is content with their background. `square`
+    is the share of the squared error, which the PSNR measures.
     """
-    z = fullseq.encode(vae, clip).float()
     scale = z.detach().std(dim=(0, 2, 3, 4), keepdim=True)
     out = fullseq.decode(vae, z + LATENT_NOISE * scale * torch.randn_like(z)).float()
     mask = ((clip - ground[:, :, None, None, None]).abs().amax(1, keepdim=True) > 0.04).float()
     mask = F.max_pool3d(mask, (1, 9, 9), stride=1, padding=(0, 4, 4))
     error = out - clip
     weight = 1 + 5 * mask
-    return (weight * (error.abs() + 4 * error**2)).mean() + 1e-4 * (z**2).mean()
+    return (weight * (error.abs() + square * error**2)).mean()
+
+
+def loss_of(vae: AutoencoderKLWan, clip: Tensor, ground: Tensor, square: float, decoder_only: bool) -> Tensor:
+    """The whole loss of a batch of clips; with decoder_only the encoder gets no gradient."""
+    with torch.set_grad_enabled(not decoder_only):
+        z = fullseq.encode(vae, clip).float()
+    loss = decoding_loss(vae, z, clip, ground, square)
+    return loss if decoder_only else loss + 1e-4 * (z**2).mean()
 
 
 @torch.no_grad()
@@ -83,12 +93,17 @@ def psnr(vae: AutoencoderKLWan, clips: Tensor, batch: int = 16, noise: float = 0
 
 
 @torch.no_grad()
-def export(vae: AutoencoderKLWan, clips: Tensor, folder: Path, batch: int = 16) -> None:
-    """Measure latents_mean/std on clips, make the posterior's width constant, and save fp16 weights."""
-    total = torch.cat(
-        [fullseq.encode(vae, from_bytes(part)).transpose(0, 1).flatten(1) for part in clips.split(batch)], 1
-    )
-    mean, std = total.mean(1), total.std(1)
+def export(vae: AutoencoderKLWan, clips: Tensor | None, folder: Path, batch: int = 16) -> None:
+    """Measure latents_mean/std on clips, make the posterior's width constant, and save fp16 weights.
+
+    clips None: the latents are those of the configuration, whose mean and width stay to the last digit.
+    """
+    mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+    if clips is not None:
+        total = torch.cat(
+            [fullseq.encode(vae, from_bytes(part)).transpose(0, 1).flatten(1) for part in clips.split(batch)], 1
+        )
+        mean, std = total.mean(1), total.std(1)
     z = vae.config.z_dim
     config = CONFIG | {
         "latents_mean": [round(v, 6) for v in mean.tolist()],
@@ -107,10 +122,13 @@ def train(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
+    (work / "vae.done").unlink(missing_ok=True)
     size = (5, 32, 32) if args.smoke else MAIN_SIZE
     rows: list[dict[str, Any]] = []
+    if args.decoder_only and not args.resume:
+        raise ValueError("--decoder-only needs --resume: an untrained encoder has nothing to decode")
     if args.resume:
-        source = work / "vae" if (work / "vae" / "config.json").exists() else CHECKPOINT / "vae"
+        source = work / "vae" if (work / "vae" / "config.json").exists() else Path(args.source) / "vae"
         vae = AutoencoderKLWan.from_pretrained(source, dtype=torch.float32)
         if (work / "vae_log.json").exists():
             rows = json.loads((work / "vae_log.json").read_text())
@@ -131,7 +149,8 @@ def train(args: argparse.Namespace) -> None:
         f"pools ready after {budget.used * 60:.0f} s, {sum(p.numel() for p in vae.parameters())} parameters", flush=True
     )
 
-    parameters = list(vae.parameters())
+    trained = (vae.post_quant_conv, vae.decoder) if args.decoder_only else (vae,)
+    parameters = [p for part in trained for p in part.parameters()]
     optimiser = torch.optim.AdamW(
         parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda"
     )
@@ -147,7 +166,9 @@ def train(args: argparse.Namespace) -> None:
         clips, ground = others[step // 16 % len(others)] if odd else pool
         index = torch.randint(len(clips), (min(len(clips), 4 if odd else args.batch),), generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = (loss_of if odd else fast)(vae, from_bytes(clips[index]), ground[index])
+            loss = (loss_of if odd else fast)(
+                vae, from_bytes(clips[index]), ground[index], args.square, args.decoder_only
+            )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -171,12 +192,12 @@ def train(args: argparse.Namespace) -> None:
                 log.rows[-1]["psnr"] = psnr(vae, check)
                 print(f"  full-clip psnr {log.rows[-1]['psnr']:.2f} dB", flush=True)
                 if budget.used - saved > 2:
-                    export(vae, check, work / "vae")
+                    export(vae, None if args.decoder_only else check, work / "vae")
                     log.save()
                     saved = budget.used
                 ema.swap()
     ema.swap()
-    export(vae, pool[0][:512], work / "vae")
+    export(vae, None if args.decoder_only else pool[0][:512], work / "vae")
     final = psnr(vae, check)
     log.add(
         step=step, minutes=round(spent + budget.used, 3), psnr=final, psnr_noise=psnr(vae, check, noise=LATENT_NOISE)
@@ -193,6 +214,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="wall-clock budget of this command")
     parser.add_argument("--plan", type=float, help="minutes of all commands together (the cosine's length)")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--source", default=str(CHECKPOINT), help="exported folder to start from where DIR has none")
+    parser.add_argument("--decoder-only", action="store_true", help="with --resume: keep the encoder and its latents")
+    parser.add_argument("--square", type=float, default=4.0, help="weight of the squared error beside the absolute one")
     parser.add_argument("--restart", action="store_true", help="with --resume: begin the learning rate's cosine anew")
     parser.add_argument("--device")
     parser.add_argument("--seed", type=int, default=0)
