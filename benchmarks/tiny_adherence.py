@@ -3,8 +3,9 @@
     python -m benchmarks.tiny_adherence --prompts 200 [--device cuda] [--model FOLDER] [--steps N] [--guidance G]
 
 Runs plain diffusers.WanPipeline on the folder, reads the decoded frames with tiny_reader (which shares nothing with
-the training code) and prints a Markdown table. A clip counts as right only if all its objects are. Columns compare
-the defaults with guidance 1 and with wrong negative prompts: both must be clearly worse, or guidance is broken.
+the training code) and prints Markdown tables. A clip counts as right only if all its objects are, under the pairing
+of named and drawn objects that suits it best. Columns compare the defaults with guidance 1 and with wrong negative
+prompts: both must be clearly worse, or guidance is broken. The second table splits the defaults by kind of prompt.
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ from serve_app.tiny import CHECKPOINT
 from serve_app.tiny.captions import DEFAULTS, LANGUAGES, Prompt, held_out_prompts
 
 QUESTIONS = ("colour", "shape", "direction", "count")
+KINDS = ("one object", "two alike", "two different")
 
 
 def _read(job: tuple[np.ndarray, list[tuple[str, str, str]]]) -> tuple[dict[str, bool], list[Seen]]:
     torch.set_num_threads(1)
     seen = read(torch.from_numpy(job[0]).float() / 255)
     return judge(seen, [Seen(*t) for t in job[1]]), seen
+
+
+def _kind(prompt: Prompt) -> str:
+    first, *rest = prompt.things
+    return KINDS[0] if not rest else KINDS[1] if rest[0] == first else KINDS[2]
 
 
 def generate(
@@ -106,6 +113,7 @@ def main() -> None:
             "negative = the prompt": (guided, None),
         }
     results: dict[tuple[str, str], dict[str, float]] = {}
+    by_kind: dict[str, dict[str, list[dict[str, bool]]]] = {la: {k: [] for k in KINDS} for la in LANGUAGES}
     with ProcessPoolExecutor() as pool:
         for name, (guidance, negative) in settings.items():
             for language in LANGUAGES:
@@ -119,6 +127,8 @@ def main() -> None:
                 results[language, name] = {q: sum(v[q] for v, _ in verdicts) / len(verdicts) for q in QUESTIONS}
                 print(f"  {language} {name}: {results[language, name]} ({time.monotonic() - start:.0f} s)", flush=True)
                 if name == "default":
+                    for p, (v, _) in zip(prompts, verdicts, strict=True):
+                        by_kind[language][_kind(p)].append(v)
                     if args.errors:
                         for p, (v, seen) in zip(prompts, verdicts, strict=True):
                             if not all(v.values()):
@@ -149,6 +159,16 @@ def main() -> None:
             + " | ".join(f"{100 * results[la, name][q]:.1f} %" for la in LANGUAGES for name in settings)
             + " |"
         )
+    print("\n| kind (prompts) | " + " | ".join(f"{la.upper()} {q}" for la in LANGUAGES for q in QUESTIONS) + " |")
+    print("|---|" + "---|" * (len(LANGUAGES) * len(QUESTIONS)))
+    for kind in KINDS:
+        shares = [
+            f"{100 * sum(v[q] for v in verdicts) / len(verdicts):.0f} %" if verdicts else "-"
+            for verdicts in (by_kind[la][kind] for la in LANGUAGES)
+            for q in QUESTIONS
+        ]
+        sizes = " / ".join(str(len(by_kind[la][kind])) for la in LANGUAGES)
+        print(f"| {kind} ({sizes}) | " + " | ".join(shares) + " |")
 
 
 if __name__ == "__main__":

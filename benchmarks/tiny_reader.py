@@ -191,7 +191,11 @@ def read(clip: Tensor) -> list[Seen]:
 
 
 def judge(seen: list[Seen], wanted: list[Seen]) -> dict[str, bool]:
-    """Whether count, colour, shape and direction are what was asked, for all objects under the best pairing."""
+    """Whether count, colour, shape and direction are what was asked, for all objects under the best pairing.
+
+    A prompt that names two objects says nothing of which is where, so neither its order nor places are asked for; but
+    one pairing answers all questions, so a colour that sits on the other object's shape is wrong in one of them.
+    """
     orders = [wanted] if len(wanted) == 1 else [wanted, wanted[::-1]]
     best: dict[str, bool] = {}
     for order in orders:
