@@ -75,6 +75,8 @@ def generate(
     guidance: Annotated[float | None, typer.Option(help="Of the high-noise expert.")] = None,
     guidance_2: Annotated[float | None, typer.Option(help="Of the low-noise expert.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same video.")] = None,
+    priority: Annotated[str | None, typer.Option(help="interactive, standard or batch.")] = None,
+    deadline: Annotated[float | None, typer.Option(help="Seconds from now after which it is of no use.")] = None,
 ) -> None:
     """Make one video on a running server, with a progress bar."""
     fields = {
@@ -86,6 +88,8 @@ def generate(
         "guidance_scale": guidance,
         "guidance_scale_2": guidance_2,
         "seed": seed,
+        "priority": priority,
+        "deadline_s": deadline,
     }
     video = _generate(url, {name: value for name, value in fields.items() if value is not None}, out)
     _report(video, out)

@@ -81,7 +81,8 @@ class Client:
         """Queue a video and return at once.
 
         Args:
-            request: a request, or its prompt with the other fields as keywords.
+            request: a request, or its prompt with the other fields as keywords: those of `VideoRequest`, `priority`
+                and `deadline_s` among them.
 
         Raises:
             InvalidRequest: the field at fault in `param`.

@@ -1,4 +1,4 @@
-"""A create request from its body, JSON or form, to the fields of a `VideoRequest`."""
+"""A create request from its body, JSON or form, to what is run and how soon."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.requests import Request
 from serve_app.config import Config
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.errors import ApiError
-from serve_app.request import FRAME_MULTIPLE, Params, parse, resolve
+from serve_app.request import FRAME_MULTIPLE, Params, Urgency, parse, resolve, urgency
 
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -61,8 +61,8 @@ async def _form(request: Request) -> dict[str, Any]:
     return fields
 
 
-def params(fields: dict[str, Any], config: Config, *, typed: bool = True) -> Params:
-    """What to run for the fields of a create request, with OpenAI's `size` and `seconds` translated.
+def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) -> tuple[Params, Urgency]:
+    """What to run for the fields of a create request, and how soon, with OpenAI's `size` and `seconds` translated.
 
     Raises:
         InvalidRequest: the field at fault in `param`.
@@ -89,7 +89,7 @@ def params(fields: dict[str, Any], config: Config, *, typed: bool = True) -> Par
         fps = fps if 1 <= fps <= config.limits.fps else 1
         request = request.model_copy(update={"num_frames": _frames(seconds, fps)})
     try:
-        return resolve(request, config)
+        return resolve(request, config), urgency(request)
     except InvalidRequest as error:
         # Name the field that the client sent, not the one that it became.
         if seconds is not None and error.param == "num_frames":

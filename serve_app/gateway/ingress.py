@@ -34,7 +34,7 @@ class Gateway:
     async def __init__(self, config: Config, dispatcher: DeploymentHandle) -> None:  # type: ignore[misc]
         self._config = config
         self._dispatcher = dispatcher
-        self._store = JobStore(config.store_url, config.dispatcher.late_outputs_s)
+        self._store = JobStore(config.store_url, config.dispatcher.late_outputs_s, config.patience)
         await self._store.start()
         self._storage = Storage(config.storage_url)
         self._videos = Videos(config, self._store, self._storage, self._wake)

@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serve_app.config import Priority
 from serve_app.jobs.tables import Job, Status
+from serve_app.request import MAX_DEADLINE_S
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
@@ -48,10 +50,19 @@ class CreateVideo(BaseModel):
     guidance_scale_2: float | None = Field(None, description="Of the low-noise expert; default is `guidance_scale`.")
     flow_shift: float | None = None
     boundary_ratio: float | None = None
+    priority: Priority | None = Field(
+        None, description="Its class in the queue, a more urgent one first; default is `standard`."
+    )
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_DEADLINE_S,
+        description="Seconds from now after which the video is of no use: it then fails as `deadline_exceeded`.",
+    )
 
 
 class Remix(BaseModel):
-    """The same video with another prompt."""
+    """The same video with another prompt, in the same class of the queue and without a deadline."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -86,7 +97,9 @@ class Video(BaseModel):
     step: int = 0
     steps: int = 0
     seconds_left: float | None = Field(None, description="Estimate, while it runs.")
-    queue_position: int | None = Field(None, description="1 is next; while it is queued.")
+    priority: Priority
+    deadline_at: int | None = Field(None, description="When work on it ends, finished or not.")
+    queue_position: int | None = Field(None, description="1 is next; while it is queued. A more urgent one may come.")
     attempts: int = Field(description="Times that work on it began.")
     last_error: VideoError | None = Field(None, description="Why an earlier attempt failed, while another is made.")
     negative_prompt: str
@@ -132,6 +145,8 @@ class Video(BaseModel):
             step=job.step,
             steps=job.steps,
             seconds_left=job.seconds_left,
+            priority=job.priority,
+            deadline_at=None if job.deadline_at is None else int(job.deadline_at),
             queue_position=queue_position,
             attempts=job.attempt,
             timings=job.timings,

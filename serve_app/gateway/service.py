@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from serve_app.config import Config
 from serve_app.errors import InvalidRequest, JobFailed
-from serve_app.gateway.body import params
+from serve_app.gateway.body import understand
 from serve_app.gateway.errors import ApiError, no_video
 from serve_app.gateway.schemas import Remix, Variant, Video, VideoList
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Job
 from serve_app.logs import get_logger
-from serve_app.request import VideoRequest, resolve
+from serve_app.request import Urgency, VideoRequest, resolve
 from serve_app.storage import Stat, Storage
 
 logger = get_logger(__name__)
@@ -45,19 +45,22 @@ class Videos:
         Raises:
             InvalidRequest, ApiError: it is refused. QueueFull: not now.
         """
-        resolved = params(fields, self.config, typed=typed)
-        job = await self.store.create(resolved, self.config.model.name, max_queued=self.config.limits.queued_jobs)
-        logger.info("created", extra={"job": job.id})
+        params, urgency = understand(fields, self.config, typed=typed)
+        job = await self.store.create(
+            params, self.config.model.name, urgency, max_queued=self.config.limits.queued_jobs
+        )
+        logger.info("created", extra={"job": job.id, "priority": job.priority})
         await self._tell()
         return await self._resource(job)
 
     async def remix(self, video_id: str, request: Remix) -> Video:
-        """Queue the same video, seed included, with another prompt."""
+        """Queue the same video, seed and priority included, with another prompt and without a deadline."""
         source = await self._job(video_id)
-        resolved = resolve(VideoRequest(**{**source.params, "prompt": request.prompt}), self.config)
+        params = resolve(VideoRequest(**{**source.params, "prompt": request.prompt}), self.config)
         job = await self.store.create(
-            resolved,
+            params,
             self.config.model.name,
+            Urgency.model_validate({"priority": source.priority}),
             remixed_from=source.id,
             max_queued=self.config.limits.queued_jobs,
         )

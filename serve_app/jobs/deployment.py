@@ -4,44 +4,64 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 from ray import serve
 from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
     OutOfMemoryError,
+    PlasmaObjectNotAvailable,
     RayActorError,
+    RayError,
     RaySystemError,
     RayTaskError,
+    RpcError,
     TaskCancelledError,
+    TaskPlacementGroupRemoved,
+    TaskUnschedulableError,
     WorkerCrashedError,
 )
-from ray.serve.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    RayServeException,
-    ReplicaUnavailableError,
-)
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from serve_app.config import Config
 from serve_app.errors import JobFailed
 from serve_app.events import Event
-from serve_app.jobs.dispatcher import Dispatcher, PipelineUnavailable
+from serve_app.jobs.dispatcher import Dispatcher
+from serve_app.jobs.run import PipelineUnavailable
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 
-# What happens to a machine or a replica, not to a request: another attempt may well succeed.
+# What happens to a machine or a replica, not to a request: another attempt may well succeed. Each stands for its
+# subclasses too: ObjectLostError for an owner that died and for what cannot be reconstructed, RayActorError for an
+# actor that died or cannot be reached. RayServeException is what the router makes of a replica that died while another
+# stage waited for its answer.
 _LOST = (
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
     OutOfMemoryError,
+    PlasmaObjectNotAvailable,
     RayActorError,
+    RayServeException,
     RaySystemError,
-    ReplicaUnavailableError,
+    RpcError,
     TaskCancelledError,
+    TaskPlacementGroupRemoved,
+    TaskUnschedulableError,
     WorkerCrashedError,
 )
+_AWAY = (DeploymentUnavailableError, BackPressureError)
 
 
 class ServePipeline:
@@ -56,34 +76,58 @@ class ServePipeline:
         self._handle: Any = None
 
     async def __call__(self, job: dict[str, Any]) -> AsyncGenerator[Event, None]:
-        if self._handle is None:
-            try:
-                # Asks the controller and blocks, so not on the event loop.
-                self._handle = await asyncio.to_thread(serve.get_app_handle, self._application)
-            except RayServeException as error:
-                raise PipelineUnavailable(f"application {self._application!r} is not deployed") from error
-        response = self._handle.options(stream=True).generate.remote(job)
+        handle = await self._connected()
+        response = None
         try:
+            response = handle.options(stream=True).generate.remote(job)
             async for event in response:
                 yield event
-        except (DeploymentUnavailableError, BackPressureError) as error:
-            raise PipelineUnavailable(f"application {self._application!r} takes no requests") from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Serve spells a call that was cancelled at its far end like a cancellation of the caller.
+            raise _lost() from None
         except Exception as error:
             self._handle = None  # the application may have been deployed anew
             raise translate(error) from error
         finally:
-            # Without effect once the stream has ended.
-            response.cancel()
+            if response is not None:
+                # Without effect once the stream has ended. Where the call could not even be sent, it raises that again.
+                with suppress(Exception):
+                    response.cancel()
+
+    async def _connected(self) -> Any:
+        if self._handle is None:
+            try:
+                # Asks the controller and blocks, so not on the event loop.
+                self._handle = await asyncio.to_thread(serve.get_app_handle, self._application)
+            except (RayServeException, RayError, OSError) as error:
+                raise PipelineUnavailable(f"application {self._application!r} is not deployed") from error
+        return self._handle
 
 
 def translate(error: Exception) -> Exception:
-    """What an exception from a Serve handle means for the job: `JobFailed` where we know, else the original."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
+    """What an exception from a Serve handle means for the job.
+
+    Returns:
+        `JobFailed` if it or something of the machinery failed, `PipelineUnavailable` if a stage takes no requests,
+        else the original.
+    """
+    cause: Any = error
+    while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
+        cause = cause.cause
     if isinstance(cause, JobFailed):
-        return JobFailed(cause.code, cause.message, cause.retryable)
+        return JobFailed(cause.code, cause.message, cause.retryable, cause.step)
+    if isinstance(cause, _AWAY):
+        return PipelineUnavailable(f"a deployment takes no requests: {type(cause).__name__}")
     if isinstance(cause, _LOST):
-        return JobFailed("worker_lost", "A process that worked on this video was lost.", retryable=True)
+        return _lost()
     return cause if isinstance(cause, Exception) else error
+
+
+def _lost() -> JobFailed:
+    return JobFailed("worker_lost", "A process that worked on this video was lost.", retryable=True)
 
 
 @serve.deployment(name="dispatcher")
@@ -91,7 +135,7 @@ class DispatcherDeployment:
     """One dispatcher per replica; replicas share the jobs by the store."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._store = JobStore(config.store_url, config.dispatcher.late_outputs_s)
+        self._store = JobStore(config.store_url, config.dispatcher.late_outputs_s, config.patience)
         await self._store.start()
         pipeline = ServePipeline(config.dispatcher.pipeline)
         self._dispatcher = Dispatcher(self._store, Storage(config.storage_url), pipeline, config.dispatcher)

@@ -46,7 +46,8 @@ class Job(Base):
     """One video that somebody asked for.
 
     `attempt` counts claims and fences every write of a run: one that was superseded writes nothing. `failures` counts
-    the attempts that ended badly, which is what `max_attempts` bounds: a job that was handed back loses nothing.
+    the attempts in a row that ended badly and began no further than the one before, which is what `max_attempts`
+    bounds: a job that was handed back loses nothing.
     """
 
     __tablename__ = "jobs"
@@ -57,7 +58,13 @@ class Job(Base):
     params: Mapped[dict[str, Any]]
     """A `serve_app.request.Params` as JSON."""
     remixed_from: Mapped[str | None] = mapped_column(String(64))
+    priority: Mapped[str] = mapped_column(String(16), default="standard")
+    """A `serve_app.config.Priority`."""
     created_at: Mapped[float]
+    turn: Mapped[float]
+    """When the patience of its class ends: jobs are claimed in the order of their turns."""
+    deadline_at: Mapped[float | None]
+    """When the video ceases to be of use, by the database's clock."""
     started_at: Mapped[float | None]
     """When the current attempt began."""
     completed_at: Mapped[float | None]
@@ -73,6 +80,12 @@ class Job(Base):
 
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
+    resumed_step: Mapped[int] = mapped_column(default=0)
+    """The furthest denoising step that an attempt began at."""
+    lost_step: Mapped[int | None]
+    """The step, counted from 1, during which a group was last lost with this job in it."""
+    losses: Mapped[int] = mapped_column(default=0)
+    """How many groups in a row were lost during that step."""
     not_before: Mapped[float] = mapped_column(default=0.0)
     lease_owner: Mapped[str | None] = mapped_column(String(64))
     lease_until: Mapped[float | None]
@@ -89,8 +102,9 @@ class Job(Base):
 
     __table_args__ = (
         Index("jobs_by_age", "created_at", "id"),
-        Index("jobs_by_status", "status", "created_at", "id"),
+        Index("jobs_by_turn", "status", "turn", "id"),
         Index("jobs_by_lease", "status", "lease_until"),
+        Index("jobs_by_deadline", "status", "deadline_at"),
     )
 
     @property
@@ -102,6 +116,11 @@ class Job(Base):
     def prefix(self) -> str:
         """The storage folder of the current attempt."""
         return f"videos/{self.id}/{self.attempt}"
+
+    @property
+    def state_prefix(self) -> str:
+        """The storage folder of the sample's saved states, which all attempts share."""
+        return f"samples/{self.id}"
 
 
 class Garbage(Base):

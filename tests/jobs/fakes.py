@@ -37,6 +37,7 @@ class FakePipeline:
         errors: raised by the first attempts, one each, half-way through denoising.
         gate: if given, every run waits for it half-way through denoising.
         stubborn: store the files even when cancelled, as a stage does whose call is already under way.
+        saving: save a state after each step, and begin at the last one saved.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class FakePipeline:
         errors: list[Exception] | None = None,
         gate: asyncio.Event | None = None,
         stubborn: bool = False,
+        saving: bool = False,
     ) -> None:
         self.storage = storage
         self.step_s = step_s
         self.errors = list(errors or [])
         self.gate = gate
         self.stubborn = stubborn
+        self.saving = saving
         self.jobs: list[dict[str, Any]] = []
         self.ended: list[str] = []
 
@@ -62,13 +65,16 @@ class FakePipeline:
         try:
             yield Progress("encode", 0, 1)
             yield Progress("encode", 1, 1)
-            for step in range(steps + 1):
+            for step in range(await self._saved_step(job), steps + 1):
                 await asyncio.sleep(self.step_s)
                 if step == steps // 2:
                     if self.gate is not None:
                         await self.gate.wait()
                     if self.errors:
                         raise self.errors.pop(0)
+                if self.saving:
+                    with contextlib.suppress(FileExistsError):
+                        await self.storage.put(f"{job['state_prefix']}/{step:04d}", b"state")
                 yield Progress("denoise", step, steps, seconds_left=(steps - step) * self.step_s)
             yield Progress("decode", 0, 1)
             outputs = await self._store(job)
@@ -81,10 +87,16 @@ class FakePipeline:
         finally:
             self.ended.append(job["id"])
 
+    async def _saved_step(self, job: dict[str, Any]) -> int:
+        saved = await self.storage.list(job["state_prefix"]) if self.saving else []
+        return int(saved[-1].rpartition("/")[2]) if saved else 0
+
     async def _store_late(self, job: dict[str, Any]) -> None:
         await asyncio.sleep(0.05)
         with contextlib.suppress(FileNotFoundError):  # the folder is swept at the same time
             await self._store(job)
+            if self.saving:
+                await self.storage.put(f"{job['state_prefix']}/9999", b"state")
 
     async def _store(self, job: dict[str, Any]) -> dict[str, str]:
         outputs = {

@@ -13,10 +13,12 @@ from sqlalchemy.exc import OperationalError
 from serve_app import config
 from serve_app.errors import JobFailed
 from serve_app.events import Event, Progress
-from serve_app.jobs.dispatcher import Dispatcher, PipelineUnavailable, Runner
+from serve_app.jobs.dispatcher import Dispatcher
+from serve_app.jobs.run import PipelineUnavailable, Runner
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.tables import Job
+from serve_app.jobs.tables import Job, id_time
 from serve_app.logs import JsonFormatter
+from serve_app.request import Urgency
 from serve_app.storage import Storage
 from tests.jobs.fakes import PARAMS, FakePipeline, files, until
 
@@ -45,8 +47,8 @@ async def start(store: JobStore, storage: Storage) -> AsyncIterator[Start]:
         await dispatcher.stop()
 
 
-async def create(store: JobStore) -> str:
-    return (await store.create(PARAMS, "wan")).id
+async def create(store: JobStore, **urgency: Any) -> str:
+    return (await store.create(PARAMS, "wan", Urgency(**urgency))).id
 
 
 async def ended(store: JobStore, video_id: str, status: str) -> Job:
@@ -83,6 +85,9 @@ async def test_drives_jobs_to_the_end(store: JobStore, storage: Storage, start: 
         "attempt": 1,
         "params": PARAMS.model_dump(),
         "prefix": f"videos/{ids[0]}/1",
+        "state_prefix": f"samples/{ids[0]}",
+        "priority": "standard",
+        "created_at": id_time(ids[0]),
     }
 
 
@@ -116,9 +121,9 @@ async def test_progress_is_written_and_the_last_step_is_not_held_back(
     written: list[tuple[str | None, int]] = []
     progress = store.progress
 
-    async def recording(video_id: str, attempt: int, event: Progress) -> bool:
+    async def recording(video_id: str, attempt: int, event: Progress, resumed_step: int) -> bool:
         written.append((event.stage, event.step))
-        return await progress(video_id, attempt, event)
+        return await progress(video_id, attempt, event, resumed_step)
 
     store.progress = recording  # type: ignore[method-assign]
     gate = asyncio.Event()
@@ -160,7 +165,7 @@ async def test_gives_up(store: JobStore, storage: Storage, start: Start) -> None
     start(FakePipeline(storage, errors=errors))
     job = await ended(store, video_id, "failed")
     assert (job.error_code, job.attempt) == ("rank_lost", 3)
-    assert job.error_message == "A rank was lost. Gave up after 3 attempts."
+    assert job.error_message == "A rank was lost. Gave up after 3 attempts in a row."
 
 
 async def test_crash_is_an_internal_error(

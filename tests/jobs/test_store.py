@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.errors import ConfigError
+from serve_app import config
+from serve_app.errors import ConfigError, JobFailed
 from serve_app.events import Done, Progress
-from serve_app.jobs.store import JobStore, QueueFull, percent
+from serve_app.jobs.leases import percent
+from serve_app.jobs.store import JobStore, QueueFull
 from serve_app.jobs.tables import Job, id_time, new_id
+from serve_app.request import Urgency
 from tests.jobs.fakes import PARAMS
 
+OPTIONS = config.Dispatcher(max_attempts=3, retry_s=0)
+LOST = JobFailed("rank_lost", "A rank was lost.", retryable=True)
 DONE = Done({"video": "videos/x/1/video.mp4"}, {"denoise": 1.5}, 123, ["a warning"])
 
 
@@ -19,10 +24,16 @@ async def create(store: JobStore, prompt: str = "a cat") -> Job:
     return await store.create(PARAMS.model_copy(update={"prompt": prompt}), "wan")
 
 
-async def claim(store: JobStore, owner: str = "me", lease_s: float = 60, max_attempts: int = 3) -> Job:
-    job = await store.claim(owner, lease_s, max_attempts)
+async def claim(store: JobStore, owner: str = "me", lease_s: float = 60) -> Job:
+    await store.sweep(OPTIONS)
+    job = await store.claim(owner, lease_s)
     assert job is not None
     return job
+
+
+async def nothing_to_claim(store: JobStore, options: config.Dispatcher = OPTIONS) -> bool:
+    await store.sweep(options)
+    return await store.claim("other", 60) is None
 
 
 async def get(store: JobStore, video_id: str) -> Job:
@@ -114,7 +125,7 @@ async def test_life_of_a_job(store: JobStore) -> None:
     assert claimed.started_at is not None and claimed.lease_until is not None
     assert 59 < claimed.lease_until - claimed.started_at < 61
     assert claimed.prefix == f"videos/{job.id}/1"
-    assert await store.claim("me", 60, 3) is None
+    assert await nothing_to_claim(store)
     assert await store.progress(job.id, 1, Progress("denoise", 2, 4, 3.5))
     running = await get(store, job.id)
     assert (running.stage, running.step, running.steps, running.progress) == ("denoise", 2, 4, 47)
@@ -156,7 +167,7 @@ async def test_two_claimers_never_get_the_same_job(store: JobStore, store_url: s
 
     async def claimer(mine: JobStore, owner: str) -> list[str]:
         got = []
-        while (job := await mine.claim(owner, 60, 3)) is not None:
+        while (job := await mine.claim(owner, 60)) is not None:
             assert job.lease_owner == owner and job.attempt == 1
             got.append(job.id)
         return got
@@ -177,7 +188,7 @@ async def test_late_writers_are_fenced(store: JobStore) -> None:
     assert not await store.progress(job.id, 1, Progress("denoise", 4, 4))
     assert not await store.complete(job.id, 1, DONE)
     assert not await store.fail(job.id, 1, "x", "y")
-    assert not await store.retry(job.id, 1, "x", "y", max_attempts=3)
+    assert not await store.retry(job.id, 1, LOST, OPTIONS)
     assert not await store.release(job.id, 1)
     assert await store.renew({job.id: 1}, 60) == {}
     assert await store.check({job.id: 1}) == {}
@@ -195,7 +206,7 @@ async def test_renewed_leases_do_not_expire(store: JobStore) -> None:
     for _ in range(4):
         await asyncio.sleep(0.1)
         assert await store.renew({job.id: 1}, 0.2) == {job.id: False}
-        assert await store.claim("other", 60, 3) is None
+        assert await nothing_to_claim(store)
     await asyncio.sleep(0.3)
     assert (await claim(store, "other")).attempt == 2
 
@@ -203,40 +214,43 @@ async def test_renewed_leases_do_not_expire(store: JobStore) -> None:
 async def test_attempts_are_bounded(store: JobStore) -> None:
     job = await create(store)
     for attempt in (1, 2):
-        assert (await claim(store, lease_s=-1, max_attempts=3)).attempt == attempt
-    assert (await claim(store, max_attempts=3)).attempt == 3
-    assert await store.retry(job.id, 3, "rank_lost", "A rank was lost.", max_attempts=3)
+        assert (await claim(store, lease_s=-1)).attempt == attempt
+    assert (await claim(store)).attempt == 3
+    assert await store.retry(job.id, 3, LOST, OPTIONS)
     failed = await get(store, job.id)
     assert (failed.status, failed.error_code, failed.failures) == ("failed", "rank_lost", 3)
-    assert failed.error_message == "A rank was lost. Gave up after 3 attempts."
+    assert failed.error_message == "A rank was lost. Gave up after 3 attempts in a row."
 
 
 async def test_expired_for_the_last_time(store: JobStore) -> None:
     job = await create(store)
     await claim(store, lease_s=-1)
-    assert await store.claim("other", 60, 1) is None
+    assert await nothing_to_claim(store, OPTIONS.model_copy(update={"max_attempts": 1}))
     failed = await get(store, job.id)
     assert (failed.status, failed.error_code) == ("failed", "lease_expired")
 
 
-async def test_retry_waits(store: JobStore) -> None:
+async def test_the_second_attempt_comes_at_once_and_the_third_waits(store: JobStore) -> None:
     job = await create(store)
     await claim(store)
     await store.progress(job.id, 1, Progress("denoise", 3, 4))
-    assert await store.retry(job.id, 1, "rank_lost", "A rank was lost.", max_attempts=3, delay_s=0.3)
+    options = OPTIONS.model_copy(update={"retry_s": 0.3})
+    assert await store.retry(job.id, 1, LOST, options)
     waiting = await get(store, job.id)
     assert (waiting.status, waiting.progress, waiting.stage, waiting.error_code) == ("queued", 0, None, "rank_lost")
-    assert await store.claim("me", 60, 3) is None
-    await asyncio.sleep(0.35)
     assert (await claim(store)).attempt == 2
-    assert await store.complete(job.id, 2, DONE)
+    assert await store.retry(job.id, 2, LOST, options)
+    assert await nothing_to_claim(store)
+    await asyncio.sleep(0.35)
+    assert (await claim(store)).attempt == 3
+    assert await store.complete(job.id, 3, DONE)
     assert (await get(store, job.id)).error_code is None
 
 
 async def test_release_costs_no_attempt_and_no_place(store: JobStore) -> None:
     first, second = await create(store), await create(store)
     for attempt in range(1, 6):
-        job = await claim(store, max_attempts=2)
+        job = await claim(store)
         assert (job.id, job.attempt, job.failures) == (first.id, attempt, 0)
         assert await store.release(job.id, attempt)
     assert await store.position(second.id) == 2
@@ -263,7 +277,7 @@ async def test_cancelled_while_its_dispatcher_is_dead(store: JobStore) -> None:
     job = await create(store)
     await claim(store, lease_s=-1)
     await store.request_cancel(job.id)
-    assert await store.claim("other", 60, 3) is None
+    assert await nothing_to_claim(store)
     assert (await get(store, job.id)).error_code == "cancelled"
 
 
@@ -276,12 +290,15 @@ async def test_delete(store: JobStore) -> None:
     assert await store.delete(running.id)
     assert not await store.progress(running.id, 1, Progress("denoise", 1, 4))
     assert await store.check({running.id: 1}) == {}
-    due = [item.prefix for item in await store.garbage()]
-    assert due == [f"videos/{waiting.id}", f"videos/{running.id}"]
+    assert await due(store) == [f"samples/{running.id}", f"videos/{waiting.id}", f"videos/{running.id}"]
     await store.forget_garbage(await store.garbage())
     assert await store.garbage() == []
     await asyncio.sleep(0.25)  # late_outputs_s
-    assert [item.prefix for item in await store.garbage()] == [f"videos/{running.id}"]
+    assert await due(store) == [f"samples/{running.id}", f"videos/{running.id}"]
+
+
+async def due(store: JobStore) -> list[str]:
+    return sorted(item.prefix for item in await store.garbage())
 
 
 async def test_files_of_earlier_attempts_are_garbage(store: JobStore) -> None:
@@ -289,7 +306,38 @@ async def test_files_of_earlier_attempts_are_garbage(store: JobStore) -> None:
     await claim(store, lease_s=-1)
     await claim(store)
     await store.complete(job.id, 2, DONE)
-    assert [item.prefix for item in await store.garbage()] == [f"videos/{job.id}/1"]
+    assert await due(store) == [f"samples/{job.id}", f"videos/{job.id}/1"]
+
+
+@pytest.mark.parametrize("end", ["complete", "fail", "cancel waiting", "cancel running", "give up", "deadline"])
+async def test_saved_states_go_when_the_job_has_ended_for_good(store: JobStore, end: str) -> None:
+    urgency = Urgency(deadline_s=0.3) if end == "deadline" else Urgency()
+    job = await store.create(PARAMS, "wan", urgency)
+    for attempt in (1, 2):
+        await claim(store)
+        if attempt == 1 or end in ("cancel waiting", "deadline"):
+            await store.retry(job.id, attempt, LOST, OPTIONS)
+            assert await store.garbage() == []  # the next attempt continues from them
+    if end == "complete":
+        await store.complete(job.id, 2, DONE)
+    elif end == "fail":
+        await store.fail(job.id, 2, "x", "y")
+    elif end.startswith("cancel"):
+        await store.request_cancel(job.id)
+        await store.release(job.id, 2)
+    elif end == "give up":
+        await store.retry(job.id, 2, LOST, OPTIONS.model_copy(update={"max_attempts": 2}))
+    else:
+        await asyncio.sleep(0.35)
+        await store.sweep(OPTIONS)
+    assert (await get(store, job.id)).finished
+    assert f"samples/{job.id}" in await due(store)
+    await store.forget_garbage(await store.garbage())
+    await asyncio.sleep(0.25)  # late_outputs_s
+    assert f"samples/{job.id}" in await due(store)
+    await store.forget_garbage(await store.garbage())
+    await store.delete(job.id)
+    assert await due(store) == [f"videos/{job.id}"]
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
@@ -317,11 +365,14 @@ async def test_list_and_claim_use_indexes(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "jobs.db") as connection:
         for query in (
             "SELECT * FROM jobs WHERE (created_at, id) < (1.0, 'x') ORDER BY created_at DESC, id DESC LIMIT 3",
-            "SELECT id FROM jobs WHERE status = 'queued' AND not_before <= 1 ORDER BY created_at, id LIMIT 1",
+            "SELECT id FROM jobs WHERE status = 'queued' AND not_before <= 1"
+            " AND (deadline_at IS NULL OR deadline_at > 1) ORDER BY turn, id LIMIT 1",
+            "SELECT count(*) FROM jobs WHERE status = 'queued' AND (turn, id) < (1.0, 'x')",
             "SELECT * FROM jobs WHERE status = 'in_progress' AND lease_until < 1 LIMIT 100",
+            "SELECT * FROM jobs WHERE status = 'queued' AND deadline_at <= 1 LIMIT 100",
         ):
             plan = " ".join(row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {query}"))
-            assert "USING INDEX" in plan and "TEMP B-TREE" not in plan, plan
+            assert ("USING INDEX" in plan or "USING COVERING INDEX" in plan) and "TEMP B-TREE" not in plan, plan
     connection.close()
 
 

@@ -1,0 +1,99 @@
+"""How a job's row changes when an attempt ends: tried again, failed or completed, and which files are garbage then.
+
+Rules only: the caller holds the row's lock, and stores the garbage in the same transaction. Times are seconds since the
+epoch by the database's clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from serve_app import config
+from serve_app.errors import JobFailed
+from serve_app.events import Done
+from serve_app.jobs.tables import Garbage, Job
+
+# A longer wait between two attempts helps nobody: what takes minutes to come back keeps no job from waiting.
+_LONGEST_DELAY_S = 60
+
+
+def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Garbage]:
+    """The video is there. Files of earlier attempts and saved states have served."""
+    job.status = "completed"
+    job.completed_at = now
+    job.progress = 100
+    job.step, job.seconds_left = job.steps, None
+    job.outputs, job.timings, job.warnings = dict(done.outputs), dict(done.timings), [*done.warnings]
+    job.size_bytes = done.size_bytes
+    job.lease_owner = job.lease_until = None
+    job.error_code = job.error_message = None
+    earlier = [f"videos/{job.id}/{attempt}" for attempt in range(1, job.attempt)]
+    return _garbage([*earlier, job.state_prefix], now, late_outputs_s)
+
+
+def fail(job: Job, now: float, code: str, message: str, late_outputs_s: float) -> list[Garbage]:
+    """There will be no video."""
+    job.status = "failed"
+    job.completed_at = now
+    job.error_code, job.error_message = code, message
+    job.lease_owner = job.lease_until = job.seconds_left = None
+    return _garbage([f"videos/{job.id}", job.state_prefix], now, late_outputs_s) if job.attempt else []
+
+
+def forget(job: Job, now: float, late_outputs_s: float) -> list[Garbage]:
+    """The row is about to be deleted."""
+    prefixes = [f"videos/{job.id}"]
+    if job.attempt and not job.finished:
+        prefixes.append(job.state_prefix)
+    late = job.attempt and (job.status != "completed" or job.attempt > 1)
+    return _garbage(prefixes, now, late_outputs_s if late else 0)
+
+
+def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list[Garbage]:
+    """Back to its place in the queue, unless somebody wanted it cancelled. Saved states stay for the next attempt."""
+    if job.cancel_requested:
+        return fail(job, now, "cancelled", "Cancelled while it ran.", late_outputs_s)
+    job.status = "queued"
+    job.not_before = now + delay_s
+    job.lease_owner = job.lease_until = job.started_at = job.stage = job.seconds_left = None
+    job.step = job.steps = job.progress = 0
+    return []
+
+
+def attempt_failed(
+    job: Job, now: float, error: JobFailed, resumed_step: int, options: config.Dispatcher, late_outputs_s: float
+) -> list[Garbage]:
+    """An attempt that began at `resumed_step` ended with a retryable error: again, later, or never.
+
+    The same step that loses its group again and again is taken for the job's doing; attempts in a row that began no
+    further than the one before show that nothing is gained by more of them.
+    """
+    if resumed_step > job.resumed_step:
+        job.resumed_step, job.failures = resumed_step, 0
+    job.failures += 1
+    if error.step is not None:
+        job.losses = job.losses + 1 if error.step == job.lost_step else 1
+        job.lost_step = error.step
+        if job.losses >= options.group_losses:
+            times = "once" if job.losses == 1 else f"{job.losses} times"
+            message = f"The workers were lost {times} during step {job.lost_step} of this video; it is not tried again."
+            return fail(job, now, "poisonous", message, late_outputs_s)
+    if job.failures >= options.max_attempts:
+        tries = "1 attempt" if job.failures == 1 else f"{job.failures} attempts in a row"
+        return fail(job, now, error.code, f"{error.message} Gave up after {tries}.", late_outputs_s)
+    # Shown while it waits, so that a user who sees the second attempt also sees why.
+    job.error_code, job.error_message = error.code, error.message
+    return requeue(job, now, delay_s(job.failures, options.retry_s), late_outputs_s)
+
+
+def delay_s(failures: int, retry_s: float) -> float:
+    """Seconds before the attempt that follows `failures` bad ones: 0 after the first, then doubling from `retry_s`."""
+    if failures < 2:
+        return 0
+    return min(retry_s * 2 ** min(failures - 2, 32), _LONGEST_DELAY_S)
+
+
+def _garbage(prefixes: Iterable[str], now: float, late_outputs_s: float) -> list[Garbage]:
+    """Removed now, and again when nobody can still be storing: a run may outlive the decision to end it."""
+    times = (now, now + late_outputs_s) if late_outputs_s else (now,)
+    return [Garbage(prefix=prefix, due_at=due_at) for prefix in prefixes for due_at in times]
