@@ -59,6 +59,8 @@ def prepare(t: Trainer, budget: Budget) -> tuple[Data, list[Data]]:
         t.warm_up(args.batch, ((sizes[0][0] - 1) // 4 + 1, sizes[0][1] // 8, sizes[0][2] // 8))
         told("compiled")
     while args.wait and not (t.work / "vae.done").exists():
+        if budget.done:
+            raise TimeoutError(f"--wait: {t.work / 'vae.done'} did not appear within --minutes {args.minutes}")
         time.sleep(0.5)
     vae = t.work / "vae" if (t.work / "vae").exists() else Path(args.source) / "vae"
     latents, kept = encoded(t.work / "latents.pt", vae, scenes, sizes, t.device)
@@ -70,7 +72,6 @@ def prepare(t: Trainer, budget: Budget) -> tuple[Data, list[Data]]:
 def train(args: argparse.Namespace) -> None:
     budget = Budget(args.minutes)
     t = Trainer(args)
-    budget.spent, budget.plan = t.spent, max(args.plan or 0.0, t.spent + args.minutes)
     device = t.device
     print(
         f"{sum(p.numel() for p in t.experts[0].parameters())} parameters per expert, "
@@ -80,9 +81,9 @@ def train(args: argparse.Namespace) -> None:
     data, others = prepare(t, budget)
     torch.manual_seed(args.seed + t.step)  # a resumed command must not draw the noise of the earlier one again
     begin = t.step
-    # --restart begins the cosine here, after the preparations.
-    schedule = Budget(args.minutes - budget.used) if args.restart else budget
-    marked, mark_time, saved = t.step, budget.used, budget.used
+    # The cosine follows the minutes of training proper: how long the preparations take is not known beforehand.
+    schedule = Budget(max(0.01, args.minutes - budget.used), 0.0 if args.restart else t.spent, args.plan)
+    marked, mark_time, saved = t.step, 0.0, 0.0
     running, plain = torch.zeros(4, device=device), 0
     while not (budget.done or (args.steps and t.step - begin >= args.steps)):
         odd = t.step % OTHER_EVERY == OTHER_EVERY - 1
@@ -99,20 +100,20 @@ def train(args: argparse.Namespace) -> None:
             mean = (running / max(1, plain)).tolist()
             t.log.add(
                 step=t.step,
-                minutes=round(t.spent + budget.used, 3),
+                minutes=round(t.spent + schedule.used, 3),
                 high=mean[0],
                 low=mean[1],
                 words=mean[2],
                 right=mean[3],
                 lr=rate,
-                its=(t.step - marked) / max(1e-9, (budget.used - mark_time) * 60),
+                its=(t.step - marked) / max(1e-9, (schedule.used - mark_time) * 60),
             )
             running.zero_()
-            marked, mark_time, plain = t.step, budget.used, 0
-            if budget.used - saved > 3:
-                t.save(t.spent + budget.used)
-                saved = budget.used
-    t.save(t.spent + budget.used)
+            marked, mark_time, plain = t.step, schedule.used, 0
+            if schedule.used - saved > 3:
+                t.save(t.spent + schedule.used)
+                saved = schedule.used
+    t.save(t.spent + schedule.used)
     print(f"saved at step {t.step} after {budget.used:.2f} min", flush=True)
 
 
@@ -120,7 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True, help="folder for the weights, the state and the log")
     parser.add_argument("--minutes", type=float, default=8.0, help="wall-clock budget of this command")
-    parser.add_argument("--plan", type=float, help="minutes of all commands together (the cosine's length)")
+    parser.add_argument(
+        "--plan", type=float, help="the cosine's length: minutes of training in all commands, without preparations"
+    )
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--source", default=str(CHECKPOINT), help="exported folder to start from where DIR has nothing")
     parser.add_argument("--wait", action="store_true", help="wait for a train_vae that runs beside this command")
@@ -129,8 +132,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="clips per step, both experts together")
     parser.add_argument("--clips", type=int, default=40000)
     parser.add_argument("--captions", type=int, default=6, help="captions drawn per clip")
-    parser.add_argument("--two", type=float, default=0.5, help="share of clips with two objects")
-    parser.add_argument("--alike", type=float, default=0.25, help="share of these with objects alike in everything")
+    parser.add_argument("--two", type=float, default=0.6, help="share of clips with two objects")
+    parser.add_argument("--alike", type=float, default=0.2, help="share of these with objects alike in everything")
     parser.add_argument("--restart", action="store_true", help="with --resume: begin the learning rate's cosine anew")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="AdamW's peak; Muon's is this times --muon-ratio")
     parser.add_argument("--muon-ratio", type=float, default=1.5)
