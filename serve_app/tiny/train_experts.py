@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -62,8 +63,10 @@ def prepare(t: Trainer, budget: Budget) -> tuple[Data, list[Data]]:
         if budget.done:
             raise TimeoutError(f"--wait: {t.work / 'vae.done'} did not appear within --minutes {args.minutes}")
         time.sleep(0.5)
-    vae = t.work / "vae" if (t.work / "vae").exists() else Path(args.source) / "vae"
-    latents, kept = encoded(t.work / "latents.pt", vae, scenes, sizes, t.device)
+    if not (t.work / "vae").exists():
+        # Kept beside the weights that are trained on its latents, for the export.
+        shutil.copytree(Path(args.source) / "vae", t.work / "vae")
+    latents, kept = encoded(t.work / "latents.pt", t.work / "vae", scenes, sizes, t.device)
     told(f"{len(latents[0])} clips {'read' if kept else 'encoded'}")
     data = [Data(z, *text) for z, text in zip(latents, texts, strict=True)]
     return data[0], data[1:]

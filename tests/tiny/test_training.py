@@ -68,6 +68,11 @@ def test_start_from_the_shipped_folder(tmp_path: Path, monkeypatch: pytest.Monke
         < 1e-2
     )
     assert json.loads((tmp_path / "experts_log.json").read_text())[-1]["step"] == 2
+
+
+def test_experts_alone_can_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(train_experts, monkeypatch, "--work", str(tmp_path), "--steps", "1", "--batch", "16", "--resume")
+    assert 0 < export.export(tmp_path, tmp_path / "checkpoint") < export.LIMIT
     with pytest.raises(FileNotFoundError, match="--source has value"):
         run(train_experts, monkeypatch, "--work", str(tmp_path / "other"), "--resume", "--source", str(tmp_path / "no"))
 
