@@ -17,9 +17,9 @@ from serve_app.config import Config, Priority
 from serve_app.engine.group import Group, GroupLost
 from serve_app.engine.rank import Order, OutOfMemory
 from serve_app.engine.scheduler import Entry, Scheduler
-from serve_app.engine.seats import Claim, Seats
+from serve_app.engine.seats import Claim, Leaving, Seats
 from serve_app.engine.ticket import Admission, Denoised, Moved, Ticket
-from serve_app.errors import JobFailed
+from serve_app.errors import JobFailed, one_line
 from serve_app.events import Progress
 from serve_app.logs import get_logger
 
@@ -81,8 +81,8 @@ class Engine:
         self.leaving = False
         """Whether samples are moved away rather than stepped; see `drain`."""
         self.steps = 0
-        """Forward passes so far; `advanced` counts the samples in them."""
-        self.advanced = 0
+        """Forward passes so far; `advanced` counts the samples in them, `out_of_memory` those that did not fit."""
+        self.advanced = self.out_of_memory = 0
         self.step_s = self.overhead_s = 0.0
         """Seconds of all steps as the ranks measured them, and what the rest of the loop added."""
         self._task = asyncio.create_task(self._run(), name="engine")
@@ -97,7 +97,7 @@ class Engine:
 
         Raises:
             JobFailed: the sample has a seat already.
-            Leaving: `drain` was called.
+            Leaving: `drain` was called, or the group is lost.
         """
         claim = Claim(ticket.id, get_args(Priority).index(ticket.priority), self._turn(ticket))
         self._work.set()  # somebody less urgent may have to make room
@@ -112,10 +112,11 @@ class Engine:
         """Take in a sample that has a seat.
 
         Raises:
-            JobFailed: the group is lost, or the seat was left meanwhile.
+            Leaving: the group is lost.
+            JobFailed: it was lost meanwhile, or the seat was left.
         """
         if self.reason is not None:
-            raise JobFailed("group_lost", self.reason, retryable=True)
+            raise Leaving(self.reason)
         ticket = admission.ticket
         try:
             admitted = await self._group.admit(
@@ -217,19 +218,46 @@ class Engine:
                     await self._work.wait()
             except GroupLost as error:
                 self.lose(error)
-            except Exception as error:  # whatever the model raised: it concerns these samples, not the group
-                log.warning("step failed", extra={"jobs": [e.id for e in self._stepping], "error": repr(error)})
-                reason = (str(error).strip() or repr(error)).splitlines()[-1]
-                for entry in self._stepping:
-                    self._fail(entry, "step_failed", f"step {entry.step + 1}: {reason}")
 
     async def _step(self, entries: list[Entry], park: list[str]) -> float:
-        """One forward pass, and what follows from it; the seconds that the ranks took."""
+        """One step of these samples; the seconds that the ranks took."""
         save = {entry.id: prefix for entry in entries if (prefix := self._save_to(entry.id))}
         try:
-            stepped = await self._group.step(Order([entry.id for entry in entries], park, save))
-        except OutOfMemory as error:
+            return await self._pass(entries, park, save)
+        except GroupLost:
+            raise
+        except Exception as error:  # whatever the model raised: it concerns samples, not the group
             return await self._step_alone(entries, error)
+
+    async def _step_alone(self, entries: list[Entry], error: Exception) -> float:
+        """After a pass that raised, which changed nothing: its samples one by one, so that only who is at fault fails.
+        Where memory was short every other sample's state leaves the device first."""
+        log.warning("step raised", extra={"jobs": [entry.id for entry in entries], "error": one_line(error)})
+        short = isinstance(error, OutOfMemory)
+        if short:
+            self.out_of_memory += 1
+            if len(entries) > 1:
+                self._scheduler.out_of_memory(entries)
+        elif len(entries) == 1:
+            self._fail_by(entries[0], error)
+            return 0.0
+        seconds = 0.0
+        for entry in entries:
+            if entry.id not in self._flights:  # left meanwhile
+                continue
+            self._stepping = [entry]
+            others = [sample_id for sample_id in self._flights if sample_id != entry.id] if short else []
+            try:
+                seconds += await self._pass([entry], others, {})
+            except GroupLost:
+                raise
+            except Exception as alone:
+                self._fail_by(entry, alone)
+        return seconds
+
+    async def _pass(self, entries: list[Entry], park: list[str], save: dict[str, str]) -> float:
+        """One forward pass, and what follows from it; the seconds that the ranks took."""
+        stepped = await self._group.step(Order([entry.id for entry in entries], park, save))
         self.steps += 1
         self.advanced += len(entries)
         for entry in entries:
@@ -238,33 +266,6 @@ class Engine:
             else:
                 await self._advanced(entry, stepped.seconds, saved=entry.id in save)
         return stepped.seconds
-
-    async def _step_alone(self, entries: list[Entry], error: OutOfMemory) -> float:
-        """After a step that did not fit: its samples one by one, every other sample's state off the device."""
-        log.warning("out of memory", extra={"jobs": [entry.id for entry in entries], "error": str(error)})
-        if len(entries) > 1:
-            self._scheduler.out_of_memory(entries)
-        seconds = 0.0
-        for entry in entries:
-            if entry.id not in self._flights:  # left meanwhile
-                continue
-            self._stepping = [entry]
-            others = [sample_id for sample_id in self._flights if sample_id != entry.id]
-            try:
-                stepped = await self._group.step(Order([entry.id], others))
-            except OutOfMemory as alone:
-                self._fail(
-                    entry, "out_of_memory", f"step {entry.step + 1} does not fit into memory, even alone: {alone}"
-                )
-                continue
-            seconds += stepped.seconds
-            self.steps += 1
-            self.advanced += 1
-            if entry.id in stepped.failed:
-                self._fail(entry, "not_finite", stepped.failed[entry.id])
-            else:
-                await self._advanced(entry, stepped.seconds, saved=False)
-        return seconds
 
     async def _advanced(self, entry: Entry, seconds: float, saved: bool) -> None:
         entry.step += 1
@@ -324,6 +325,13 @@ class Engine:
     def _turn(self, ticket: Ticket) -> float:
         return (ticket.created_at or time.time()) + float(getattr(self._patience, ticket.priority))
 
+    def _fail_by(self, entry: Entry, error: Exception) -> None:
+        if isinstance(error, OutOfMemory):
+            self._fail(entry, "out_of_memory", f"step {entry.step + 1} does not fit into memory, even alone: {error}")
+        else:
+            reason = (str(error).strip() or repr(error)).splitlines()[-1]
+            self._fail(entry, "step_failed", f"step {entry.step + 1}: {reason}")
+
     def _fail(self, entry: Entry, code: str, message: str) -> None:
         self._scheduler.remove(entry.id)
         if (flight := self._flights.get(entry.id)) is not None:
@@ -339,5 +347,6 @@ class Engine:
         for sample_id, flight in self._flights.items():
             step = flight.entry.step + 1 if sample_id in suspects else None
             flight.events.put_nowait(JobFailed("group_lost", self.reason, retryable=True, step=step))
+        self._seats.close()
         self.lost.set()
         self._work.set()

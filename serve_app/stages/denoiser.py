@@ -102,13 +102,18 @@ class Denoiser:
             yield Moved()
 
     async def describe(self) -> dict[str, Any]:
-        """Samples inside; steps done so far and samples advanced by them, whose ratio is the batching achieved; seconds
-        of the steps on the ranks and of everything around them; and of each rank its samples and its memory in MiB."""
+        """What the engine has done so far.
+
+        Samples inside; steps, and samples advanced by them, whose ratio is the batching achieved; steps that did not
+        fit into memory; seconds of the steps on the ranks and of all that is around them; and of each rank its samples
+        and its memory in MiB.
+        """
         engine = self._engine
         return {
             "resident": engine.resident,
             "steps": engine.steps,
             "advanced": engine.advanced,
+            "out_of_memory": engine.out_of_memory,
             "step_s": engine.step_s,
             "overhead_s": engine.overhead_s,
             "ranks": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,11 @@ def processes(title: str) -> list[psutil.Process]:
         if (process.info["cmdline"] or [""])[0].startswith(title):
             found.append(process)
     return found
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Wait for something that happens by itself."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {timeout_s} s"
+        time.sleep(0.05)

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -14,19 +13,12 @@ import pytest
 
 from serve_app.engine.ticket import Ticket
 from serve_app.events import Done, Progress
-from tests.stages.conftest import Wan, processes
+from tests.stages.conftest import Wan, processes, until
 
 
 @pytest.fixture(scope="module")
 def app(deploy) -> Wan:
     return deploy(denoiser={"tensor_parallel": 2, "health_check_timeout_s": 2}, limits={"num_inference_steps": 2000})
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"not so after {timeout_s} s"
-        time.sleep(0.05)
 
 
 def ranks() -> dict[int, psutil.Process]:
