@@ -90,15 +90,17 @@ class Dispatcher:
             pause = self._options.poll_s
             try:
                 await self._heartbeat()
-                await self._store.sweep(self._options, reap=time.monotonic() >= self._reap_from)
+                reap = not self._away and time.monotonic() >= self._reap_from
+                await self._store.sweep(self._options, reap=reap)
                 await self._claim()
                 await self._collect()
+                if self._away:
+                    # Nobody could renew meanwhile: who comes back first must not take the others for dead.
+                    self._reap_from = time.monotonic() + self._options.lease_s
                 self._away = 0
             except STORE_AWAY as error:
                 # Running jobs go on: their leases outlive a short outage, and the fence settles a long one.
                 self._away += 1
-                # Nobody could renew meanwhile: whoever comes back first must not take the others for dead.
-                self._reap_from = time.monotonic() + self._options.lease_s
                 pause = max(pause, min(0.1 * 2**self._away, 5))
                 logger.warning("store unreachable", extra={"error": one_line(error), "retry_in_s": pause})
             with suppress(TimeoutError):

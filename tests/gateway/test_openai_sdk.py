@@ -43,13 +43,21 @@ async def test_create_and_poll_and_download(client: openai.AsyncOpenAI, server: 
         model=MODEL,
         seconds="2",  # type: ignore[arg-type]
         size="128x64",  # type: ignore[arg-type]
-        extra_body={"num_inference_steps": 3, "seed": 5, "guidance_scale": 3.5, "negative_prompt": "blurry"},
+        extra_body={
+            "num_inference_steps": 3,
+            "seed": 5,
+            "guidance_scale": 3.5,
+            "negative_prompt": "blurry",
+            "priority": "interactive",
+            "deadline_s": 60,
+        },
     )
     assert (video.status, video.progress, video.model, video.size) == ("completed", 100, MODEL, "128x64")
     assert (video.prompt, video.seconds, video.error) == ("一只猫 🐈", "2.0625", None)
     extra = video.model_extra or {}
     assert (extra["num_frames"], extra["seed"], extra["num_inference_steps"]) == (33, 5, 3)
     assert (extra["guidance_scale"], extra["negative_prompt"]) == (3.5, "blurry")
+    assert (extra["priority"], extra["deadline_at"] > video.created_at) == ("interactive", True)
     for variant, size in (("video", 200_192), ("thumbnail", 12), ("spritesheet", 14)):
         content = await client.videos.download_content(video.id, variant=variant)  # type: ignore[arg-type]
         assert len(await content.aread()) == size

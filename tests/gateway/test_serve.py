@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+import serve_app
 from serve_app.errors import InvalidRequest, JobFailed
 from serve_app.events import Event
 
@@ -139,6 +140,28 @@ def test_a_replica_dies(url: str) -> None:
     assert (video["status"], video["attempts"]) == ("completed", 2)
 
 
+def test_a_deadline_reaches_the_pipeline(url: str) -> None:
+    video = httpx.post(f"{url}/v1/videos", json={"prompt": "wait", "deadline_s": 2, "priority": "interactive"}).json()
+    assert (video["priority"], video["deadline_at"] - video["created_at"]) in (("interactive", 2), ("interactive", 3))
+    video = wait(url, video["id"], 10)
+    assert (video["error"]["code"], video["stage"]) == ("deadline_exceeded", "denoise")
+    assert make(url, "after")["status"] == "completed"
+
+
+def test_jobs_wait_for_a_pipeline_that_is_deployed_anew(url: str, home: Path) -> None:
+    serve.delete("fake")
+    video = httpx.post(f"{url}/v1/videos", json={"prompt": "patient"}).json()
+    end = time.monotonic() + 30
+    while not (video["status"] == "queued" and video["attempts"] >= 2):  # put back twice
+        assert video["status"] in ("queued", "in_progress") and video["last_error"] is None, video
+        assert time.monotonic() < end
+        time.sleep(0.05)
+        video = httpx.get(f"{url}/v1/videos/{video['id']}").json()
+    serve.run(Pipeline.bind(str(home / "videos")), name="fake", route_prefix=None)
+    video = wait(url, video["id"])
+    assert (video["status"], video["error"]) == ("completed", None)
+
+
 def test_cancel_and_delete_reach_the_pipeline(url: str) -> None:
     for action in ("cancel", "delete"):
         video_id = httpx.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()["id"]
@@ -172,6 +195,16 @@ def test_handle_calls(url: str) -> None:
         list(stream.content.remote(video["id"], "video"))
     with pytest.raises(InvalidRequest):
         list(stream.watch.remote(video["id"]))
+
+
+def test_the_client_says_how_soon(url: str) -> None:
+    client = serve_app.connect()
+    video = client.generate(serve_app.VideoRequest(prompt="soon", priority="batch", deadline_s=60))
+    assert (video.status, video.info["priority"]) == ("completed", "batch")
+    assert video.info["deadline_at"] > video.info["created_at"]
+    assert client.submit("later", priority="interactive").info["priority"] == "interactive"
+    with pytest.raises(InvalidRequest, match=r"'priority' has value 'high'"):
+        client.submit("never", priority="high")
 
 
 def test_stopping_hands_jobs_back(url: str, home: Path) -> None:

@@ -62,6 +62,36 @@ async def test_multipart_and_forms_take_text(server: Server) -> None:
         assert (await server.ended(video["id"]))["status"] == "completed"
 
 
+async def test_how_soon(server: Server, held: asyncio.Event) -> None:
+    video = await server.create()
+    assert (video["priority"], video["deadline_at"]) == ("standard", None)
+    video = await server.create(priority="interactive", deadline_s=90)
+    assert video["priority"] == "interactive" and 89 <= video["deadline_at"] - video["created_at"] <= 91
+    answer = await server.http.post("/v1/videos", data={"prompt": "x", "priority": "batch", "deadline_s": "0.5"})
+    assert answer.json()["priority"] == "batch", answer.text
+    video = await server.ended(answer.json()["id"])
+    assert (video["status"], video["error"]["code"]) == ("failed", "deadline_exceeded")
+    nothing = await server.create(priority=None, deadline_s=None)
+    assert (nothing["priority"], nothing["deadline_at"]) == ("standard", None)
+
+
+async def test_urgent_videos_stand_in_front(server: Server, held: asyncio.Event) -> None:
+    for _ in range(8):  # as many as the dispatcher runs at once
+        await server.create()
+
+    async def busy() -> bool:
+        return len(server.pipeline.jobs) == 8
+
+    await until(busy)
+    first, second = await server.create(priority="batch"), await server.create(priority="interactive")
+    assert (first["queue_position"], second["queue_position"]) == (1, 1)
+    assert (await server.http.get(f"/v1/videos/{first['id']}")).json()["queue_position"] == 2
+    held.set()
+    for video in (first, second):
+        await server.ended(video["id"])
+    assert [job["id"] for job in server.pipeline.jobs[8:]] == [second["id"], first["id"]]
+
+
 async def test_length(server: Server) -> None:
     for fields, frames in (
         ({"seconds": "2"}, 33),
@@ -126,6 +156,13 @@ BAD: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": "x", "flow_shift": 0}, "flow_shift"),
     ({"prompt": "x", "boundary_ratio": 1.5}, "boundary_ratio"),
     ({"prompt": "x", "input_reference": "data:"}, "input_reference"),
+    ({"prompt": "x", "priority": "high"}, "priority"),
+    ({"prompt": "x", "priority": 1}, "priority"),
+    ({"prompt": "x", "deadline_s": 0}, "deadline_s"),
+    ({"prompt": "x", "deadline_s": -1}, "deadline_s"),
+    ({"prompt": "x", "deadline_s": 1e300}, "deadline_s"),
+    ({"prompt": "x", "deadline_s": 10**400}, "deadline_s"),
+    ({"prompt": "x", "deadline_s": "60"}, "deadline_s"),
 ]
 
 
@@ -246,13 +283,14 @@ async def test_delete(server: Server, held: asyncio.Event) -> None:
 
 
 async def test_remix(server: Server) -> None:
-    source = await server.completed(seed=3, size="64x64", num_frames=9)
+    source = await server.completed(seed=3, size="64x64", num_frames=9, priority="batch", deadline_s=60)
     answer = await server.http.post(f"/v1/videos/{source['id']}/remix", json={"prompt": "a blue star"})
     assert answer.status_code == 200
     remix = answer.json()
     assert remix["remixed_from_video_id"] == source["id"] and remix["id"] != source["id"]
     for field in set(Params.model_fields) - {"prompt"}:
         assert remix[field] == source[field]
+    assert (remix["priority"], remix["deadline_at"]) == ("batch", None)
     assert (await server.ended(remix["id"]))["prompt"] == "a blue star"
     for body, param in (({}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": "x", "seed": 1}, "seed")):
         answer = await server.http.post(f"/v1/videos/{source['id']}/remix", json=body)

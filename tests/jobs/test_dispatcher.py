@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from serve_app import config
 from serve_app.errors import JobFailed
-from serve_app.events import Event, Progress
+from serve_app.events import Done, Event, Progress
 from serve_app.jobs.dispatcher import Dispatcher
 from serve_app.jobs.run import PipelineUnavailable, Runner
 from serve_app.jobs.store import JobStore
@@ -63,6 +64,10 @@ async def ended(store: JobStore, video_id: str, status: str) -> Job:
 
 def expected_files(video_id: str, attempt: int) -> list[str]:
     return [f"videos/{video_id}/{attempt}/{name}" for name in ("spritesheet.jpg", "thumbnail.jpg", "video.mp4")]
+
+
+def lost(step: int | None = None) -> JobFailed:
+    return JobFailed("rank_lost", "A rank was lost.", retryable=True, step=step)
 
 
 async def no_files(storage: Storage) -> bool:
@@ -152,7 +157,7 @@ async def test_unretryable_failure(store: JobStore, storage: Storage, start: Sta
 
 async def test_retryable_failure_gets_another_attempt(store: JobStore, storage: Storage, start: Start) -> None:
     video_id = await create(store)
-    pipeline = FakePipeline(storage, errors=[JobFailed("rank_lost", "A rank was lost.", retryable=True)])
+    pipeline = FakePipeline(storage, errors=[lost()])
     start(pipeline)
     job = await ended(store, video_id, "completed")
     assert (job.attempt, job.failures, job.error_code) == (2, 1, None)
@@ -161,11 +166,137 @@ async def test_retryable_failure_gets_another_attempt(store: JobStore, storage: 
 
 async def test_gives_up(store: JobStore, storage: Storage, start: Start) -> None:
     video_id = await create(store)
-    errors: list[Exception] = [JobFailed("rank_lost", "A rank was lost.", retryable=True)] * 3
-    start(FakePipeline(storage, errors=errors))
+    start(FakePipeline(storage, errors=[lost()] * 3))
     job = await ended(store, video_id, "failed")
     assert (job.error_code, job.attempt) == ("rank_lost", 3)
     assert job.error_message == "A rank was lost. Gave up after 3 attempts in a row."
+
+
+async def test_the_second_attempt_does_not_wait_for_a_poll(store: JobStore, storage: Storage, start: Start) -> None:
+    video_id = await create(store)
+    start(FakePipeline(storage, errors=[lost()]), poll_s=60, retry_s=60)
+    assert (await ended(store, video_id, "completed")).attempt == 2
+
+
+async def test_attempts_that_get_further_are_not_counted(store: JobStore, storage: Storage, start: Start) -> None:
+    """A group is lost after every step; each attempt begins where the one before was."""
+    begun: list[int] = []
+
+    async def run(job: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        step = len(begun)
+        begun.append(step)
+        yield Progress("encode", 0, 1)
+        yield Progress("denoise", step, 8)
+        if step == 8:
+            yield Done({}, {}, 0)
+        yield Progress("denoise", step + 1, 8)
+        raise lost(step + 2)
+
+    video_id = await create(store)
+    start(run, max_attempts=2, retry_s=60)
+    job = await ended(store, video_id, "completed")
+    assert begun == list(range(9))
+    assert (job.attempt, job.failures, job.resumed_step) == (9, 0, 8)
+
+
+async def test_a_step_that_loses_its_group_twice_is_poisonous(store: JobStore, storage: Storage, start: Start) -> None:
+    video_id = await create(store)
+    pipeline = FakePipeline(storage, errors=[lost(2), lost(2)], saving=True)
+    start(pipeline, max_attempts=10)
+    job = await ended(store, video_id, "failed")
+    assert (job.error_code, job.attempt) == ("poisonous", 2)
+    assert "2 times during step 2" in (job.error_message or "")
+    await until(lambda: no_files(storage))
+
+
+async def test_saved_states_last_until_the_job_has_ended(store: JobStore, storage: Storage, start: Start) -> None:
+    video_id = await create(store)
+    pipeline = FakePipeline(storage, errors=[lost()], gate=asyncio.Event(), saving=True)
+    start(pipeline)
+    assert pipeline.gate is not None
+    pipeline.gate.set()
+
+    async def only_the_video() -> bool:
+        return files(storage) == expected_files(video_id, 2)
+
+    job = await ended(store, video_id, "completed")
+    assert (job.attempt, job.resumed_step, job.failures) == (2, 1, 0)
+    await until(only_the_video)
+
+
+async def test_the_beginning_is_told_although_the_store_was_away(
+    store: JobStore, storage: Storage, start: Start
+) -> None:
+    """The one write that names it may fail: whichever comes next tells it again."""
+    progress, refused = store.progress, 0
+
+    async def refusing(video_id: str, attempt: int, event: Progress, resumed_step: int) -> bool:
+        nonlocal refused
+        if event.stage == "denoise" and not refused:
+            refused += 1
+            raise OperationalError("UPDATE", {}, ConnectionRefusedError("away"))
+        return await progress(video_id, attempt, event, resumed_step)
+
+    store.progress = refusing  # type: ignore[method-assign]
+
+    async def run(job: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        yield Progress("denoise", 5, 8)
+        raise lost()
+
+    video_id = await create(store)
+    start(run, max_attempts=1)
+    job = await ended(store, video_id, "failed")
+    assert (refused, job.resumed_step) == (1, 5)
+
+
+async def test_a_run_ends_at_its_deadline(store: JobStore, storage: Storage, start: Start) -> None:
+    """At the moment, that is, though the next poll is far away."""
+    pipeline = FakePipeline(storage, gate=asyncio.Event(), stubborn=True)
+    video_id = await create(store, deadline_s=0.8)
+    start(pipeline, poll_s=30)
+    job = await ended(store, video_id, "failed")
+    assert (job.error_code, job.error_message) == ("deadline_exceeded", "Its deadline passed while it ran.")
+    assert job.deadline_at is not None and job.completed_at is not None
+    assert 0 <= job.completed_at - job.deadline_at < 0.5
+    assert pipeline.ended == [video_id]
+    await pipeline.late
+
+
+async def test_a_deadline_passes_in_the_queue(store: JobStore, storage: Storage, start: Start) -> None:
+    pipeline = FakePipeline(storage, gate=asyncio.Event())
+    running = await create(store)
+    start(pipeline, running_jobs=1)  # no room for another: it fails all the same
+    await until(lambda: _running(store, running))
+    video_id = await create(store, deadline_s=0.2)
+    assert (await ended(store, video_id, "failed")).error_code == "deadline_exceeded"
+    assert [job["id"] for job in pipeline.jobs] == [running]
+
+
+async def test_a_video_that_is_there_in_time_is_kept(store: JobStore, storage: Storage, start: Start) -> None:
+    """Its deadline passes while the store cannot be reached to record it."""
+    complete = store.complete
+
+    async def late(video_id: str, attempt: int, done: Done) -> bool:
+        job = await store.get(video_id)
+        assert job is not None and job.deadline_at is not None
+        await asyncio.sleep(max(job.deadline_at - time.time(), 0) + 0.2)
+        return await complete(video_id, attempt, done)
+
+    store.complete = late  # type: ignore[method-assign]
+    video_id = await create(store, deadline_s=1)
+    start(FakePipeline(storage))
+    job = await ended(store, video_id, "completed")
+    assert job.completed_at is not None and job.deadline_at is not None and job.completed_at > job.deadline_at
+
+
+async def test_urgent_jobs_go_first(store: JobStore, storage: Storage, start: Start) -> None:
+    ids = [await create(store, priority=priority) for priority in ("batch", "standard", "interactive")]
+    pipeline = FakePipeline(storage)
+    start(pipeline, running_jobs=1)
+    for video_id in ids:
+        await ended(store, video_id, "completed")
+    assert [job["id"] for job in pipeline.jobs] == ids[::-1]
+    assert [job["priority"] for job in pipeline.jobs] == ["interactive", "standard", "batch"]
 
 
 async def test_crash_is_an_internal_error(
@@ -324,6 +455,38 @@ async def test_store_away_for_a_while(store: JobStore, storage: Storage, start: 
     dispatcher.check()
     del database.write, database.read
     assert (await ended(store, video_id, "completed")).attempt == 1
+
+
+async def test_an_outage_costs_nobody_a_lease(store: JobStore, store_url: str, storage: Storage, start: Start) -> None:
+    """Leases run out while no dispatcher can renew; the first to come back does not take the others for dead."""
+    gate = asyncio.Event()
+    first, second = FakePipeline(storage, gate=gate), FakePipeline(storage, gate=gate)
+    other = JobStore(store_url)
+    await other.start()
+    video_id = await create(store)
+    slow = start(first, lease_s=0.5, running_jobs=1)
+    await until(lambda: _running(store, video_id))
+    quick = Dispatcher(other, storage, second, OPTIONS.model_copy(update={"lease_s": 0.5}))
+    quick.start()
+
+    def away() -> Any:
+        raise OperationalError("SELECT 1", {}, ConnectionRefusedError("away"))
+
+    for one in (store, other):
+        one._db.write = one._db.read = away  # type: ignore[method-assign]
+    await asyncio.sleep(0.6)
+    del other._db.write, other._db.read
+    new = await create(other)
+    quick.wake()
+    await until(lambda: _running(other, new))  # it has looked around
+    assert [job["id"] for job in second.jobs] == [new]
+    del store._db.write, store._db.read
+    slow.wake()
+    gate.set()
+    for job_id in (video_id, new):
+        assert (await ended(store, job_id, "completed")).attempt == 1
+    await quick.stop()
+    await other.close()
 
 
 async def test_a_broken_loop_shows(store: JobStore, storage: Storage, start: Start) -> None:
