@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
+import uvicorn
 from fastapi import FastAPI
 
 from serve_app.config import Config, Defaults, Limits
@@ -87,3 +90,21 @@ def held(server: Server) -> asyncio.Event:
     """Every run waits half-way until this is set."""
     server.pipeline.gate = asyncio.Event()
     return server.pipeline.gate
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The unmodified openai SDK, and by its `base_url` a real socket for others."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listening = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", lifespan="off"))
+    serving = asyncio.create_task(listening.serve(sockets=[listener]))
+
+    async def started() -> bool:
+        return listening.started
+
+    await until(started)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=2) as client:
+        yield client
+    listening.should_exit = True
+    await serving

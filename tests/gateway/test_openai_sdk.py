@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator
 
 import openai
 import pytest
-import uvicorn
 
 from tests.gateway.conftest import Server
-from tests.jobs.fakes import until
 
 # The SDK marks its videos API as deprecated; open servers carry the API on.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 MODEL = "wan2.2-t2v-a14b"
-
-
-@pytest.fixture
-async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    listening = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", lifespan="off"))
-    serving = asyncio.create_task(listening.serve(sockets=[listener]))
-
-    async def started() -> bool:
-        return listening.started
-
-    await until(started)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=2) as client:
-        yield client
-    listening.should_exit = True
-    await serving
 
 
 async def test_create_and_poll_and_download(client: openai.AsyncOpenAI, server: Server) -> None:
