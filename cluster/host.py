@@ -1,0 +1,36 @@
+"""One host, as this machine sees it."""
+
+from __future__ import annotations
+
+from cluster.loopback import Loopback
+from cluster.namespaces import Namespaces
+from cluster.processes import raylet
+from cluster.state import HostSpec
+
+
+class Host:
+    """One host of a cluster."""
+
+    def __init__(self, network: Namespaces | Loopback, index: int, spec: HostSpec) -> None:
+        self._network = network
+        self.index = index
+        self.spec = spec
+
+    @property
+    def ip(self) -> str:
+        """The host's own address."""
+        return self._network.ip(str(self.index))
+
+    def pids(self) -> list[int]:
+        """Every process of the host, whoever started it."""
+        return self._network.pids(str(self.index))
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its link is down."""
+        return self._network.is_cut(str(self.index))
+
+    @property
+    def runs_ray(self) -> bool:
+        """Whether its Ray node runs; the control process may still hold it for dead."""
+        return raylet(self.pids()) is not None

@@ -1,0 +1,94 @@
+"""The fallback without namespaces: several Ray nodes that share this machine's address, each with its own ports."""
+
+from __future__ import annotations
+
+import socket
+from typing import NoReturn
+
+import psutil
+
+from cluster.errors import ClusterError
+
+MARK = "RAY_DEV_CLUSTER"
+"""An environment variable, NAME/HOST, that every process of a cluster inherits: how its processes are found again."""
+
+
+class Loopback:
+    """Hosts in name only. The same methods as `Namespaces`.
+
+    Args:
+        name: of the cluster.
+    """
+
+    limits = (
+        "hosts are Ray nodes on one address: `cut` does nothing here, `kill` spares processes that Ray did not start, "
+        "and nothing is tested about addresses"
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @staticmethod
+    def clusters() -> set[str]:
+        """Names of clusters that have left anything on this machine."""
+        return {mark.split("/")[0] for _, mark in _marked()}
+
+    def create(self, hosts: list[str]) -> None:
+        """Nothing has to be made."""
+
+    def ip(self, host: str) -> str:
+        """The address of this machine that Ray takes: it replaces 127.0.0.1 by another."""
+        from ray.util import get_node_ip_address
+
+        return str(get_node_ip_address())
+
+    def command(self, host: str, argv: list[str]) -> list[str]:
+        """`argv` as it is."""
+        return argv
+
+    def pids(self, host: str) -> list[int]:
+        """Every process of a host's Ray node."""
+        return [pid for pid, mark in _marked() if mark == f"{self.name}/{host}"]
+
+    def all_pids(self) -> list[int]:
+        """Every process of the cluster."""
+        return [pid for pid, mark in _marked() if mark.startswith(f"{self.name}/")]
+
+    def set_link(self, host: str, up: bool) -> None:
+        """Impossible unless it is up already."""
+        if not up:
+            self._refuse(host)
+
+    def is_cut(self, host: str) -> bool:
+        """Never."""
+        return False
+
+    def remove(self) -> None:
+        """Nothing was made."""
+
+    def _refuse(self, host: str) -> NoReturn:
+        raise ClusterError(f"host {host} cannot be cut: this cluster runs on loopback, expected one of namespaces")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on right now, all different."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _marked() -> list[tuple[int, str]]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mark = process.environ().get(MARK)
+        except psutil.Error:  # it ended meanwhile, or belongs to somebody else
+            continue
+        if mark:
+            found.append((process.pid, mark))
+    return found

@@ -1,0 +1,79 @@
+"""What the control process says of the hosts. Run as a program, because a process can know one token only."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class RayNode:
+    """One Ray node that was ever part of the cluster. A host that came back has several."""
+
+    host: int
+    ip: str
+    alive: bool
+    reason: str
+    """Why it is dead, empty if it is not."""
+    resources: dict[str, float]
+    labels: dict[str, str]
+    node_id: str
+
+
+def read(address: str, timeout_s: float) -> list[RayNode]:
+    """Ask the control process at `address`. RAY_AUTH_TOKEN must be set.
+
+    Raises:
+        Exception: whatever Ray raises when nobody answers.
+    """
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=timeout_s).close()  # where nobody listens Ray tries for 40 s
+    # Ray's public calls need a living Ray node on this machine, or the dashboard; this one the control process only.
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+    nodes = GcsClient(address=address).get_all_node_info(timeout=timeout_s).values()
+    return [
+        RayNode(
+            host=int(node.node_name),
+            ip=node.node_manager_address,
+            alive=node.state == GcsNodeInfo.GcsNodeState.ALIVE,
+            reason=node.death_info.reason_message,
+            resources=dict(node.resources_total),
+            labels=dict(node.labels),
+            node_id=node.node_id.hex(),
+        )
+        for node in nodes
+    ]
+
+
+def main() -> None:
+    """`python -m cluster.view ADDRESS TIMEOUT [HOSTS]`: print the nodes as JSON, once exactly HOSTS are alive if given.
+
+    HOSTS is like `0,2`. The status is 1 if the time is up.
+    """
+    address, timeout_s = sys.argv[1], float(sys.argv[2])
+    wanted = {int(host) for host in sys.argv[3].split(",")} if len(sys.argv) > 3 else None
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = deadline - time.monotonic()
+        nodes: list[RayNode] | None
+        try:
+            nodes = read(address, max(min(left, 5), 0.5))
+        except Exception as error:
+            nodes, problem = None, f"{type(error).__name__}: {error}".splitlines()[0]
+        if nodes is not None and wanted in (None, {node.host for node in nodes if node.alive}):
+            print(json.dumps([asdict(node) for node in nodes]))
+            return
+        if left <= 0:
+            alive = problem if nodes is None else sorted(node.host for node in nodes if node.alive)
+            print(alive, file=sys.stderr)
+            sys.exit(1)
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main()
