@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from serve_app.wan.checkpoint import Expert
+    from serve_app.wan.experts import Experts
     from serve_app.wan.sample import Sample
 
 log = get_logger(__name__)
@@ -76,7 +77,8 @@ class RankStatus:
     """A sign of life.
 
     `busy_s` says for how many seconds the present step has been running (None: idle); `samples` how many are held;
-    `rss_mib` and `device_mib` the memory of the process and of its tensors on a GPU.
+    `rss_mib` and `device_mib` the memory of the process and of its tensors on a GPU; `weights_mib` that of the experts'
+    parameters on the device.
     """
 
     node_id: str
@@ -85,6 +87,7 @@ class RankStatus:
     samples: int
     rss_mib: float
     device_mib: float
+    weights_mib: float
 
 
 class Rank:
@@ -103,6 +106,7 @@ class Rank:
         self._wanted = experts
         self._busy_since: float | None = None
         self._samples: dict[str, Sample] = {}
+        self._experts: Experts | None = None
 
     def rendezvous(self) -> tuple[str, int]:
         """An address and a free port on this host at which the group's ranks can meet."""
@@ -140,12 +144,13 @@ class Rank:
         )
         self._dtype = getattr(torch, self._config.model.dtype)
         self._checkpoint = Checkpoint(self._config.model.folder)
-        self._experts = Experts(
+        experts = Experts(
             self._wanted or self._checkpoint.experts,
             lambda name: load_expert(self._checkpoint, name, world, self._dtype, self._device),
             "swap" if stage.experts == "swap" else "together",
             self._device,
         )
+        self._experts = experts
         # All ranks hold the same samples, so one of them saves.
         self._saver = Saver(Storage(self._config.storage_url)) if self._rank == 0 and stage.checkpoint_s else None
         return {
@@ -162,6 +167,7 @@ class Rank:
 
         text_dim = self._checkpoint.expert_config("transformer")["text_dim"]
         empty = Embedding(torch.zeros(1, text_dim), tokens=1, truncated=False)
+        assert self._experts is not None
         for name in self._experts.names:
             sample = self._start(params, empty, empty if params.guided else None, "warm-up")
             advance(self._experts.use(name), [sample], self._config.denoiser.fuse_guidance_tokens)
@@ -224,6 +230,7 @@ class Rank:
 
         from serve_app.wan.sampler import NotFinite, advance
 
+        assert self._experts is not None
         started = self._busy_since = time.monotonic()
         failed: dict[str, str] = {}
         try:
@@ -268,7 +275,7 @@ class Rank:
         import psutil
 
         since, device_mib = self._busy_since, 0.0
-        if getattr(self, "_device", None) is not None and self._device.type == "cuda":
+        if self._experts is not None and self._device.type == "cuda":
             import torch
 
             device_mib = torch.cuda.memory_allocated(self._device) / 2**20
@@ -279,6 +286,7 @@ class Rank:
             samples=len(self._samples),
             rss_mib=psutil.Process().memory_info().rss / 2**20,
             device_mib=device_mib,
+            weights_mib=0.0 if self._experts is None else self._experts.device_bytes / 2**20,
         )
 
     def _start(self, params: Params, positive: Any, negative: Any, name: str) -> Sample:

@@ -117,7 +117,12 @@ class Denoiser:
             "step_s": engine.step_s,
             "overhead_s": engine.overhead_s,
             "ranks": [
-                {"samples": rank.samples, "rss_mib": rank.rss_mib, "device_mib": rank.device_mib}
+                {
+                    "samples": rank.samples,
+                    "rss_mib": rank.rss_mib,
+                    "device_mib": rank.device_mib,
+                    "weights_mib": rank.weights_mib,
+                }
                 for rank in await self._group.check(self._config.denoiser.health_check_timeout_s / 2)
             ],
         }

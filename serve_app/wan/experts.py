@@ -47,6 +47,12 @@ class Experts:
         """Those that are here."""
         return tuple(self._models)
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory of all parameters that are on the device."""
+        parameters = (p for model in self._models.values() for p in model.parameters())
+        return sum(p.nbytes for p in parameters if p.device.type == self._device.type)
+
     def use(self, name: Expert) -> nn.Module:
         """An expert, ready on the device."""
         if self._swap and name != self._current:

@@ -20,9 +20,18 @@ class Wan:
     """A deployed application."""
 
     def __init__(self, args: dict[str, Any]) -> None:
+        self._args = args
         self.config: Config = validate(args)
         self.pipeline = serve.run(wan(args), name="wan", route_prefix=None).options(stream=True)
         self._jobs = 0
+
+    def redeploy(self, **sections: dict[str, Any]) -> None:
+        """Change options while it runs; returns at once."""
+        for name, options in sections.items():
+            self._args[name] = {**self._args.get(name, {}), **options}
+        self.config = validate(self._args)
+        target = serve.RunTarget(wan(self._args), name="wan", route_prefix=None)
+        serve.run_many([target], wait_for_applications_running=False)
 
     def handle(self, deployment: str) -> Any:
         return serve.get_deployment_handle(deployment, "wan")
