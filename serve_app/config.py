@@ -219,13 +219,14 @@ class Dispatcher(Section):
     pipeline: str = "wan"
     """Name of the Serve application that holds the pipeline."""
     num_cpus: NonNegativeFloat = 0.1
-    running_jobs: PositiveInt = 8
-    """Jobs that one dispatcher drives at once. The rest waits in the store."""
-    max_attempts: PositiveInt = 3
+    running_jobs: PositiveInt = 64
+    """Jobs that one dispatcher drives at once; the rest waits in the store. More than groups hold, so that an urgent
+    one finds its way to them."""
+    max_attempts: PositiveInt = 5
     """A job fails after this many attempts in a row that ended badly and began no further than the one before."""
     group_losses: PositiveInt = 2
     """A job whose group was lost this many times during one and the same step fails as poisonous."""
-    lease_s: PositiveFloat = 60
+    lease_s: PositiveFloat = 15
     """A job whose dispatcher was silent for this long is taken up by another."""
     poll_s: PositiveFloat = 1
     """How often the store is asked for work when nobody announced any."""

@@ -143,6 +143,7 @@ class Engine:
             work=admitted.work,
             step_mib=admitted.step_mib,
             state_mib=admitted.state_mib,
+            alone=ticket.alone,
         )
         self._flights[ticket.id] = _Flight(ticket, entry, came_at=entry.step)
         self._scheduler.add(entry)

@@ -18,6 +18,7 @@ class Entry:
         work: of one step, in any unit that is the same for all.
         step_mib: working memory that its part of a forward pass takes.
         state_mib: memory of what is kept between its steps.
+        alone: whether it must not share a forward pass.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Entry:
     work: float = 1.0
     step_mib: float = 0.0
     state_mib: float = 0.0
+    alone: bool = False
 
     @property
     def finished(self) -> bool:
@@ -116,7 +118,7 @@ class Scheduler:
         for entry in order[1:]:
             if len(chosen) >= self._samples_per_step:
                 break
-            if entry.cohort != leader.cohort:
+            if leader.alone or entry.alone or entry.cohort != leader.cohort:
                 continue
             if tokens + entry.tokens <= self._tokens_per_step and memory + entry.step_mib <= self._step_memory_mib:
                 chosen.append(entry)

@@ -15,7 +15,8 @@ class Ticket:
     """What a sample is and how urgent; the same wherever and however often it is denoised.
 
     `created_at` is when its job was created (seconds since the epoch), from which its waiting counts. Its states are
-    saved under `state_prefix`, or not at all if that is None.
+    saved under `state_prefix`, or not at all if that is None. `alone` keeps it out of other samples' forward passes:
+    a group was lost with it, and if it is the reason, they shall not go down with it again.
     """
 
     id: str
@@ -23,6 +24,7 @@ class Ticket:
     priority: Priority = "standard"
     created_at: float = 0.0
     state_prefix: str | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from serve_app.events import Event
 from serve_app.jobs.dispatcher import Dispatcher
 from serve_app.jobs.run import PipelineUnavailable
 from serve_app.jobs.store import JobStore
+from serve_app.stages.callers import this_process
 from serve_app.storage import Storage
 
 # What happens to a machine or a replica, not to a request: another attempt may well succeed. Each stands for its
@@ -79,7 +80,7 @@ class ServePipeline:
         handle = await self._connected()
         response = None
         try:
-            response = handle.options(stream=True).generate.remote(job)
+            response = handle.options(stream=True).generate.remote({**job, "caller": this_process()})
             async for event in response:
                 yield event
         except asyncio.CancelledError:

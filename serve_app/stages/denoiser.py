@@ -25,6 +25,7 @@ from serve_app.errors import one_line
 from serve_app.events import Progress
 from serve_app.logs import get_logger
 from serve_app.stages import retirement
+from serve_app.stages.callers import Callers
 from serve_app.stages.encoder import Encoded
 from serve_app.storage import Storage
 
@@ -66,6 +67,7 @@ class Denoiser:
         self._storage = Storage(config.storage_url)
         self._group = await Group.start(config, placement_group, first_bundle=1, experts=experts)
         self._engine = Engine(self._group, config, experts)
+        self._callers = Callers()
         self._tasks = [
             asyncio.create_task(self._leave_when_lost(), name="leave-when-lost"),
             asyncio.create_task(retirement.watch(self._routed), name="retirement"),
@@ -74,32 +76,39 @@ class Denoiser:
         self._admit.set_batch_wait_timeout_s(config.denoiser.batch.wait_s)
 
     async def denoise(
-        self, ticket: Ticket, encoded: Encoded, state: bytes | None = None, resume: bool = False
+        self,
+        ticket: Ticket,
+        encoded: Encoded,
+        state: bytes | None = None,
+        resume: bool = False,
+        caller: Any = None,
     ) -> AsyncIterator[Started | Progress | Denoised | Moved]:
         """Denoise one sample, telling its start and each step; the last event carries the latents, or says that the
         sample goes on elsewhere.
 
-        Ending the stream early frees the ranks at the next step.
+        Ending the stream early frees the ranks at the next step, and so does the end of the caller's process.
 
         Args:
             state: where to go on, from a `Moved`.
             resume: whether to look for a saved state where none is given.
+            caller: see `stages.callers`.
 
         Raises:
             JobFailed: the sample failed, or its group was lost (then retryable).
         """
         if state is None and resume and ticket.state_prefix is not None:
             state = await self._saved(ticket)
-        try:
-            async with self._engine.seat(ticket):
-                error = await self._admit(Admission(ticket, encoded.positive, encoded.negative, state))
-                if error is not None:
-                    raise error
-                yield Started(encoded.seconds, encoded.truncated, self._engine.step_of(ticket.id))
-                async for event in self._engine.events(ticket.id):
-                    yield event
-        except Leaving:
-            yield Moved()
+        with self._callers.serving(caller):
+            try:
+                async with self._engine.seat(ticket):
+                    error = await self._admit(Admission(ticket, encoded.positive, encoded.negative, state))
+                    if error is not None:
+                        raise error
+                    yield Started(encoded.seconds, encoded.truncated, self._engine.step_of(ticket.id))
+                    async for event in self._engine.events(ticket.id):
+                        yield event
+            except Leaving:
+                yield Moved()
 
     async def describe(self) -> dict[str, Any]:
         """What the engine has done so far.

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
 from typing import Any
 
 from ray import serve
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.engine.ticket import Denoised, Moved, Ticket
@@ -19,6 +21,7 @@ from serve_app.errors import JobFailed
 from serve_app.events import Done, Event, Progress
 from serve_app.logs import get_logger
 from serve_app.request import Params
+from serve_app.stages.callers import Callers, this_process
 from serve_app.stages.decoder import Decoded
 from serve_app.stages.denoiser import Started
 
@@ -51,6 +54,7 @@ class Pipeline:
         self._low_noise_denoiser = (low_noise_denoiser or denoiser).options(stream=True)
         self._decoder = decoder
         self._decode_s_per_pixel = 0.0
+        self._callers = Callers()
 
     async def generate(self, job: dict[str, Any]) -> AsyncIterator[Event]:
         """Make a job's video.
@@ -58,7 +62,8 @@ class Pipeline:
         Args:
             job: `id`, `attempt`, `params` (of `Params`) and `prefix` (the storage prefix of its files); where a
                 dispatcher drives it also `priority`, `created_at` and `state_prefix` (see `Ticket`). An attempt beyond
-                the first goes on from the last state that was saved.
+                the first goes on from the last state that was saved. `losses` beyond 0 has its steps done alone. When
+                the process dies whose handle is `caller`, the work ends.
 
         Yields:
             Progress of each stage, and Done at the end. Ending the iteration early cancels the work at its next step.
@@ -66,6 +71,12 @@ class Pipeline:
         Raises:
             JobFailed: a stage refused or failed it.
         """
+        with self._callers.serving(job.get("caller")):
+            async with aclosing(self._generate(job)) as events:
+                async for event in events:
+                    yield event
+
+    async def _generate(self, job: dict[str, Any]) -> AsyncGenerator[Event, None]:
         params = Params(**job["params"])
         # The attempt is part of the name: a second attempt may arrive while the first is still being cancelled.
         ticket = Ticket(
@@ -74,6 +85,7 @@ class Pipeline:
             priority=job.get("priority", "standard"),
             created_at=job.get("created_at", time.time()),
             state_prefix=job.get("state_prefix"),
+            alone=job.get("losses", 0) > 0,
         )
         decode_s = self._decode_s_per_pixel * params.width * params.height * params.num_frames
 
@@ -85,19 +97,25 @@ class Pipeline:
         state, denoiser, denoise_s = None, self._denoiser, 0.0
         while isinstance(denoised, Moved):
             denoised = None
-            stream = denoiser.denoise.remote(ticket, encoded, state, state is None and job["attempt"] > 1)
-            async for event in stream:
-                if isinstance(event, Started):
-                    if begun is None:
-                        yield Progress("encode", 1, 1)
-                        yield Progress("denoise", event.step, params.num_inference_steps)
-                    begun = event
-                elif isinstance(event, Progress):
-                    left = None if event.seconds_left is None else event.seconds_left + decode_s
-                    yield Progress("denoise", event.step, event.steps, left)
-                else:
-                    denoised = event
-                    denoise_s += event.seconds
+            resume = state is None and job["attempt"] > 1
+            stream = denoiser.denoise.remote(ticket, encoded, state, resume, this_process())
+            try:
+                async for event in stream:
+                    if isinstance(event, Started):
+                        if begun is None:
+                            yield Progress("encode", 1, 1)
+                            yield Progress("denoise", event.step, params.num_inference_steps)
+                        begun = event
+                    elif isinstance(event, Progress):
+                        left = None if event.seconds_left is None else event.seconds_left + decode_s
+                        yield Progress("denoise", event.step, event.steps, left)
+                    else:
+                        denoised = event
+                        denoise_s += event.seconds
+            finally:
+                # Serve does this where the request was cancelled, but not where it ends for another reason.
+                with suppress(RayServeException):
+                    stream.cancel()
             if isinstance(denoised, Moved):
                 log.info("moved", extra={"job": job["id"], "with_state": denoised.state is not None})
                 state = denoised.state or state

@@ -42,6 +42,7 @@ def arrivals(draw: st.DrawFn, most: int = 12) -> list[Arrival]:
             work=draw(st.floats(0.1, 100)),
             step_mib=draw(st.floats(0, 500)),
             state_mib=draw(st.floats(0, 100)),
+            alone=draw(st.booleans()),
         )
         made.append(Arrival(entry, created, draw(st.integers(0, 30))))
     return made
@@ -90,6 +91,7 @@ def test_everybody_finishes_and_every_batch_is_one_cohort_within_bounds(schedule
         assert len({entry.cohort for entry in batch}) <= 1
         assert len({entry.id for entry in batch}) == len(batch) <= bounds[0]
         if len(batch) > 1:
+            assert not any(entry.alone for entry in batch)
             assert sum(entry.tokens for entry in batch) <= bounds[1]
             assert sum(entry.step_mib for entry in batch) <= bounds[2]
         for entry in batch:

@@ -37,6 +37,7 @@ async def test_drives_jobs_to_the_end(store: JobStore, storage: Storage, start: 
         "state_prefix": f"samples/{ids[0]}",
         "priority": "standard",
         "created_at": id_time(ids[0]),
+        "losses": 0,
     }
 
 

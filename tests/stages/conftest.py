@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,12 @@ def deploy(
 
 
 def processes(title: str) -> list[psutil.Process]:
-    """Processes of this user whose title begins so, as an operator would find them."""
+    """Processes of this test's Ray whose title begins so, as an operator would find them."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if (process.info["cmdline"] or [""])[0].startswith(title):
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess, IndexError):
+            if process.cmdline()[0].startswith(title):
+                found.append(process)
     return found
 
 

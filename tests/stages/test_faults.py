@@ -10,9 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+import ray
+from ray import serve
 
 from serve_app.engine.ticket import Ticket
 from serve_app.events import Done, Progress
+from serve_app.stages.callers import this_process
 from tests.stages.conftest import Wan, processes, until
 
 
@@ -90,6 +93,33 @@ def test_who_leaves_frees_the_ranks_at_the_next_step(app):
     make(app, num_inference_steps=3)
     # The step that was under way when it left may end after it.
     assert denoiser.describe.remote().result()["steps"] <= steps + 1 + 3, "the cancelled sample went on"
+
+
+@ray.remote(num_cpus=0)
+class Driver:
+    """Drives a job from a process of its own, as a dispatcher does."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def drive(self, job: dict) -> None:
+        pipeline = serve.get_app_handle("wan").options(stream=True)
+        async for _ in pipeline.generate.remote({**job, "caller": this_process()}):
+            pass
+
+
+@pytest.mark.parametrize("victim", ["driver", "pipeline"])
+def test_when_the_caller_dies_its_work_ends_on_every_rank(app, victim):
+    denoiser = app.handle("Denoiser")
+    driver = Driver.remote()
+    pid = ray.get(driver.pid.remote())
+    done = driver.drive.remote(app.job(num_inference_steps=2000))
+    until(lambda: denoiser.describe.remote().result()["resident"] == 1)
+    os.kill(pid if victim == "driver" else processes("ray::ServeReplica:wan:Pipeline")[0].pid, signal.SIGKILL)
+    until(lambda: all(rank["samples"] == 0 for rank in denoiser.describe.remote().result()["ranks"]), 20)
+    with pytest.raises(ray.exceptions.RayError):
+        ray.get(done)
+    make_soon(app)
 
 
 def test_more_samples_than_seats_all_finish_and_who_leaves_while_waiting_is_forgotten(deploy):

@@ -1,0 +1,72 @@
+"""Ends the work of callers that have died.
+
+Ray tells a stream's producer nothing when the consumer's process is killed (measured, Ray 2.60: it goes on to its end),
+so a dispatcher that died would leave its videos being denoised beside their own second attempts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayError
+
+from serve_app.logs import get_logger
+
+log = get_logger(__name__)
+
+_PERIOD_S = 2.0
+# An actor that does not answer for a moment is not dead: its host may be busy, or its link down.
+_ANSWER_S = 30.0
+
+
+def this_process() -> Any:
+    """A handle of the actor that this code runs in, for those that it calls; None outside of actors."""
+    try:
+        return ray.get_runtime_context().current_actor
+    except RuntimeError:
+        return None
+
+
+class Callers:
+    """Watches the processes that a replica works for."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, set[asyncio.Task[Any]]] = {}
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+
+    @contextmanager
+    def serving(self, caller: Any) -> Iterator[None]:
+        """Cancels the current task when `caller`, of `this_process`, dies. Does nothing for None."""
+        task = asyncio.current_task()
+        if caller is None or task is None:
+            yield
+            return
+        name = caller._actor_id.hex()
+        self._tasks.setdefault(name, set()).add(task)
+        if name not in self._watchers:
+            self._watchers[name] = asyncio.create_task(self._watch(name, caller), name=f"caller-{name}")
+        try:
+            yield
+        finally:
+            self._tasks[name].discard(task)
+            if not self._tasks[name]:
+                del self._tasks[name]
+                self._watchers.pop(name).cancel()
+
+    async def _watch(self, name: str, caller: Any) -> None:
+        while True:
+            await asyncio.sleep(_PERIOD_S)
+            try:
+                await asyncio.wait_for(caller.__ray_ready__.remote(), _ANSWER_S)
+            except ActorDiedError:
+                break
+            except (RayError, TimeoutError):
+                continue
+        tasks = self._tasks.get(name, set())
+        log.warning("caller died", extra={"actor": name, "cancelled": len(tasks)})
+        for task in tasks:
+            task.cancel()
