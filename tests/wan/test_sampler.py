@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from benchmarks.parity import CASES, relative_error
 from serve_app.request import Params
 from serve_app.wan.generate import Generator
 from serve_app.wan.sample import Sample
 from serve_app.wan.sampler import NotFinite, advance, denoise
+from serve_app.wan.state import to_bytes
 
 BASE = next(iter(CASES.values()))
 FUSE = 8192
@@ -86,3 +88,46 @@ def test_progress_of_the_whole_loop(generator: Generator) -> None:
     assert seen == [(step, 8) for step in range(1, 9)]
     assert latents is sample.latents
     assert latents.dtype == torch.float32
+
+
+def test_a_step_that_raises_halfway_changes_no_sample(generator: Generator) -> None:
+    first, second = generator.start(BASE), generator.start(STRANGERS[1])
+    model = generator.experts["transformer"]
+    advance(model, [first, second], FUSE)
+    revision = generator.checkpoint.revision
+    before = [to_bytes(sample, revision) for sample in (first, second)]
+    healthy = second.scheduler.step
+
+    def breaks(*args: object, **options: object) -> None:
+        raise RuntimeError("no memory for this one")
+
+    second.scheduler.step = breaks
+    with pytest.raises(RuntimeError, match="no memory"):
+        advance(model, [first, second], FUSE)
+    second.scheduler.step = healthy
+    assert [tensors(data) for data in before] == [tensors(to_bytes(s, revision)) for s in (first, second)]
+    advance(model, [first, second], FUSE)
+    alone = generator.start(BASE)
+    for _ in range(2):
+        advance(model, [alone], FUSE)
+    assert relative_error(first.latents, alone.latents) <= 1e-5
+
+
+def test_a_snapshot_is_not_changed_by_later_steps(generator: Generator) -> None:
+    sample = generator.start(BASE)
+    for _ in range(3):
+        advance(generator.experts[sample.expert], [sample], FUSE)
+    frozen, now = sample.snapshot(), to_bytes(sample, "r")
+    for _ in range(3):
+        advance(generator.experts[sample.expert], [sample], FUSE)
+    assert tensors(to_bytes(frozen, "r")) == tensors(now) != tensors(to_bytes(sample, "r"))
+    sample.to(torch.device("cpu"))
+    assert sample.state_bytes == sum(len(raw) for raw in tensors(to_bytes(sample, "r")).values()) + sum(
+        text.nbytes - len(tensors(to_bytes(sample, "r"))[name])
+        for name, text in (("positive", sample.positive), ("negative", sample.negative))
+    )
+
+
+def tensors(data: bytes) -> dict[str, bytes]:
+    """The tensors of a state. Its metadata comes in any order."""
+    return {name: tensor.numpy().tobytes() for name, tensor in load(data).items()}
