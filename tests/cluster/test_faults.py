@@ -1,0 +1,146 @@
+"""Everything that can be lost between hosts is lost once, during a job: it goes on, and its video is the same."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import threading
+import time
+from typing import Any
+
+import av
+import httpx
+import psutil
+import pytest
+
+from benchmarks.faults import FAULTS, find, strike
+from cluster.dev import Cluster
+from tests.cluster.serving import QUICK, Serving
+
+JOB = {"prompt": "a red circle", "seed": 3, "num_inference_steps": 1200}
+RANKS = {"labels": {"pool": "gpu"}, "num_cpus": 0.2}
+
+
+@pytest.fixture(scope="module")
+def cluster(namespaces, redis_server):
+    """A head, and two hosts of which either can hold the group."""
+    with Cluster(
+        3, cpus=8, labels={1: {"pool": "gpu"}, 2: {"pool": "gpu"}}, redis="auto", config=QUICK, say=print
+    ) as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def serving(cluster, serve_on) -> Serving:
+    """A group of two ranks, on one host."""
+    return serve_on(
+        cluster,
+        denoiser={
+            "tensor_parallel": 2,
+            "threads": 1,
+            "rank": RANKS,
+            "checkpoint_s": 0.5,
+            "samples_per_step": 1,
+            "health_check_timeout_s": 4,
+        },
+        dispatcher={"lease_s": 6, "retry_s": 1},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(serving) -> bytes:
+    return pixels(serving, serving.wait(serving.create(**JOB)))
+
+
+def pixels(serving: Serving, video: dict[str, Any]) -> bytes:
+    """The frames as they were compressed, without the metadata, which names the job."""
+    assert video["status"] == "completed", video
+    content = httpx.get(f"{serving.url}/v1/videos/{video['id']}/content", timeout=30).raise_for_status().content
+    with av.open(io.BytesIO(content)) as container:
+        return b"".join(bytes(packet) for packet in container.demux(video=0))
+
+
+def status(serving: Serving, video: dict[str, Any]) -> dict[str, Any]:
+    while True:
+        try:
+            answer = httpx.get(f"{serving.url}/v1/videos/{video['id']}", timeout=10)
+            if answer.status_code == 200:
+                return answer.json()
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.05)
+
+
+# Ranks that die or hang, and a pipeline that dies, are in tests/stages: they need no hosts.
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "coordinator killed",
+        "dispatcher killed",
+        "host of ranks killed",
+        "link of ranks' host down",
+        "control process killed",
+    ],
+)
+def test_a_job_survives_and_its_video_is_the_same(cluster, serving, undisturbed, fault):
+    video = serving.create(**JOB)
+    while (status(serving, video)["stage"], status(serving, video)["step"] > 150) != ("denoise", True):
+        time.sleep(0.02)
+    before = dict(find(cluster, "Rank"))
+    hit = strike(fault, cluster, random.Random(0))
+    mend = FAULTS[fault].mend
+    mender = threading.Timer(FAULTS[fault].after_s, mend, (cluster, hit)) if mend else None
+    if mender:
+        mender.start()
+    done = serving.wait(video, 180)
+    if mender:
+        mender.join()
+    assert pixels(serving, done) == undisturbed
+    kept = [path.name for path in (serving.folder / "home/videos/videos" / video["id"]).iterdir()]
+    assert kept == [str(done["attempts"])], "a second video is left"
+    assert done["attempts"] <= 3, done
+    cluster.wait_alive(range(3))
+    # One group, complete, and nobody left over from before.
+    deadline = time.monotonic() + 60
+    while len(find(cluster, "Rank")) != 2 or len(find(cluster, "ServeReplica:wan:Denoiser")) != 1:
+        assert time.monotonic() < deadline, (before, find(cluster, "Rank"))
+        time.sleep(0.2)
+
+
+def test_a_job_that_kills_its_group_twice_is_failed_and_does_not_take_down_a_third(cluster, serving):
+    """What it does to the rank is done from outside, always in the same step of it."""
+    video = serving.create(**{**JOB, "seed": 4, "num_frames": 81, "width": 128, "height": 128})
+    killed = 0
+    while (now := status(serving, video))["status"] != "failed":
+        assert now["status"] != "completed"
+        if now["stage"] == "denoise" and now["step"] == 1 and now["attempts"] == killed + 1:
+            os.kill(find(cluster, "Rank")[0][1], 9)
+            killed += 1
+        time.sleep(0.01)
+    assert killed == 2 and now["error"]["code"] == "poisonous", now
+    assert "lost 2 times during step 2" in now["error"]["message"], now
+    assert serving.wait(serving.create(prompt="a star", seed=1))["attempts"] == 1, "the service is well"
+
+
+def test_a_group_across_two_hosts_makes_the_same_video(cluster, serve_on, serving, undisturbed):
+    """Its ranks meet over the link. The numbers of the last bits may differ: another order of additions."""
+    serving.stop()
+    across = serve_on(
+        cluster,
+        denoiser={
+            "tensor_parallel": 2,
+            "threads": 1,
+            "rank": {"num_cpus": 5, "labels": {"pool": "gpu"}},
+            "placement": "SPREAD",
+            "samples_per_step": 1,
+        },
+    )
+    assert sorted(host for host, _ in find(cluster, "Rank")) == [1, 2]
+    assert pixels(across, across.wait(across.create(**JOB))) == undisturbed
+    pids = {pid for _, pid in find(cluster, "Rank")}
+    across.stop()
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline, "ranks outlive their application"
+        time.sleep(0.1)
