@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= A red circle moves to the right on a white background
+NODES ?= 3
+CLUSTER ?=
 
-.PHONY: help setup demo serve test bench lint format clean
+.PHONY: help setup demo serve cluster test bench lint format clean
 
 help:
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,6 +28,9 @@ demo: setup ## start the embedded default, make one video (PROMPT="..."), stop
 
 serve: setup ## the embedded default on http://127.0.0.1:8000 until Ctrl-C
 	@exec $(BIN)/wan-serve up configs/tiny.yaml
+
+cluster: setup ## several hosts on this machine until Ctrl-C (NODES=3 CLUSTER="--gpus 1:1 --redis auto")
+	@exec $(BIN)/python -m cluster.dev up --nodes $(NODES) $(CLUSTER)
 
 test: setup ## all tests that this machine can run
 	@$(BIN)/python -m pytest

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import secrets
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,10 +19,9 @@ from cluster.namespaces import REDIS, Namespaces, missing
 from cluster.options import plan
 from cluster.state import load
 from cluster.teardown import is_up, network_of, take_down
-from cluster.view import RayNode
+from cluster.view import RayNode, ask
 
 Say = Callable[[str], None]
-_REPOSITORY = Path(__file__).parent.parent
 
 
 class Cluster:
@@ -66,6 +62,8 @@ class Cluster:
         say: Say = lambda line: None,
     ) -> None:
         self._say = say
+        self.begun = False
+        """Whether `up` has made anything."""
         self.state = plan(
             nodes,
             name=f"x{secrets.token_hex(3)}" if name is None else name,
@@ -96,6 +94,7 @@ class Cluster:
         cluster.state = load(name)
         cluster.network = network_of(cluster.state)
         cluster._say = say
+        cluster.begun = True
         return cluster
 
     def __enter__(self) -> Cluster:
@@ -111,6 +110,14 @@ class Cluster:
     def name(self) -> str:
         """The name by which other shells find it."""
         return self.state.name
+
+    @property
+    def exists(self) -> bool:
+        """Whether nobody has taken it down."""
+        try:
+            return load(self.name).token == self.state.token
+        except ClusterError:
+            return False
 
     @property
     def nodes(self) -> list[Host]:
@@ -141,6 +148,7 @@ class Cluster:
         if is_up(self.name):
             raise ClusterError(f"name has value {self.name!r}, expected one that is not in use: `down` takes it down")
         take_down(self.name)  # what a killed run may have left
+        self.begun = True
         try:
             self._up()
         except BaseException:
@@ -281,14 +289,5 @@ class Cluster:
 
     def _look(self, timeout_s: float, alive: Collection[int] | None = None) -> list[RayNode] | None:
         """The control process's nodes, once those `alive` are alive if given; None if the time is up."""
-        argv = [sys.executable, "-m", "cluster.view", self.address, str(timeout_s)]
-        argv += [] if alive is None else [",".join(str(host) for host in alive)]
-        try:
-            done = subprocess.run(
-                argv, env=self.env, cwd=_REPOSITORY, capture_output=True, text=True, timeout=timeout_s + 10
-            )
-        except subprocess.TimeoutExpired:  # Ray's client does not always keep to its own limit
-            self._problem = "no answer"
-            return None
-        self._problem = done.stderr.strip().rpartition("\n")[2]
-        return [RayNode(**node) for node in json.loads(done.stdout)] if done.returncode == 0 else None
+        nodes, self._problem = ask(self.address, self.env, timeout_s, alive)
+        return nodes

@@ -16,7 +16,7 @@ import typer
 from cluster.cluster import Cluster
 from cluster.errors import ClusterError, bad_option
 from cluster.host import Host
-from cluster.teardown import is_up, leftovers, take_down
+from cluster.teardown import leftovers, take_down
 
 __all__ = ["Cluster", "ClusterError", "Host"]
 
@@ -63,20 +63,23 @@ def up(
         detached=detach,
         say=_say,
     )
-    cluster.up()
-    _say('in other shells, for clients:  eval "$(python -m cluster.dev env' + _named(name) + ')"')
-    if detach:
-        _say(f"take it down with:  python -m cluster.dev down{_named(name)}")
-        return
-    _say("Ctrl-C takes it down")
+    left_alone = False
     try:
-        while is_up(name):
-            time.sleep(0.5)
-        _say("somebody took it down")
+        cluster.up()
+        _say(f'in other shells, for clients:  eval "$(python -m cluster.dev env{_named(name)})"')
+        if detach:
+            _say(f"take it down with:  python -m cluster.dev down{_named(name)}")
+        else:
+            _say("Ctrl-C takes it down")
+            while cluster.exists:
+                time.sleep(0.5)
+            _say("somebody took it down")
+        left_alone = True
     finally:
-        for number in _SIGNALS:  # a second Ctrl-C would leave half of it
-            signal.signal(number, signal.SIG_IGN)
-        cluster.down()
+        if cluster.begun and not left_alone:
+            for number in _SIGNALS:  # a second Ctrl-C would leave half of it
+                signal.signal(number, signal.SIG_IGN)
+            cluster.down()
 
 
 @cli.command()
@@ -123,7 +126,7 @@ def status(name: Name = "dev") -> None:
     """Each host as this machine and as the control process see it."""
     cluster = Cluster.attach(name)
     try:
-        alive = {node.host for node in cluster.view(5) if node.alive}
+        alive = {node.host for node in cluster.view(2) if node.alive}
     except ClusterError as error:
         _say(str(error))
         alive = None

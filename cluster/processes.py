@@ -25,10 +25,13 @@ _CONTROL = "gcs_server"
 
 def variables(state: State, address: str) -> dict[str, str]:
     """What a client's environment needs beside what it has."""
+    dashboard = f"http://{address.rpartition(':')[0]}:{state.dashboard}"
     return {
         "RAY_ADDRESS": address,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": state.token,
+        # The first for `serve deploy`, the second for `ray job`.
+        **({"RAY_DASHBOARD_ADDRESS": dashboard, "RAY_API_SERVER_ADDRESS": dashboard} if state.dashboard else {}),
         **{f"RAY_{option}": value for option, value in state.config.items()},
     }
 
@@ -43,7 +46,8 @@ def start_ray(state: State, network: Namespaces | Loopback, host: int, address: 
         "num-gpus": spec.gpus,
         "resources": json.dumps(spec.resources),
         "object-store-memory": state.object_store_mb << 20,
-        "temp-dir": state.folder / "ray",
+        # A folder for each: in a shared one, nodes that start at the same time take each other's names for sockets.
+        "temp-dir": state.folder / str(host),
     }
     if spec.labels:
         options["labels"] = ",".join(f"{key}={value}" for key, value in spec.labels.items())
@@ -62,7 +66,7 @@ def start_ray(state: State, network: Namespaces | Loopback, host: int, address: 
     if host == 0:
         # It names the cluster of a head that was killed; Ray would hold that for running, since other hosts' processes
         # are in sight.
-        (state.folder / "ray" / "ray_current_cluster").unlink(missing_ok=True)
+        (state.folder / "0" / "ray_current_cluster").unlink(missing_ok=True)
     argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats"]
     argv += [
         *(["--head", "--no-monitor"] if host == 0 else []),
@@ -87,6 +91,8 @@ def _ray_environment(state: State, host: int, address: str) -> dict[str, str]:
         # The first driver would start as many workers as there are declared CPUs, on a machine that has fewer.
         "RAY_prestart_worker_first_driver": "0",
         **variables(state, address),
+        # What a job calls `python` is the one that has Ray.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         MARK: f"{state.name}/{host}",
     }
     if host == 0 and state.redis:

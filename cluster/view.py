@@ -1,12 +1,17 @@
-"""What the control process says of the hosts. Run as a program, because a process can know one token only."""
+"""What the control process says of the hosts. Asked by a program of its own: a process can know one token only."""
 
 from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+
+_REPOSITORY = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,28 @@ def read(address: str, timeout_s: float) -> list[RayNode]:
         )
         for node in nodes
     ]
+
+
+def ask(
+    address: str, environment: Mapping[str, str], timeout_s: float, alive: Collection[int] | None
+) -> tuple[list[RayNode] | None, str]:
+    """The nodes that the control process at `address` knows, or why they are not known.
+
+    Args:
+        environment: holds the token.
+        alive: wait until exactly these hosts are alive; None does not wait.
+    """
+    argv = [sys.executable, "-m", "cluster.view", address, str(timeout_s)]
+    argv += [] if alive is None else [",".join(str(host) for host in alive)]
+    try:
+        done = subprocess.run(
+            argv, env=environment, cwd=_REPOSITORY, capture_output=True, text=True, timeout=timeout_s + 10
+        )
+    except subprocess.TimeoutExpired:  # Ray's client does not always keep to its own limit
+        return None, "no answer"
+    if done.returncode:
+        return None, done.stderr.strip().rpartition("\n")[2]
+    return [RayNode(**node) for node in json.loads(done.stdout)], ""
 
 
 def main() -> None:

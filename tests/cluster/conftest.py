@@ -1,0 +1,73 @@
+"""Clusters of several hosts on this machine, for tests of what happens between hosts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.dev import Cluster
+from cluster.namespaces import missing
+from cluster.teardown import abandoned, take_down
+from tests.cluster.serving import QUICK, Serving
+
+
+@pytest.fixture(scope="session")
+def namespaces() -> None:
+    """Skips where hosts cannot be network namespaces; fails there in continuous integration."""
+    _need(not (why := missing()), f"network namespaces: {why}")
+    for name in abandoned():  # by a run that was killed
+        take_down(name)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> None:
+    """The same for the program redis-server."""
+    _need(shutil.which("redis-server") is not None, "redis-server")
+
+
+def _need(there: bool, what: str) -> None:
+    if not there:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"this machine lacks {what}")
+
+
+@pytest.fixture(scope="module")
+def three_hosts(namespaces: None, redis_server: None) -> Iterator[Cluster]:
+    """A head and two hosts that differ. Whoever hurts one mends it with `join`.
+
+    Host 1 has a GPU, the label `pool: denoise` and 8 of the resource `denoise`; host 2 the same with `codec`. Dead
+    hosts are found within seconds, and a Redis outside of the hosts keeps what the control process knows.
+    """
+    with Cluster(
+        3,
+        cpus=8,
+        gpus={1: 1, 2: 1},
+        labels={1: {"pool": "denoise"}, 2: {"pool": "codec"}},
+        resources={1: {"denoise": 8}, 2: {"codec": 8}},
+        redis="auto",
+        config=QUICK,
+        say=print,
+    ) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def serve_on(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Serving]]:
+    """Runs `serve run` on a cluster until the module ends: `serve_on(cluster, denoiser={...}, ...)`.
+
+    The options, by section, change those of configs/tiny.yaml; the model is the random checkpoint.
+    """
+    running: list[Serving] = []
+
+    def start(cluster: Cluster, **changes: dict[str, Any]) -> Serving:
+        running.append(Serving(cluster, tmp_path_factory.mktemp("serving"), checkpoint, changes))
+        running[-1].wait_ready()
+        return running[-1]
+
+    yield start
+    for serving in running:
+        serving.stop()
