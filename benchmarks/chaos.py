@@ -207,7 +207,7 @@ def main() -> None:
                 "rank": {"num_cpus": 0.2, "labels": {"pool": "gpu"}},
                 "checkpoint_s": 1,
                 "samples_per_step": 1,
-                "health_check_timeout_s": 4,
+                "health_check_timeout_s": 10,
             },
             "dispatcher": {"lease_s": 6, "retry_s": 1},
         }

@@ -224,6 +224,8 @@ class Dispatcher(Section):
     one finds its way to them."""
     max_attempts: PositiveInt = 5
     """A job fails after this many attempts in a row that ended badly and began no further than the one before."""
+    max_interruptions: PositiveInt = 100
+    """A job fails after this many attempts that were ended by losses around it, which it had no part in."""
     group_losses: PositiveInt = 2
     """A job whose group was lost this many times during one and the same step fails as poisonous."""
     lease_s: PositiveFloat = 15
@@ -231,7 +233,8 @@ class Dispatcher(Section):
     poll_s: PositiveFloat = 1
     """How often the store is asked for work when nobody announced any."""
     retry_s: NonNegativeFloat = 5
-    """Wait before the third attempt of a job, the second being made at once; doubles with each further one."""
+    """Wait before the third attempt of a job that failed, the second being made at once; doubles with each further one.
+    Also before the next attempt of one that was interrupted sooner than this after it began."""
     late_outputs_s: NonNegativeFloat = 600
     """How long after a run was cut off files that it still stored are looked for and removed."""
 

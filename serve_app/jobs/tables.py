@@ -80,6 +80,8 @@ class Job(Base):
 
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
+    interruptions: Mapped[int] = mapped_column(default=0)
+    """Attempts that ended by a loss that the job had no part in."""
     resumed_step: Mapped[int] = mapped_column(default=0)
     """The furthest denoising step that an attempt began at."""
     lost_step: Mapped[int | None]

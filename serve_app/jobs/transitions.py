@@ -15,6 +15,8 @@ from serve_app.jobs.tables import Garbage, Job
 
 # A longer wait between two attempts helps nobody: what takes minutes to come back keeps no job from waiting.
 _LONGEST_DELAY_S = 60
+# Error codes of what is lost around a job: its group outside of its steps, a process that drove it, its dispatcher.
+_INTERRUPTIONS = {"group_lost", "worker_lost", "lease_expired"}
 
 
 def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Garbage]:
@@ -65,11 +67,21 @@ def attempt_failed(
 ) -> list[Garbage]:
     """An attempt that began at `resumed_step` ended with a retryable error: again, later, or never.
 
-    The same step that loses its group again and again is taken for the job's doing; attempts in a row that began no
-    further than the one before show that nothing is gained by more of them.
+    A job that only waited, or was driven, where something was lost is no reason for it: that is an interruption, of
+    which a job may have many. The same step that loses its group again and again is taken for the job's doing; other
+    failures count while attempts in a row begin no further than the one before.
     """
     if resumed_step > job.resumed_step:
         job.resumed_step, job.failures = resumed_step, 0
+    if error.code in _INTERRUPTIONS and error.step is None:
+        job.interruptions += 1
+        if job.interruptions >= options.max_interruptions:
+            message = f"{error.message} Gave up after {job.interruptions} interruptions."
+            return fail(job, now, error.code, message, late_outputs_s)
+        # At once, unless the last attempt was cut short just now: then what is missing is not back yet.
+        lasted_s = now - (job.started_at or now)
+        job.error_code, job.error_message = error.code, error.message
+        return requeue(job, now, 0 if lasted_s >= options.retry_s else options.retry_s, late_outputs_s)
     job.failures += 1
     if error.step is not None:
         job.losses = job.losses + 1 if error.step == job.lost_step else 1

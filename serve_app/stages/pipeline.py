@@ -13,6 +13,7 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -31,6 +32,8 @@ log = get_logger(__name__)
 _NEWEST = 0.3
 # Before a sample that was turned away is offered again: routers hear a little later than the replica that it leaves.
 _TURNED_AWAY_S = 0.1
+# With codes of their own, since what was in a process when it died may be the reason.
+_LOST = "The {} was lost with this video in it."
 
 
 @serve.deployment(name="Pipeline")
@@ -112,6 +115,10 @@ class Pipeline:
                     else:
                         denoised = event
                         denoise_s += event.seconds
+            except RayError:
+                if begun is None and await _was_lost(encoded):
+                    raise JobFailed("encoder_lost", _LOST.format("text encoder"), retryable=True) from None
+                raise
             finally:
                 # Serve does this where the request was cancelled, but not where it ends for another reason.
                 with suppress(RayServeException):
@@ -128,7 +135,11 @@ class Pipeline:
 
         yield Progress("decode", 0, 1, decode_s or None)
         decode_started = time.monotonic()
-        decoded: Decoded = await self._decoder.decode.remote(denoised.latents, params, job["prefix"], job["id"])
+        decoding = self._decoder.decode.remote(denoised.latents, params, job["prefix"], job["id"])
+        try:
+            decoded: Decoded = await decoding
+        except RayActorError as error:
+            raise JobFailed("decoder_lost", _LOST.format("decoder"), retryable=True) from error
         self._learn(params, time.monotonic() - decode_started)
         yield Progress("decode", 1, 1, 0.0)
         yield Done(
@@ -150,3 +161,14 @@ class Pipeline:
         measured = seconds / (params.width * params.height * params.num_frames)
         known = self._decode_s_per_pixel
         self._decode_s_per_pixel = known + _NEWEST * (measured - known) if known else measured
+
+
+async def _was_lost(response: Any) -> bool:
+    """Whether a call ended with the death of the process that it was sent to."""
+    try:
+        await asyncio.wait_for(response, 1)
+    except RayActorError:
+        return True
+    except Exception:
+        return False
+    return False

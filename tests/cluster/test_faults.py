@@ -18,7 +18,7 @@ from benchmarks.faults import FAULTS, find, strike
 from cluster.dev import Cluster
 from tests.cluster.serving import QUICK, Serving
 
-JOB = {"prompt": "a red circle", "seed": 3, "num_inference_steps": 1200}
+JOB = {"prompt": "a red circle", "seed": 3, "num_inference_steps": 600}
 RANKS = {"labels": {"pool": "gpu"}, "num_cpus": 0.2}
 
 
@@ -42,7 +42,7 @@ def serving(cluster, serve_on) -> Serving:
             "rank": RANKS,
             "checkpoint_s": 0.5,
             "samples_per_step": 1,
-            "health_check_timeout_s": 4,
+            "health_check_timeout_s": 10,
         },
         dispatcher={"lease_s": 6, "retry_s": 1},
     )
@@ -85,7 +85,7 @@ def status(serving: Serving, video: dict[str, Any]) -> dict[str, Any]:
 )
 def test_a_job_survives_and_its_video_is_the_same(cluster, serving, undisturbed, fault):
     video = serving.create(**JOB)
-    while (status(serving, video)["stage"], status(serving, video)["step"] > 150) != ("denoise", True):
+    while (status(serving, video)["stage"], status(serving, video)["step"] > 80) != ("denoise", True):
         time.sleep(0.02)
     before = dict(find(cluster, "Rank"))
     hit = strike(fault, cluster, random.Random(0))

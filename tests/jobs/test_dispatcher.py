@@ -119,7 +119,7 @@ async def test_takeover_after_a_silent_dispatcher(store: JobStore, storage: Stor
     frozen._loop_task.cancel()
     start(quick)
     job = await ended(store, video_id, "completed")
-    assert (job.attempt, job.failures, job.outputs["video"]) == (2, 1, f"videos/{video_id}/2/video.mp4")
+    assert (job.attempt, job.interruptions, job.outputs["video"]) == (2, 1, f"videos/{video_id}/2/video.mp4")
     gate.set()
 
     async def both_ended() -> bool:

@@ -184,7 +184,7 @@ async def test_late_writers_are_fenced(store: JobStore) -> None:
     job = await create(store)
     await claim(store, "first", lease_s=-1)
     second = await claim(store, "second")
-    assert (second.id, second.attempt, second.failures) == (job.id, 2, 1)
+    assert (second.id, second.attempt, second.interruptions) == (job.id, 2, 1)
     assert not await store.progress(job.id, 1, Progress("denoise", 4, 4))
     assert not await store.complete(job.id, 1, DONE)
     assert not await store.fail(job.id, 1, "x", "y")
@@ -213,10 +213,9 @@ async def test_renewed_leases_do_not_expire(store: JobStore) -> None:
 
 async def test_attempts_are_bounded(store: JobStore) -> None:
     job = await create(store)
-    for attempt in (1, 2):
-        assert (await claim(store, lease_s=-1)).attempt == attempt
-    assert (await claim(store)).attempt == 3
-    assert await store.retry(job.id, 3, LOST, OPTIONS)
+    for attempt in (1, 2, 3):
+        assert (await claim(store)).attempt == attempt
+        assert await store.retry(job.id, attempt, LOST, OPTIONS)
     failed = await get(store, job.id)
     assert (failed.status, failed.error_code, failed.failures) == ("failed", "rank_lost", 3)
     assert failed.error_message == "A rank was lost. Gave up after 3 attempts in a row."
@@ -225,7 +224,7 @@ async def test_attempts_are_bounded(store: JobStore) -> None:
 async def test_expired_for_the_last_time(store: JobStore) -> None:
     job = await create(store)
     await claim(store, lease_s=-1)
-    assert await nothing_to_claim(store, OPTIONS.model_copy(update={"max_attempts": 1}))
+    assert await nothing_to_claim(store, OPTIONS.model_copy(update={"max_interruptions": 1}))
     failed = await get(store, job.id)
     assert (failed.status, failed.error_code) == ("failed", "lease_expired")
 

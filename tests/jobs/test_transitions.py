@@ -20,6 +20,8 @@ def running(attempt: int = 1) -> Job:
         status="in_progress",
         attempt=attempt,
         failures=0,
+        interruptions=0,
+        started_at=NOW - 100,
         resumed_step=0,
         losses=0,
         lost_step=None,
@@ -27,8 +29,8 @@ def running(attempt: int = 1) -> Job:
     )
 
 
-def lost(step: int | None = None) -> JobFailed:
-    return JobFailed("group_lost", "A rank was lost.", retryable=True, step=step)
+def lost(step: int | None = None, code: str = "decoder_lost") -> JobFailed:
+    return JobFailed(code if step is None else "group_lost", "A rank was lost.", retryable=True, step=step)
 
 
 def fail(job: Job, step: int | None = None, *, resumed_step: int = 0, options: config.Dispatcher = OPTIONS) -> float:
@@ -46,7 +48,7 @@ def fail(job: Job, step: int | None = None, *, resumed_step: int = 0, options: c
 def test_attempts_that_begin_no_further_are_bounded() -> None:
     job = running()
     assert [fail(job) for _ in range(3)] == [0, 5, -1]
-    assert (job.error_code, job.failures) == ("group_lost", 3)
+    assert (job.error_code, job.failures) == ("decoder_lost", 3)
     assert job.error_message == "A rank was lost. Gave up after 3 attempts in a row."
 
 
@@ -64,6 +66,25 @@ def test_the_step_that_loses_its_group_again_is_poisonous() -> None:
     assert fail(job, 7, resumed_step=6) == -1
     assert (job.error_code, job.losses) == ("poisonous", 2)
     assert job.error_message == "The workers were lost 2 times during step 7 of this video; it is not tried again."
+
+
+@pytest.mark.parametrize("code", ["group_lost", "worker_lost", "lease_expired"])
+def test_what_is_lost_around_a_job_is_not_held_against_it(code: str) -> None:
+    job = running()
+    options = OPTIONS.model_copy(update={"max_interruptions": 20})
+    for _ in range(19):
+        assert attempt_failed(job, NOW, lost(code=code), 0, options, 600) == []
+        assert (job.status, job.not_before, job.failures) == ("queued", NOW, 0)
+        job.status, job.started_at = "in_progress", NOW - 6
+    assert attempt_failed(job, NOW, lost(code=code), 0, options, 600)
+    assert (job.status, job.error_message) == ("failed", "A rank was lost. Gave up after 20 interruptions.")
+
+
+def test_after_an_attempt_that_was_cut_short_at_once_there_is_a_pause() -> None:
+    job = running()
+    job.started_at = NOW - 1
+    attempt_failed(job, NOW, lost(code="worker_lost"), 0, OPTIONS, 600)
+    assert job.not_before == NOW + 5
 
 
 def test_losses_at_other_steps_do_not_add_up() -> None:

@@ -88,11 +88,11 @@ class Run:
         return self.error
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
-def app(request: pytest.FixtureRequest, deploy: Any) -> Iterator[Wan]:
+@pytest.fixture(scope="module")
+def app(deploy: Any) -> Iterator[Wan]:
     yield deploy(
         denoiser={
-            "tensor_parallel": request.param,
+            "tensor_parallel": 2,
             "samples_per_step": 1,
             "resident_samples": 3,
             "checkpoint_s": 0.1,

@@ -108,7 +108,7 @@ def test_a_replica_that_is_scaled_down_hands_its_sample_over_and_is_gone(deploy)
         },
         limits={"num_inference_steps": 2000},
     )
-    steps = 1500
+    steps = 1000
     videos = [Video(app, seed=0, num_frames=33, num_inference_steps=steps) for _ in range(4)]
     until(lambda: sum(video.step > 0 for video in videos) == 2)
     running = [video for video in videos if video.step > 0]
@@ -128,16 +128,16 @@ def test_a_replica_that_is_scaled_down_hands_its_sample_over_and_is_gone(deploy)
 def test_a_rolling_update_under_load_loses_no_job_and_repeats_no_step(deploy):
     limits = {"limits": {"num_inference_steps": 2000}}
     app = deploy(denoiser={"shutdown_timeout_s": 120, "samples_per_step": 1}, **limits)
-    expected = pixels(app, Video(app, seed=0, num_inference_steps=600).result())
+    expected = pixels(app, Video(app, seed=0, num_inference_steps=300).result())
     before = replicas()
-    videos = [Video(app, seed=0, num_inference_steps=600) for _ in range(2)]
+    videos = [Video(app, seed=0, num_inference_steps=300) for _ in range(2)]
     until(lambda: all(video.step > 3 for video in videos), 30)
     app.redeploy()  # Serve takes every deployment for new
-    more = [Video(app, seed=0, num_inference_steps=600) for _ in range(2)]
+    more = [Video(app, seed=0, num_inference_steps=300) for _ in range(2)]
     for video in videos + more:
         assert pixels(app, video.result()) == expected
         told = [p.step for p in video.progress if p.stage == "denoise"]
-        assert told == list(range(601)), "a step was done twice or left out"
+        assert told == list(range(301)), "a step was done twice or left out"
     until(lambda: len(replicas()) == 1 and not replicas() & before)
 
 
