@@ -174,6 +174,9 @@ def report(
         ("long clips, mean", "long", statistics.fmean),
         ("long clips, longest", "long", max),
     ):
+        if not sides["ours"][kind]:
+            print(f"| {name} | none came | | | |")
+            continue
         ours, theirs = (figure(sides[side][kind]) for side in SIDES)
         print(f"| {name} | {len(sides['ours'][kind])} | {theirs:.2f} | {ours:.2f} | {theirs / ours:.2f} |")
 
