@@ -133,7 +133,7 @@ class Stage(Section):
 
     device: Device = "auto"
     threads: int = Field(0, ge=0)
-    """CPU threads of the stage's math; 0 leaves the choice to it."""
+    """CPU threads of the stage's math in one process; 0 is all cores, shared among the ranks of a group."""
     autoscaling: Autoscaling = Autoscaling()
     max_ongoing_requests: PositiveInt = 64
     warmup: bool = True

@@ -137,7 +137,10 @@ class Rank:
 
         started = time.monotonic()
         stage = self._config.denoiser
-        set_threads(stage.threads)
+        # The ranks of a group compute at the same moments: with all cores each, those on one host would wait for one
+        # another at every operation.
+        shared = 1 if stage.placement.endswith("SPREAD") else stage.tensor_parallel
+        set_threads(stage.threads or max(1, (os.cpu_count() or 1) // shared))
         self._device = pick_device(stage.device)
         world = init_world(
             self._rank, stage.tensor_parallel, address, port, self._device, timeout_s=stage.start_timeout_s

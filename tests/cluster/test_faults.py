@@ -11,6 +11,7 @@ from typing import Any
 
 import av
 import httpx
+import numpy as np
 import psutil
 import pytest
 
@@ -18,7 +19,7 @@ from benchmarks.faults import FAULTS, find, strike
 from cluster.dev import Cluster
 from tests.cluster.serving import QUICK, Serving
 
-JOB = {"prompt": "a red circle", "seed": 3, "num_inference_steps": 600}
+JOB = {"prompt": "a red circle", "seed": 3, "num_inference_steps": 400}
 RANKS = {"labels": {"pool": "gpu"}, "num_cpus": 0.2}
 
 
@@ -33,11 +34,10 @@ def cluster(namespaces, redis_server):
 
 @pytest.fixture(scope="module")
 def serving(cluster, serve_on) -> Serving:
-    """A group of two ranks, on one host."""
+    """A group of one rank: what tests/stages lose of a group of two needs no hosts."""
     return serve_on(
         cluster,
         denoiser={
-            "tensor_parallel": 2,
             "threads": 1,
             "rank": RANKS,
             "checkpoint_s": 0.5,
@@ -49,16 +49,29 @@ def serving(cluster, serve_on) -> Serving:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(serving) -> bytes:
-    return pixels(serving, serving.wait(serving.create(**JOB)))
+def undisturbed_file(serving) -> bytes:
+    return content(serving, serving.wait(serving.create(**JOB)))
 
 
-def pixels(serving: Serving, video: dict[str, Any]) -> bytes:
-    """The frames as they were compressed, without the metadata, which names the job."""
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_file) -> bytes:
+    return pixels(undisturbed_file)
+
+
+def content(serving: Serving, video: dict[str, Any]) -> bytes:
     assert video["status"] == "completed", video
-    content = httpx.get(f"{serving.url}/v1/videos/{video['id']}/content", timeout=30).raise_for_status().content
-    with av.open(io.BytesIO(content)) as container:
+    return httpx.get(f"{serving.url}/v1/videos/{video['id']}/content", timeout=30).raise_for_status().content
+
+
+def pixels(file: bytes) -> bytes:
+    """The frames as they were compressed, without the metadata, which names the job."""
+    with av.open(io.BytesIO(file)) as container:
         return b"".join(bytes(packet) for packet in container.demux(video=0))
+
+
+def frames(file: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(file)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def status(serving: Serving, video: dict[str, Any]) -> dict[str, Any]:
@@ -85,8 +98,8 @@ def status(serving: Serving, video: dict[str, Any]) -> dict[str, Any]:
 )
 def test_a_job_survives_and_its_video_is_the_same(cluster, serving, undisturbed, fault):
     video = serving.create(**JOB)
-    while (status(serving, video)["stage"], status(serving, video)["step"] > 80) != ("denoise", True):
-        time.sleep(0.02)
+    while (now := status(serving, video))["stage"] != "denoise" or now["step"] < 60:
+        time.sleep(0.1)
     before = dict(find(cluster, "Rank"))
     hit = strike(fault, cluster, random.Random(0))
     mend = FAULTS[fault].mend
@@ -96,21 +109,22 @@ def test_a_job_survives_and_its_video_is_the_same(cluster, serving, undisturbed,
     done = serving.wait(video, 180)
     if mender:
         mender.join()
-    assert pixels(serving, done) == undisturbed
+    assert pixels(content(serving, done)) == undisturbed
     kept = [path.name for path in (serving.folder / "home/videos/videos" / video["id"]).iterdir()]
     assert kept == [str(done["attempts"])], "a second video is left"
     assert done["attempts"] <= 3, done
     cluster.wait_alive(range(3))
     # One group, complete, and nobody left over from before.
     deadline = time.monotonic() + 60
-    while len(find(cluster, "Rank")) != 2 or len(find(cluster, "ServeReplica:wan:Denoiser")) != 1:
+    while len(find(cluster, "Rank")) != 1 or len(find(cluster, "ServeReplica:wan:Denoiser")) != 1:
         assert time.monotonic() < deadline, (before, find(cluster, "Rank"))
         time.sleep(0.2)
 
 
 def test_a_job_that_kills_its_group_twice_is_failed_and_does_not_take_down_a_third(cluster, serving):
     """What it does to the rank is done from outside, always in the same step of it."""
-    video = serving.create(**{**JOB, "seed": 4, "num_frames": 81, "width": 128, "height": 128})
+    # Steps of a second or more, so that what is seen of one is still so when the blow falls.
+    video = serving.create(**{**JOB, "num_inference_steps": 10, "num_frames": 81, "width": 384, "height": 384})
     killed = 0
     while (now := status(serving, video))["status"] != "failed":
         assert now["status"] != "completed"
@@ -120,11 +134,12 @@ def test_a_job_that_kills_its_group_twice_is_failed_and_does_not_take_down_a_thi
         time.sleep(0.01)
     assert killed == 2 and now["error"]["code"] == "poisonous", now
     assert "lost 2 times during step 2" in now["error"]["message"], now
-    assert serving.wait(serving.create(prompt="a star", seed=1))["attempts"] == 1, "the service is well"
+    after = serving.wait(serving.create(prompt="a star", seed=1))
+    assert after["status"] == "completed", after
 
 
-def test_a_group_across_two_hosts_makes_the_same_video(cluster, serve_on, serving, undisturbed):
-    """Its ranks meet over the link. The numbers of the last bits may differ: another order of additions."""
+def test_a_group_across_two_hosts_makes_the_same_video(cluster, serve_on, serving, undisturbed_file):
+    """Its ranks meet over the link. The last bits differ, in another order of additions, so frames are compared."""
     serving.stop()
     across = serve_on(
         cluster,
@@ -137,7 +152,9 @@ def test_a_group_across_two_hosts_makes_the_same_video(cluster, serve_on, servin
         },
     )
     assert sorted(host for host, _ in find(cluster, "Rank")) == [1, 2]
-    assert pixels(across, across.wait(across.create(**JOB))) == undisturbed
+    ours = frames(content(across, across.wait(across.create(**JOB))))
+    difference = np.abs(ours.astype(int) - frames(undisturbed_file).astype(int))
+    assert ours.shape == (9, 64, 64, 3) and difference.mean() < 0.5, difference.mean()
     pids = {pid for _, pid in find(cluster, "Rank")}
     across.stop()
     deadline = time.monotonic() + 60
