@@ -7,10 +7,10 @@ PROMPT ?= A red circle moves to the right on a white background
 NODES ?= 3
 CLUSTER ?=
 
-.PHONY: help setup demo serve cluster test bench lint format clean
+.PHONY: help setup demo serve cluster test test-all bench lint format clean
 
 help:
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 # The stamp says that .venv holds what these two files ask for.
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -34,6 +34,9 @@ cluster: setup ## several hosts on this machine until Ctrl-C (NODES=3 CLUSTER="-
 
 test: setup ## all tests that this machine can run
 	@$(BIN)/python -m pytest
+
+test-all: setup ## also the slow ones: every fault between hosts (root, iproute2, redis-server)
+	@$(BIN)/python -m pytest --slow
 
 bench: setup ## the benchmarks that this machine can run
 	@$(BIN)/python -m benchmarks.serving_tax

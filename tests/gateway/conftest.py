@@ -60,7 +60,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
         home=str(tmp_path),
         defaults=Defaults(width=128, height=128, num_frames=33, num_inference_steps=4),
         limits=Limits(pixels=512 * 288, num_frames=81, queued_jobs=30, body_bytes=50_000),
-        dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2),
+        dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2, running_jobs=8),
     )
     store, storage = JobStore(config.store_url, 0.2), Storage(config.storage_url)
     await store.start()

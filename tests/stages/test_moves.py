@@ -91,6 +91,7 @@ def test_where_only_one_expert_of_two_has_steps_the_other_hands_over_at_once(dep
     assert low == pixels(app, Video(app, seed=2, boundary_ratio=1.0).result())
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_scaled_down_hands_its_sample_over_and_is_gone(deploy):
     """Two replicas run a sample each; two more waited for long enough to start the second. Serve then wants one."""
     app = deploy(
