@@ -218,6 +218,7 @@ def test_states_are_replaced_by_newer_ones(app):
     until(lambda: len(list(app.path(prefix).glob("*.safetensors"))) == 1)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_done_one_by_one(deploy):
     """Memory really runs out: the rank's address space is limited from outside before a batch of four comes."""
     app = deploy(
@@ -232,16 +233,19 @@ def test_a_batch_that_does_not_fit_is_done_one_by_one(deploy):
     params = [app.params(seed=n, width=320, height=320, num_frames=33, num_inference_steps=2) for n in range(4)]
     expected = [Run(app, one, f"expected{n}").result() for n, one in enumerate(params)]
     (rank,) = processes("ray::Rank")
-    # More than a sample needs beside what the process kept from the ones before, less than three more need.
+    # How much the process kept from the samples before is its allocator's secret, so it is squeezed more and more.
     tokens = 9 * 20 * 20
-    limit = rank.memory_info().vms + 8 * tokens * 384 * 4
-    rank.rlimit(psutil.RLIMIT_AS, (limit, -1))
-    runs = [Run(app, one, f"squeezed{n}") for n, one in enumerate(params)]
-    latents = [run.result() for run in runs]
-    told = app.handle("Denoiser").describe.remote().result()
-    rank.rlimit(psutil.RLIMIT_AS, (-1, -1))
-    for ours, lone in zip(latents, expected, strict=True):
-        assert np.linalg.norm(ours - lone) <= 1e-5 * np.linalg.norm(lone)
+    for slack in (12, 8, 6, 4):
+        limit = rank.memory_info().vms + slack * tokens * 384 * 4
+        rank.rlimit(psutil.RLIMIT_AS, (limit, -1))
+        runs = [Run(app, one, f"squeezed{slack}-{n}") for n, one in enumerate(params)]
+        latents = [run.result() for run in runs]
+        told = app.handle("Denoiser").describe.remote().result()
+        rank.rlimit(psutil.RLIMIT_AS, (-1, -1))
+        for ours, lone in zip(latents, expected, strict=True):
+            assert np.linalg.norm(ours - lone) <= 1e-5 * np.linalg.norm(lone)
+        if told["out_of_memory"]:
+            break
     assert {run.pid for run in processes("ray::Rank")} == {rank.pid}, "the group was lost"
     assert told["out_of_memory"] > 0, "it did not run out of memory"
 

@@ -108,6 +108,7 @@ class Driver:
             pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["driver", "pipeline"])
 def test_when_the_caller_dies_its_work_ends_on_every_rank(app, victim):
     denoiser = app.handle("Denoiser")
