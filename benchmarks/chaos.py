@@ -62,7 +62,7 @@ class Jobs:
         self.now: dict[str, dict[str, Any]] = {}
 
     def create(self, kind: int) -> None:
-        """Submit a job; a server that is away is asked again, under one key, so that it is one job."""
+        """Submit a job; a server that is away is asked again."""
         # Whether a request whose answer was lost took effect is unknown; such a job would show as one too many.
         while True:
             try:
@@ -118,7 +118,8 @@ def run(cluster: Cluster, serving: Serving, jobs: int, faults: int, seed: int) -
     names = [name for _ in range(faults // len(FAULTS) + 1) for name in FAULTS]
     plan = names[: len(FAULTS) * (faults // len(FAULTS))] + rng.sample(list(FAULTS), faults % len(FAULTS))
     rng.shuffle(plan)
-    state, struck, submitted = Jobs(serving), [], 0
+    state, submitted = Jobs(serving), 0
+    struck: list[Struck] = []
     next_fault, began = time.monotonic() + 3, time.monotonic()
     mending: tuple[float, str, Any] | None = None
     progressed = True
@@ -200,7 +201,7 @@ def main() -> None:
         Cluster(3, cpus=8, labels=labels, redis="auto", config=QUICK, say=lambda line: None) as cluster,
     ):
         folder = Path(name)
-        changes = {
+        changes: dict[str, dict[str, Any]] = {
             "denoiser": {
                 "tensor_parallel": 2,
                 "threads": 1,

@@ -32,6 +32,7 @@ from diffusers import WanPipeline
 from ray import serve
 
 from benchmarks.machine import describe
+from benchmarks.parity import arguments
 from benchmarks.serving_tax import load
 from serve_app.app import wan
 from serve_app.config import Config, validate
@@ -184,17 +185,7 @@ def measure(app: Application, clips: list[str], at_once: list[int], jobs: int) -
 def bare(pipeline: WanPipeline, params: Params) -> float:
     """Seconds of one call, with the mp4."""
     started = time.perf_counter()
-    frames = pipeline(
-        prompt=params.prompt,
-        negative_prompt=params.negative_prompt,
-        width=params.width,
-        height=params.height,
-        num_frames=params.num_frames,
-        num_inference_steps=params.num_inference_steps,
-        guidance_scale=params.guidance_scale,
-        guidance_scale_2=params.guidance_scale_2,
-        generator=torch.Generator("cpu").manual_seed(params.seed),
-    ).frames[0]
+    frames = pipeline(**arguments(params)).frames[0]
     with tempfile.TemporaryDirectory() as folder:
         write_mp4((frames * 255).round().astype("uint8"), Path(folder) / "video.mp4", params.fps, {})
     return time.perf_counter() - started

@@ -60,6 +60,14 @@ _CHANGES: dict[str, dict[str, Any]] = {
 CASES = {name: Params(**{**_BASE, **change}) for name, change in _CHANGES.items()}
 
 
+def arguments(params: Params) -> dict[str, Any]:
+    """What `WanPipeline` is called with for the same video. Shift and boundary are set on the pipeline itself."""
+    names = ("prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
+    scales = ("guidance_scale", "guidance_scale_2")
+    generator = torch.Generator("cpu").manual_seed(params.seed)
+    return {**{name: getattr(params, name) for name in names + scales}, "generator": generator}
+
+
 def reference(folder: Path) -> dict[str, torch.Tensor]:
     """The latents of WanPipeline, by case."""
     from diffusers import UniPCMultistepScheduler, WanPipeline
@@ -73,15 +81,7 @@ def reference(folder: Path) -> dict[str, torch.Tensor]:
         )
         pipeline.register_to_config(boundary_ratio=params.boundary_ratio)
         latents[name] = pipeline(
-            prompt=params.prompt,
-            negative_prompt=params.negative_prompt,
-            width=params.width,
-            height=params.height,
-            num_frames=params.num_frames,
-            num_inference_steps=params.num_inference_steps,
-            guidance_scale=params.guidance_scale,
-            guidance_scale_2=params.guidance_scale_2,
-            generator=torch.Generator("cpu").manual_seed(params.seed),
+            **arguments(params),
             output_type="latent",
         ).frames
     return latents

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, get_args
 
 from serve_app.config import Config, Priority
 from serve_app.engine.group import Group, GroupLost
-from serve_app.engine.rank import Order, OutOfMemory
+from serve_app.engine.rank import Order, OutOfMemory, Stepped
 from serve_app.engine.scheduler import Entry, Scheduler
 from serve_app.engine.seats import Claim, Leaving, Seats
 from serve_app.engine.ticket import Admission, Denoised, Moved, Ticket
@@ -184,11 +184,6 @@ class Engine:
         self.leaving = False
         self._seats.open()
 
-    async def stop(self) -> None:
-        """Stop stepping. Samples inside fail as retryable."""
-        self._task.cancel()
-        self.lose(GroupLost("the denoiser replica is shutting down", host=True))
-
     async def _leave(self, sample_id: str) -> None:
         """Forget a sample, wherever it is; a step in flight ends first, then its memory is free."""
         if self._flights.pop(sample_id, None) is None:
@@ -219,16 +214,20 @@ class Engine:
                     await self._work.wait()
             except GroupLost as error:
                 self.lose(error)
+            except Exception as error:  # a defect of ours: a loop that ended unheard would leave everybody waiting
+                log.exception("engine failed")
+                self.lose(GroupLost(f"the engine failed: {one_line(error)}", host=True))
 
     async def _step(self, entries: list[Entry], park: list[str]) -> float:
         """One step of these samples; the seconds that the ranks took."""
         save = {entry.id: prefix for entry in entries if (prefix := self._save_to(entry.id))}
         try:
-            return await self._pass(entries, park, save)
+            stepped = await self._group.step(Order([entry.id for entry in entries], park, save))
         except GroupLost:
             raise
         except Exception as error:  # whatever the model raised: it concerns samples, not the group
             return await self._step_alone(entries, error)
+        return await self._stepped(entries, stepped, save)
 
     async def _step_alone(self, entries: list[Entry], error: Exception) -> float:
         """After a pass that raised, which changed nothing: its samples one by one, so that only who is at fault fails.
@@ -249,16 +248,17 @@ class Engine:
             self._stepping = [entry]
             others = [sample_id for sample_id in self._flights if sample_id != entry.id] if short else []
             try:
-                seconds += await self._pass([entry], others, {})
+                stepped = await self._group.step(Order([entry.id], others))
             except GroupLost:
                 raise
             except Exception as alone:
                 self._fail_by(entry, alone)
+            else:
+                seconds += await self._stepped([entry], stepped, {})
         return seconds
 
-    async def _pass(self, entries: list[Entry], park: list[str], save: dict[str, str]) -> float:
-        """One forward pass, and what follows from it; the seconds that the ranks took."""
-        stepped = await self._group.step(Order([entry.id for entry in entries], park, save))
+    async def _stepped(self, entries: list[Entry], stepped: Stepped, save: dict[str, str]) -> float:
+        """What follows from a forward pass; the seconds that the ranks took."""
         self.steps += 1
         self.advanced += len(entries)
         for entry in entries:

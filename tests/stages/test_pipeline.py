@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
+from benchmarks.parity import arguments
 from serve_app.engine.ticket import Ticket
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
@@ -79,18 +80,7 @@ def test_latents_equal_wan_pipeline_on_the_same_folder(app, fields):
     reference = WanPipeline.from_pretrained(app.config.model.folder, torch_dtype=torch.float32)
     reference.scheduler = UniPCMultistepScheduler.from_config(reference.scheduler.config, flow_shift=params.flow_shift)
     reference.set_progress_bar_config(disable=True)
-    theirs = reference(
-        prompt=params.prompt,
-        negative_prompt=params.negative_prompt,
-        width=params.width,
-        height=params.height,
-        num_frames=params.num_frames,
-        num_inference_steps=params.num_inference_steps,
-        guidance_scale=params.guidance_scale,
-        guidance_scale_2=params.guidance_scale_2,
-        generator=torch.Generator("cpu").manual_seed(params.seed),
-        output_type="latent",
-    ).frames.numpy()
+    theirs = reference(**arguments(params), output_type="latent").frames.numpy()
     error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
     assert error <= (1e-5 if app.config.denoiser.tensor_parallel == 1 else 1e-4)
 

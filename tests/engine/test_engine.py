@@ -1,0 +1,107 @@
+"""The engine beside a group that misbehaves: who hears what, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serve_app.config import Config, Denoiser
+from serve_app.engine.engine import Engine
+from serve_app.engine.rank import Admitted, Order, OutOfMemory, Stepped
+from serve_app.engine.ticket import Admission, Denoised, Ticket
+from serve_app.errors import JobFailed
+from serve_app.request import Params
+
+STEPS = 4
+
+
+class FakeGroup:
+    """Counts the steps of each sample, and raises what it is told to."""
+
+    def __init__(self) -> None:
+        self.stepped: dict[str, int] = {}
+        self.passes: list[list[str]] = []
+        self.most = 99
+        self.guilty = ""
+        self.no_latents: Exception | None = None
+
+    async def admit(self, sample_id: str, *_: Any) -> Admitted:
+        self.stepped[sample_id] = 0
+        return Admitted(10, 0, STEPS, 2, 1.0, 1.0, 1.0, None)
+
+    async def step(self, order: Order) -> Stepped:
+        await asyncio.sleep(0)
+        if len(order.advance) > self.most:
+            raise OutOfMemory("too many")
+        if self.guilty in order.advance:
+            raise ValueError("guilty")
+        self.passes.append(order.advance)
+        for name in order.advance:
+            self.stepped[name] += 1
+        return Stepped(0.0, {})
+
+    async def latents(self, sample_id: str) -> np.ndarray:
+        if self.no_latents is not None:
+            raise self.no_latents
+        return np.zeros(1)
+
+    async def drop(self, sample_ids: list[str]) -> None:
+        pass
+
+
+async def run(group: FakeGroup, names: str) -> dict[str, Denoised | Exception]:
+    """Every sample through one engine, all admitted before the first step."""
+    config = Config(denoiser=Denoiser(samples_per_step=4))
+    engine = Engine(group, config)  # type: ignore[arg-type]
+    fields = {"negative_prompt": "", "fps": 16, "seed": 0, "guidance_scale": 4, "guidance_scale_2": 3}
+    sizes = {"width": 64, "height": 64, "num_frames": 9, "num_inference_steps": STEPS}
+    params = Params(prompt="x", flow_shift=5, boundary_ratio=0.5, **fields, **sizes)  # type: ignore[arg-type]
+
+    async def one(name: str) -> Denoised | Exception:
+        ticket = Ticket(name, params)
+        try:
+            async with engine.seat(ticket):
+                await engine.admit(Admission(ticket, np.zeros((1, 1)), np.zeros((1, 1))))
+                return [event async for event in engine.events(name)][-1]  # type: ignore[return-value]
+        except JobFailed as error:
+            return error
+
+    async with asyncio.timeout(10):
+        return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
+
+
+async def test_a_batch_that_does_not_fit_is_done_one_by_one_and_not_tried_as_large_again() -> None:
+    group = FakeGroup()
+    group.most = 2
+    ends = await run(group, "abcd")
+    assert all(isinstance(end, Denoised) for end in ends.values())
+    assert group.stepped == dict.fromkeys("abcd", STEPS), "each step once, whatever was tried"
+
+
+async def test_what_does_not_fit_alone_fails() -> None:
+    group = FakeGroup()
+    group.most = 0
+    (end,) = (await run(group, "a")).values()
+    assert isinstance(end, JobFailed) and end.code == "out_of_memory" and not end.retryable
+
+
+async def test_only_who_is_at_fault_fails() -> None:
+    group = FakeGroup()
+    group.guilty = "b"
+    ends = await run(group, "abc")
+    assert isinstance(ends["b"], JobFailed) and ends["b"].code == "step_failed" and "guilty" in ends["b"].message
+    assert isinstance(ends["a"], Denoised) and isinstance(ends["c"], Denoised)
+    assert group.stepped == {"a": STEPS, "b": 0, "c": STEPS}
+
+
+@pytest.mark.parametrize("error", [KeyError("gone"), MemoryError()])
+async def test_a_failure_after_the_step_repeats_no_step_and_is_heard(error: Exception) -> None:
+    group = FakeGroup()
+    group.no_latents = error
+    ends = await run(group, "ab")
+    for end in ends.values():
+        assert isinstance(end, JobFailed) and end.code == "group_lost" and end.retryable and end.step is None
+    assert group.stepped == {"a": STEPS, "b": STEPS}
