@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from benchmarks.parity import CASES
+from benchmarks.parity import CASES, arguments
 from serve_app.request import Params
 from serve_app.wan.generate import Generator, generate
 
@@ -39,15 +39,7 @@ def test_end_to_end(checkpoint: Path) -> None:
     pipeline = WanPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     pipeline.scheduler = pipeline.scheduler.from_config(pipeline.scheduler.config, flow_shift=params.flow_shift)
     images = pipeline(
-        prompt=params.prompt,
-        negative_prompt=params.negative_prompt,
-        width=params.width,
-        height=params.height,
-        num_frames=params.num_frames,
-        num_inference_steps=3,
-        guidance_scale=params.guidance_scale,
-        guidance_scale_2=params.guidance_scale_2,
-        generator=torch.Generator("cpu").manual_seed(params.seed),
+        **arguments(params),
         output_type="pil",
     ).frames[0]
     expected = np.stack([np.asarray(image) for image in images]).astype(int)
