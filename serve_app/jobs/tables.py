@@ -53,6 +53,8 @@ class Job(Base):
     __tablename__ = "jobs"
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(64), default="")
+    """The id of the key that created it; empty where nobody has to say who they are."""
     status: Mapped[str] = mapped_column(String(16), default="queued")
     model: Mapped[str]
     params: Mapped[dict[str, Any]]
