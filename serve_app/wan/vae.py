@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
+from serve_app.wan import cpu_vae
 from serve_app.wan.checkpoint import Checkpoint
 
 
@@ -22,6 +23,8 @@ class VideoDecoder:
         vae = AutoencoderKLWan.from_pretrained(checkpoint.folder / "vae", dtype=dtype, use_safetensors=True)
         del vae.encoder, vae.quant_conv  # never used here: a third of the weights
         self.vae = vae.eval().requires_grad_(False).to(device)
+        if device.type == "cpu" and dtype == torch.float32:
+            cpu_vae.speed_up(self.vae)
         self.device = device
         self.dtype = dtype
         statistics = (vae.config.latents_mean, vae.config.latents_std)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 
 from benchmarks.parity import CASES, arguments
 from serve_app.request import Params
@@ -30,8 +30,19 @@ def test_frames_equal_wan_pipeline(
     frames = generator.decoder.decode(latents)
     assert frames.dtype == np.uint8
     assert frames.shape == (1, CASES[case].num_frames, CASES[case].height, CASES[case].width, 3)
-    assert np.array_equal(frames[0], expected)
+    different = frames[0].astype(int) - expected
+    # Other sums in the same layers: now and then a value on the edge between two levels falls on the other side.
+    assert np.abs(different).max() <= 1 and np.count_nonzero(different) < 0.01 * different.size
     assert expected.std() > 5  # a grey picture would be equal whatever the statistics are
+
+
+def test_layers_for_cpus_change_nothing_but_the_order_of_sums(checkpoint: Path, generator: Generator) -> None:
+    latents = torch.randn(1, 16, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    plain = AutoencoderKLWan.from_pretrained(checkpoint / "vae", dtype=torch.float32).eval()
+    assert {type(layer) for layer in plain.modules()} != {type(layer) for layer in generator.decoder.vae.modules()}
+    with torch.no_grad():
+        expected, got = (vae.decode(latents, return_dict=False)[0] for vae in (plain, generator.decoder.vae))
+    assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_end_to_end(checkpoint: Path) -> None:
