@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-_CRF = "17"  # visually lossless for H.264; a higher number is smaller and worse
+_X264 = {
+    "preset": "medium",
+    "crf": "17",  # visually lossless for H.264; a higher number is smaller and worse
+    # Equal frames give equal files: with the macroblock tree x264's AVX-512 code reads memory that was never written
+    # (one file in 76 differed on a loaded machine).
+    "x264-params": "mbtree=0",
+}
 _BT709 = 1  # H.273's code for BT.709, the same for matrix, primaries and transfer
 _TV_RANGE = 1
 
@@ -49,7 +55,7 @@ def write_mp4(frames: np.ndarray, path: Path, fps: int, metadata: dict[str, Any]
     try:
         with av.open(name, "w", format="mp4", options={"movflags": "+faststart"}) as container:
             container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
-            stream = container.add_stream("libx264", rate=fps, options={"crf": _CRF, "preset": "medium"})
+            stream = container.add_stream("libx264", rate=fps, options=_X264)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             # Without these, players guess the matrix from the size, and colours shift between preview and full size.
             context = stream.codec_context

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,23 @@ def boxes(path: Path) -> list[str]:
         found.append(data[position + 4 : position + 8].decode())
         position += int.from_bytes(data[position : position + 4], "big")
     return found
+
+
+def test_equal_frames_give_equal_streams_whatever_was_in_memory_before(tmp_path: Path) -> None:
+    """glibc fills fresh and freed memory with a byte of ours, so that what reads it shows."""
+    np.save(tmp_path / "frames.npy", noise(9) // 2 + np.arange(9, dtype=np.uint8)[:, None, None, None] * 8)
+    code = (
+        "import sys, numpy; from pathlib import Path; from serve_app.wan.video import write_mp4;"
+        "write_mp4(numpy.load(sys.argv[1]), Path(sys.argv[2]), 16, {})"
+    )
+    streams = []
+    for fill in ("1", "100", "200"):
+        path = tmp_path / f"{fill}.mp4"
+        environment = {**os.environ, "MALLOC_PERTURB_": fill, "MALLOC_MMAP_THRESHOLD_": str(1 << 28)}
+        subprocess.run([sys.executable, "-c", code, tmp_path / "frames.npy", path], env=environment, check=True)
+        with av.open(str(path)) as container:
+            streams.append(b"".join(bytes(packet) for packet in container.demux(video=0)))
+    assert streams[0] == streams[1] == streams[2]
 
 
 @pytest.mark.parametrize(("frames", "fps"), [(9, 16), (1, 16), (33, 24)])
