@@ -177,6 +177,9 @@ class Denoiser(Stage):
     parked_memory_mib: NonNegativeFloat = 4096
     """Device memory for the state of samples that do not take part in a step; the least urgent beyond it are kept in
     host memory."""
+    text_memory_mib: NonNegativeFloat = 1024
+    """Device memory of each expert on a rank for the keys and values of the texts in the last forward pass, which the
+    next one uses again if the same samples step. A batch beyond it has them made anew at every step."""
     checkpoint_s: NonNegativeFloat = 30
     """A sample that was denoised for this long since it was last saved is saved again, for another group to continue if
     this one is lost. 0 is never."""
@@ -195,6 +198,7 @@ class Decoder(Stage):
 
     resources: Resources = Resources(num_cpus=1, num_gpus=1)
     batch: Batch = Batch(size=1, wait_s=0.0)
+    """One video fills a device, and alone its pixels are the same every time; batch mates change the last bits."""
 
 
 class Pipeline(Section):

@@ -174,7 +174,8 @@ def test_a_job_outlives_the_death_of_a_rank(deployment):
         while video["status"] not in ("completed", "failed"):
             time.sleep(0.1)
             video = http.get(f"/v1/videos/{video['id']}", timeout=30).json()
-        assert video["status"] == "completed" and video["attempts"] == 2, video
+        # The second attempt may still meet the replica that is going.
+        assert video["status"] == "completed" and 2 <= video["attempts"] <= 3, video
 
 
 def _ray_command(process: psutil.Process) -> list[str]:

@@ -149,7 +149,9 @@ class Rank:
         self._checkpoint = Checkpoint(self._config.model.folder)
         experts = Experts(
             self._wanted or self._checkpoint.experts,
-            lambda name: load_expert(self._checkpoint, name, world, self._dtype, self._device),
+            lambda name: load_expert(
+                self._checkpoint, name, world, self._dtype, self._device, stage.text_memory_mib * 2**20
+            ),
             "swap" if stage.experts == "swap" else "together",
             self._device,
         )
@@ -246,6 +248,7 @@ class Rank:
         except (RuntimeError, MemoryError) as error:
             # By text as well: the CPU's allocator has no exception of its own.
             if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                self._experts.forget_texts()
                 raise OutOfMemory(one_line(error)) from None
             if "CUDA error" in str(error):  # a failed assertion or access in a kernel: every later call fails alike
                 raise DeviceBroken(one_line(error)) from None

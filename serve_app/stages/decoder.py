@@ -37,8 +37,6 @@ class Decoded:
 @dataclass(frozen=True)
 class _Item:
     latents: np.ndarray
-    params: Params
-    prefix: str
     job_id: str
 
 
@@ -76,45 +74,47 @@ class Decoder:
 
     async def decode(self, latents: np.ndarray, params: Params, prefix: str, job_id: str) -> Decoded:
         """Decode latents [1, channels, frames, height, width] and store the video under `prefix`."""
-        result = await self._decode_batch(_Item(latents, params, prefix, job_id))
+        result = await self._decode_batch(_Item(latents, job_id))
         if isinstance(result, Exception):
             raise result
-        return result
+        frames, seconds = result
+        try:
+            return await self._store(params, prefix, job_id, frames, seconds)
+        except Exception as error:
+            log.exception("storing failed", extra={"job": job_id})
+            raise JobFailed("store_failed", one_line(error)) from None
 
     @serve.batch
-    async def _decode_batch(self, items: list[_Item]) -> list[Decoded | Exception]:
-        """Latents of equal shape share a pass of the VAE; a failure concerns its own item only."""
+    async def _decode_batch(self, items: list[_Item]) -> list[tuple[np.ndarray, float] | Exception]:
+        """Frames of each, [frames, height, width, 3] uint8, and the seconds that they took together.
+
+        Latents of equal shape share a pass of the VAE, whose sums then differ in the last bits from those of each
+        alone. A failure concerns its own item only. Storing is not part of it: the next batch is decoded meanwhile.
+        """
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, item in enumerate(items):
             by_shape[item.latents.shape].append(index)
-        results: list[Decoded | Exception] = [RuntimeError("not decoded")] * len(items)
+        results: list[tuple[np.ndarray, float] | Exception] = [RuntimeError("not decoded")] * len(items)
         for indices in by_shape.values():
+            started = time.monotonic()
             try:
-                decoded = await self._decode_equal([items[index] for index in indices])
+                frames = await self._math.run(self._frames, np.concatenate([items[index].latents for index in indices]))
             except Exception as error:  # of our own type, because a process without torch cannot unpickle torch's
                 log.exception("decoding failed", extra={"jobs": [items[index].job_id for index in indices]})
-                decoded = [JobFailed("decode_failed", one_line(error)) for _ in indices]
-            for index, result in zip(indices, decoded, strict=True):
-                results[index] = result
+                for index in indices:
+                    results[index] = JobFailed("decode_failed", one_line(error))
+                continue
+            seconds = time.monotonic() - started
+            for index, video in zip(indices, frames, strict=True):
+                results[index] = video, seconds
         return results
-
-    async def _decode_equal(self, items: list[_Item]) -> list[Decoded | Exception]:
-        started = time.monotonic()
-        stacked = np.concatenate([item.latents for item in items])
-        frames = await self._math.run(self._frames, stacked)
-        seconds = time.monotonic() - started
-        stored = await asyncio.gather(
-            *(self._store(item, video, seconds) for item, video in zip(items, frames, strict=True)),
-            return_exceptions=True,
-        )
-        return [one if isinstance(one, Decoded) else JobFailed("store_failed", one_line(one)) for one in stored]
 
     def _frames(self, latents: np.ndarray) -> np.ndarray:
         import torch
 
         return self._decoder.decode(torch.from_numpy(latents))
 
-    async def _store(self, item: _Item, frames: np.ndarray, vae_seconds: float) -> Decoded:
+    async def _store(self, params: Params, prefix: str, job_id: str, frames: np.ndarray, vae_seconds: float) -> Decoded:
         """Write one video's files, [frames, height, width, 3] uint8, and put them where they belong."""
         from serve_app.wan.video import spritesheet, thumbnail, write_mp4
 
@@ -122,12 +122,12 @@ class Decoder:
         with TemporaryDirectory(prefix="wan-serve-") as folder:
             path = Path(folder) / "video.mp4"
             metadata = {
-                "id": item.job_id,
+                "id": job_id,
                 "model": self._model_name,
                 "revision": self._revision,
-                **item.params.model_dump(),
+                **params.model_dump(),
             }
-            await asyncio.to_thread(write_mp4, frames, path, item.params.fps, metadata)
+            await asyncio.to_thread(write_mp4, frames, path, params.fps, metadata)
             files: dict[str, bytes | Path] = {
                 "thumbnail.jpg": await asyncio.to_thread(thumbnail, frames),
                 "spritesheet.jpg": await asyncio.to_thread(spritesheet, frames, SPRITE_COLUMNS, SPRITES),
@@ -136,8 +136,8 @@ class Decoder:
             }
             outputs = {}
             for name, content in files.items():
-                outputs[name.partition(".")[0]] = f"{item.prefix}/{name}"
-                await self._storage.put(f"{item.prefix}/{name}", content)
+                outputs[name.partition(".")[0]] = f"{prefix}/{name}"
+                await self._storage.put(f"{prefix}/{name}", content)
             size = path.stat().st_size
         return Decoded(outputs, size, {"vae": vae_seconds, "store": time.monotonic() - started})
 

@@ -132,7 +132,8 @@ class Denoiser:
                     "device_mib": rank.device_mib,
                     "weights_mib": rank.weights_mib,
                 }
-                for rank in await self._group.check(self._config.denoiser.health_check_timeout_s / 2)
+                # Who asks may wait: it is no health check.
+                for rank in await self._group.check(self._config.denoiser.step_timeout_s)
             ],
         }
 

@@ -13,7 +13,8 @@ from serve_app.wan.checkpoint import MAX_TOKENS
 def step_flops(config: dict[str, Any], tokens: int, guided: bool) -> float:
     """Floating-point operations of one denoising step of one sample, on all ranks together.
 
-    Counts matrix products and attention, a multiplication and an addition as two; all else is a few per cent.
+    Counts matrix products and attention, a multiplication and an addition as two; all else is a few per cent. The keys
+    and values of the text are left out: they are made once for many steps (see `TextMemory`).
 
     Args:
         config: of an expert.
@@ -21,7 +22,7 @@ def step_flops(config: dict[str, Any], tokens: int, guided: bool) -> float:
     """
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     ffn, layers = int(config["ffn_dim"]), int(config["num_layers"])
-    projections = 2 * tokens * (6 * width**2 + 2 * width * ffn) + 2 * MAX_TOKENS * 2 * width**2
+    projections = 2 * tokens * (6 * width**2 + 2 * width * ffn)
     attention = 4 * tokens * (tokens + MAX_TOKENS) * width
     return float(layers * (projections + attention)) * (2 if guided else 1)
 

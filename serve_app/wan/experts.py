@@ -63,6 +63,11 @@ class Experts:
             self._current = name
         return self._models[name]
 
+    def forget_texts(self) -> None:
+        """Free what is kept of the texts of the last steps."""
+        for model in self._models.values():
+            model.text_memory.clear()  # type: ignore[operator, union-attr]
+
     def _release(self, name: Expert) -> None:
         """Free the device's copy. The host's is the original: weights do not change."""
         for parameter, host in zip(self._models[name].parameters(), self._host[name], strict=True):

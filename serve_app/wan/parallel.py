@@ -17,13 +17,17 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed, WanTransformerBlock
 from torch import nn
 
 from serve_app.errors import CheckpointError, ConfigError
+from serve_app.wan.attention import Attention, ShardedNorm
 from serve_app.wan.checkpoint import Checkpoint, Expert
+from serve_app.wan.text_memory import TextMemory
 from serve_app.wan.weights import Weights
+
+TEXT_MEMORY_BYTES = 2.0**30
+"""Enough for one 720p sample of A14B, both halves of guidance."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,12 @@ def init_world(rank: int, size: int, address: str, port: int, device: torch.devi
 
 
 def load_expert(
-    checkpoint: Checkpoint, expert: Expert, world: World, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    expert: Expert,
+    world: World,
+    dtype: torch.dtype,
+    device: torch.device,
+    text_memory_bytes: float = TEXT_MEMORY_BYTES,
 ) -> nn.Module:
     """An expert, or this rank's shard of it, ready to run.
 
@@ -91,6 +100,7 @@ def load_expert(
 
     Args:
         dtype: of weights and activations; the modules that diffusers keeps in float32 stay so.
+        text_memory_bytes: bound of its `text_memory`, see `TextMemory`.
 
     Raises:
         ConfigError: the group's size does not divide the heads or the feed-forward width.
@@ -100,9 +110,14 @@ def load_expert(
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(config)
     model.eval().requires_grad_(False)
+    group = None
     if world.size > 1:
         checkpoint.check_tensor_parallel(world.size)
-        model = _shard(model, world, dtype)
+        model, group = _shard(model, world, dtype)
+    # DeepSpeed takes the model for its own: attributes are set afterwards.
+    model.text_memory = TextMemory(text_memory_bytes)
+    for layer, block in enumerate(model.blocks):
+        block.attn2.set_processor(Attention(group, model.text_memory, layer))
     with checkpoint.weights(expert) as weights:
         _fill(model, weights, world, dtype, device)
     # Not part of a checkpoint: computed from the configuration.
@@ -112,8 +127,12 @@ def load_expert(
     return model
 
 
-def _shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
-    """Replace the blocks' linear layers by this rank's shards; parameters are allocated, not filled."""
+def _shard(model: nn.Module, world: World, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    """Replace the blocks' linear layers by this rank's shards; parameters are allocated, not filled.
+
+    Returns:
+        The model, and the process group that its ranks reduce over.
+    """
     import deepspeed
 
     engine = deepspeed.init_inference(
@@ -133,84 +152,8 @@ def _shard(model: nn.Module, world: World, dtype: torch.dtype) -> nn.Module:
                 norm = getattr(module, name)
                 setattr(module, name, ShardedNorm(norm.normalized_shape[0], world.size, norm.eps, dtype))
             # DeepSpeed's group rather than the world's: one NCCL communicator, with its buffers, instead of two.
-            module.set_processor(ShardedAttention(engine.mp_group))
-    return model
-
-
-class ShardedNorm(nn.Module):
-    """This rank's slice of an RMSNorm over the features of all heads.
-
-    Args:
-        features: of all ranks together, since the mean is over all of them.
-        size: number of ranks.
-    """
-
-    def __init__(self, features: int, size: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.features = features
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(features // size, dtype=dtype), requires_grad=False)
-
-    def squares(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The sum of squares over this rank's features, `[batch, tokens, 1]`, float32."""
-        return hidden.float().square().sum(-1, keepdim=True)
-
-    def forward(self, hidden: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-        """Normalise by `squares`, summed over all ranks; float32 inside, as `torch.nn.RMSNorm` computes."""
-        scale = torch.rsqrt(squares / self.features + self.eps)
-        return (hidden.float() * scale * self.weight.float()).type_as(hidden)
-
-
-class ShardedAttention:
-    """Attention over this rank's heads; the counterpart of diffusers' `WanAttnProcessor` without image tokens.
-
-    Queries and keys share one all-reduce for their norms. A separate one each would double the latency, which on a slow
-    link is all there is to such a small message.
-    """
-
-    _attention_backend = None  # set by diffusers' `set_attention_backend`
-    _parallel_config = None
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        from deepspeed import comm
-
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        squares = torch.cat([attn.norm_q.squares(query), attn.norm_k.squares(key)], dim=1)
-        comm.inference_all_reduce(squares, group=self.group)
-        of_query, of_key = squares.split([query.shape[1], key.shape[1]], dim=1)
-        query = attn.norm_q(query, of_query).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(key, of_key).unflatten(2, (attn.heads, -1))
-        if rotary_emb is not None:
-            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
-        hidden_states = dispatch_attention_fn(
-            query,
-            key,
-            value.unflatten(2, (attn.heads, -1)),
-            attn_mask=attention_mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-        )
-        output: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
-        return output
-
-
-def _rotate(hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of `[batch, tokens, heads, features]`, pairs being neighbours."""
-    even, odd = hidden[..., 0::2], hidden[..., 1::2]
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(hidden)
+            module.set_processor(Attention(engine.mp_group))
+    return model, engine.mp_group
 
 
 def _fill(model: nn.Module, weights: Weights, world: World, dtype: torch.dtype, device: torch.device) -> None:

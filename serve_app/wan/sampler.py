@@ -6,6 +6,7 @@ Knows nothing of who chose the samples, nor of how the model is spread over rank
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ def advance(model: torch.nn.Module, samples: list[Sample], fuse_guidance_tokens:
     Either all of them make their step or, where anything but `NotFinite` is raised, none does.
 
     Args:
-        model: the expert that the samples' cohort names.
+        model: the expert that the samples' cohort names, as `load_expert` returns it.
         samples: at least one, all of equal `cohort`.
         fuse_guidance_tokens: up to this many tokens, both halves of guidance included, the conditional and the
             unconditional prediction are one forward pass; small models are faster that way, large ones only use more
@@ -82,14 +83,14 @@ def denoise(
 
 def _predict(model: torch.nn.Module, samples: list[Sample], fuse_guidance_tokens: int) -> torch.Tensor:
     """The guided noise prediction, `[samples, channels, frames, height, width]`."""
-    positive = torch.cat([sample.positive for sample in samples])
-    latents = torch.cat([sample.latents for sample in samples]).to(positive.dtype)
+    positive = [sample.positive for sample in samples]
+    latents = torch.cat([sample.latents for sample in samples]).to(positive[0].dtype)
     timesteps = torch.tensor([sample.timestep for sample in samples], device=latents.device)
     if not samples[0].guided:
         return _forward(model, latents, timesteps, positive)
-    negative = torch.cat([sample.negative for sample in samples if sample.negative is not None])
+    negative = [sample.negative for sample in samples if sample.negative is not None]
     if 2 * sum(sample.tokens for sample in samples) <= fuse_guidance_tokens:
-        both = _forward(model, latents.repeat(2, 1, 1, 1, 1), timesteps.repeat(2), torch.cat([positive, negative]))
+        both = _forward(model, latents.repeat(2, 1, 1, 1, 1), timesteps.repeat(2), positive + negative)
         conditional, unconditional = both.chunk(2)
     else:
         conditional = _forward(model, latents, timesteps, positive)
@@ -103,10 +104,9 @@ def _predict(model: torch.nn.Module, samples: list[Sample], fuse_guidance_tokens
     )
 
 
-def _forward(
-    model: torch.nn.Module, latents: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor
-) -> torch.Tensor:
-    output: torch.Tensor = model(
-        hidden_states=latents, timestep=timesteps, encoder_hidden_states=text, return_dict=False
-    )[0]
+def _forward(model: Any, latents: torch.Tensor, timesteps: torch.Tensor, texts: list[torch.Tensor]) -> torch.Tensor:
+    with model.text_memory.serving(texts) as text:
+        output: torch.Tensor = model(
+            hidden_states=latents, timestep=timesteps, encoder_hidden_states=text, return_dict=False
+        )[0]
     return output

@@ -81,7 +81,7 @@ def deploy(
                 "shutdown_timeout_s": 20,
                 "start_timeout_s": 120,
             },
-            "decoder": {"resources": {"num_cpus": 0.1}, "threads": 1, "batch": {"size": 2, "wait_s": 0.01}},
+            "decoder": {"resources": {"num_cpus": 0.1}, "threads": 1},
         }
         for name, options in sections.items():
             args[name] = {**args.get(name, {}), **options}

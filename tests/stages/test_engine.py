@@ -96,7 +96,6 @@ def app(deploy: Any) -> Iterator[Wan]:
             "samples_per_step": 1,
             "resident_samples": 3,
             "checkpoint_s": 0.1,
-            "health_check_timeout_s": 2,
             "batch": {"size": 4, "wait_s": 0.01},
         },
         limits={"num_inference_steps": 2000},

@@ -21,7 +21,7 @@ from tests.stages.conftest import Wan, processes, until
 
 @pytest.fixture(scope="module")
 def app(deploy) -> Wan:
-    return deploy(denoiser={"tensor_parallel": 2, "health_check_timeout_s": 2}, limits={"num_inference_steps": 2000})
+    return deploy(denoiser={"tensor_parallel": 2}, limits={"num_inference_steps": 2000})
 
 
 def ranks() -> dict[int, psutil.Process]:
@@ -68,7 +68,7 @@ def test_a_rank_that_is_gone_takes_its_group_along_and_a_new_group_comes(app, bl
 def test_a_long_step_is_not_taken_for_a_hang(app):
     """One step here takes longer than several health checks may."""
     before = set(ranks())
-    limit = 2 * app.config.denoiser.health_check_timeout_s
+    limit = 1.5 * app.config.denoiser.health_check_timeout_s
     for frames in (81, 161):  # a fast machine needs the longer one
         params = app.params(width=480, height=480, num_frames=frames, num_inference_steps=1)
         encoded = app.handle("Encoder").encode.remote(params.prompt, params.negative_prompt)

@@ -1,0 +1,90 @@
+"""A text's keys and values are made once for a batch, and a step with them is the step without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from serve_app.request import Params
+from serve_app.wan.generate import Generator
+from serve_app.wan.sampler import advance
+from serve_app.wan.text_memory import TextMemory
+from tests.wan.test_sampler import BASE
+
+TEXTS = [torch.randn(1, 4, 2) for _ in range(3)]
+
+
+def serve(memory: TextMemory, texts: list[torch.Tensor]) -> bool:
+    """One pass over a single layer; whether it found its keys and values."""
+    with memory.serving(texts) as given:
+        known = memory.get(0)
+        assert given.shape[1] == (4 if known is None else 1)
+        if known is None:
+            memory.put(0, (torch.cat(texts), torch.cat(texts)))
+        else:
+            assert torch.equal(known[0], torch.cat(texts))
+    assert memory.get(0) is None, "what is kept belongs to a pass"
+    return known is not None
+
+
+def test_the_same_batch_finds_them_and_any_other_does_not() -> None:
+    memory = TextMemory(1e9)
+    a, b, c = TEXTS
+    assert [serve(memory, texts) for texts in ([a, b], [a, b], [b, a], [a], [a.clone()], [a, b])] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+    assert not serve(memory, [c]) and serve(memory, [c])
+
+
+def test_both_halves_of_guidance_are_kept_and_nothing_older() -> None:
+    memory = TextMemory(1e9)
+    a, b, c = TEXTS
+    assert [serve(memory, [text]) for text in (a, b, a, b, c, b, a)] == [False, False, True, True, False, True, False]
+    assert memory.bytes == 2 * 2 * a.nbytes
+
+
+@pytest.mark.parametrize("limit", [0, TEXTS[0].nbytes])
+def test_beyond_the_limit_nothing_is_kept(limit: int) -> None:
+    memory = TextMemory(limit)
+    assert not serve(memory, TEXTS[:1]) and not serve(memory, TEXTS[:1]) and memory.bytes == 0
+
+
+def test_a_pass_that_raises_leaves_nothing() -> None:
+    memory = TextMemory(1e9)
+    with pytest.raises(RuntimeError), memory.serving(TEXTS):
+        memory.put(0, (TEXTS[0], TEXTS[0]))
+        raise RuntimeError
+    assert memory.bytes == 0 and not serve(memory, TEXTS)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("fuse", [0, 8192])
+def test_a_step_with_remembered_texts_is_the_step_without(generator: Generator, guidance: float, fuse: int) -> None:
+    model = generator.experts["transformer"]
+    params = Params(**{**BASE.model_dump(), "guidance_scale": guidance})
+    remembering, forgetting = generator.start(params), generator.start(params)
+    for _ in range(2):
+        advance(model, [remembering], fuse)
+    model.text_memory.clear()
+    for _ in range(2):
+        advance(model, [forgetting], fuse)
+        model.text_memory.clear()
+    assert torch.equal(remembering.latents, forgetting.latents)
+
+
+def test_texts_are_not_worked_on_twice(generator: Generator) -> None:
+    model = generator.experts["transformer"]
+    model.text_memory.clear()
+    sample, made = generator.start(BASE), []
+    hook = model.blocks[0].attn2.to_k.register_forward_hook(lambda *_: made.append(1))
+    try:
+        for _ in range(3):
+            advance(model, [sample], 8192)
+    finally:
+        hook.remove()
+    assert len(made) == 1
