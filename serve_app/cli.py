@@ -77,6 +77,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Same seed, same video.")] = None,
     priority: Annotated[str | None, typer.Option(help="interactive, standard or batch.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds from now after which it is of no use.")] = None,
+    start_at: Annotated[float | None, typer.Option(help="Seconds since 1970 at which it may begin.")] = None,
 ) -> None:
     """Make one video on a running server, with a progress bar."""
     fields = {
@@ -90,6 +91,7 @@ def generate(
         "seed": seed,
         "priority": priority,
         "deadline_s": deadline,
+        "start_at": start_at,
     }
     video = _generate(url, {name: value for name, value in fields.items() if value is not None}, out)
     _report(video, out)

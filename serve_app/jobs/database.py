@@ -19,10 +19,10 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from serve_app.errors import ConfigError
-from serve_app.jobs.tables import Base
+from serve_app.jobs.schema import migrate
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
-# One lock for whoever creates the tables: a number that other users of the database are unlikely to have chosen.
+# One lock for whoever changes the tables: a number that other users of the database are unlikely to have chosen.
 _SCHEMA_LOCK = 0x77616E32
 # How long a writer waits for the others before SQLite says "database is locked".
 _BUSY_S = 30
@@ -54,10 +54,10 @@ class Database:
         self._turn: Any = asyncio.Lock() if self._sqlite else nullcontext()
 
     async def start(self) -> None:
-        """Connect, and create the tables that are missing.
+        """Connect, and make the tables or bring them up to date.
 
         Raises:
-            ConfigError: the database cannot be opened.
+            ConfigError: the database cannot be opened, or its tables are not of this version or an older one.
         """
         if self._engine is not None:
             return
@@ -78,10 +78,15 @@ class Database:
             event.listen(engine.sync_engine, "begin", _begin_sqlite)
         else:
             engine = create_async_engine(self._url, pool_pre_ping=True)
-        async with engine.begin() as connection:
-            if not self._sqlite:
-                await connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
-            await connection.run_sync(Base.metadata.create_all)
+        try:
+            # Of SQLite this transaction is the only writer from its beginning on.
+            async with engine.begin() as connection:
+                if not self._sqlite:
+                    await connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+                await connection.run_sync(migrate)
+        except BaseException:
+            await engine.dispose()
+            raise
         return engine
 
     async def close(self) -> None:

@@ -57,6 +57,7 @@ def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list
         return fail(job, now, "cancelled", "Cancelled while it ran.", late_outputs_s)
     job.status = "queued"
     job.not_before = now + delay_s
+    job.announced_at = 0.0
     job.lease_owner = job.lease_until = job.started_at = job.stage = job.seconds_left = None
     job.step = job.steps = job.progress = 0
     return []
