@@ -298,7 +298,7 @@ class Storage(Section):
 
     url: str = ""
     """A folder; empty is `<home>/videos`."""
-    min_free_mib: NonNegativeFloat = 256
+    min_free_mib: NonNegativeFloat = 512
     """Less free space than this on the disk of the videos, or of an SQLite database, and no more jobs are accepted."""
 
 

@@ -41,7 +41,7 @@ class Gateway:
         await self._store.start()
         if self._broker is not None:
             self._broker.start()
-        self._storage = Storage(config.storage_url)
+        self._storage = Storage(config.storage_url, config.storage.min_free_mib)
         self._videos = Videos(config, self._store, self._storage, self._wake)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -52,7 +52,7 @@ class Gateway:
         """Queue a video; its resource.
 
         Raises:
-            InvalidRequest: the field at fault in `param`. QueueFull: too many wait.
+            InvalidRequest: the field at fault in `param`. QueueFull: too many wait. Unavailable: none is accepted now.
         """
         try:
             return (await self._videos.submit(fields)).model_dump()

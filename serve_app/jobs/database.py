@@ -26,6 +26,9 @@ _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
 _SCHEMA_LOCK = 0x77616E32
 # How long a writer waits for the others before SQLite says "database is locked".
 _BUSY_S = 30
+# A server that hangs is away: for a connection, and for an answer, which never takes as long as this.
+_CONNECT_S = 10
+_ANSWER_S = 30
 
 
 class Database:
@@ -53,6 +56,11 @@ class Database:
         # SQLite admits one writer; queueing here beats polling for the file lock.
         self._turn: Any = asyncio.Lock() if self._sqlite else nullcontext()
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the file of SQLite lies; None of PostgreSQL."""
+        return Path(self._url.database or "").absolute().parent if self._sqlite else None
+
     async def start(self) -> None:
         """Connect, and make the tables or bring them up to date.
 
@@ -77,7 +85,8 @@ class Database:
             event.listen(engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(engine.sync_engine, "begin", _begin_sqlite)
         else:
-            engine = create_async_engine(self._url, pool_pre_ping=True)
+            limits = {"timeout": _CONNECT_S, "command_timeout": _ANSWER_S}
+            engine = create_async_engine(self._url, pool_pre_ping=True, connect_args=limits)
         try:
             # Of SQLite this transaction is the only writer from its beginning on.
             async with engine.begin() as connection:

@@ -41,6 +41,11 @@ class Leases(Rows):
         first come, first served.
         """
         for _ in range(_TRIES):
+            # Most looks find nothing: those shall neither write nor weigh the owners.
+            async with self._db.read() as session:
+                now = await self._db.clock(session)
+                if await session.scalar(select(Job.id).where(due(now), not_paused()).limit(1)) is None:
+                    return None
             async with self._db.write() as session:
                 now = await self._db.clock(session)
                 claimed = await session.scalars(
@@ -57,10 +62,9 @@ class Leases(Rows):
                     .execution_options(synchronize_session=False, populate_existing=True)
                 )
                 job = claimed.one_or_none()
-                # All due jobs of the owner whose turn it was may be in other dispatchers' hands: then it is another's.
-                left = job or await session.scalar(select(Job.id).where(due(now), not_paused()).limit(1))
-            if job is not None or left is None:
+            if job is not None:
                 return job
+            # All due jobs of the owner whose turn it was are in other dispatchers' hands: then it is another's.
         return None
 
     async def renew(self, held: Mapping[str, int], lease_s: float) -> dict[str, bool]:

@@ -18,9 +18,14 @@ from serve_app.jobs.tables import Job, Switch
 PAUSED = "paused"
 
 
-def due(now: float, job: Any = Job) -> ColumnElement[bool]:
-    """Whether a job waits and may begin."""
-    return and_(job.status == "queued", job.not_before <= now, or_(job.deadline_at.is_(None), job.deadline_at > now))
+def due(now: float, job: Any = Job, *, by_turn: bool = False) -> ColumnElement[bool]:
+    """Whether a job waits and may begin.
+
+    Args:
+        by_turn: the rows are to be read in the order of their turns, which SQLite would leave for an index on this.
+    """
+    not_before = job.not_before + 0.0 if by_turn else job.not_before
+    return and_(job.status == "queued", not_before <= now, or_(job.deadline_at.is_(None), job.deadline_at > now))
 
 
 def not_paused() -> ColumnElement[bool]:
@@ -32,7 +37,7 @@ def next_job(now: float) -> Select[str]:
     """The id of the job to begin next, of those whose rows nobody else is claiming."""
     return (
         select(Job.id)
-        .where(due(now), Job.owner == _next_owner(now), not_paused())
+        .where(due(now, by_turn=True), Job.owner == _next_owner(now), not_paused())
         .order_by(Job.turn, Job.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -45,7 +50,8 @@ def _next_owner(now: float) -> Any:
     owners = select(func.min(Job.owner).label("owner")).where(Job.status == "queued").cte("owners", recursive=True)
     further = select(func.min(other.owner)).where(other.status == "queued", other.owner > owners.c.owner)
     owners = owners.union_all(select(further.scalar_subquery()).where(owners.c.owner.is_not(None)))
-    turn = select(head.turn).where(due(now, head), head.owner == owners.c.owner).order_by(head.turn, head.id).limit(1)
+    ready = due(now, head, by_turn=True)
+    turn = select(head.turn).where(ready, head.owner == owners.c.owner).order_by(head.turn, head.id).limit(1)
     running = select(func.count()).where(run.status == "in_progress", run.owner == owners.c.owner)
     served_at = select(func.max(past.started_at)).where(past.owner == owners.c.owner)
     heads = (
@@ -56,7 +62,8 @@ def _next_owner(now: float) -> Any:
             served_at.scalar_subquery().label("served_at"),
         )
         .where(owners.c.owner.is_not(None))
-        .subquery("heads")
+        .cte("heads")
+        .prefix_with("MATERIALIZED")  # else PostgreSQL computes each column anew wherever it is named
     )
     return (
         select(heads.c.owner)

@@ -6,6 +6,7 @@ Knows nothing of Ray, HTTP or storage.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 
 from sqlalchemy import func, or_, select, text, tuple_
@@ -79,6 +80,11 @@ class JobStore(Leases, Upkeep, Switches):
     async def close(self) -> None:
         """Give every connection back."""
         await self._db.close()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the database lies, if this process writes it."""
+        return self._db.folder
 
     async def ping(self) -> None:
         """Ask the database for a sign of life; raises what the driver raises."""

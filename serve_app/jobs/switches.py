@@ -32,6 +32,13 @@ class Switches(Rows):
             switch = await session.get(Switch, PAUSED)
             return None if switch is None else switch.since
 
+    async def running(self) -> int:
+        """How many jobs somebody works on."""
+        async with self._db.read() as session:
+            now = await self._db.clock(session)
+            held = select(func.count()).where(Job.status == "in_progress", Job.lease_until >= now)
+            return await session.scalar(held) or 0
+
     async def counts(self) -> dict[str, int]:
         """How many jobs there are of each status."""
         async with self._db.read() as session:

@@ -112,6 +112,7 @@ class Job(Base):
     __table_args__ = (
         Index("jobs_by_age", "created_at", "id"),
         Index("jobs_by_turn", "status", "owner", "turn", "id"),
+        Index("jobs_by_due_time", "status", "not_before"),
         Index("jobs_by_start", "owner", "started_at"),
         Index("jobs_by_announcement", "status", "announced_at", "not_before"),
         Index("jobs_by_expiry", "expires_at"),

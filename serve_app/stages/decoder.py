@@ -40,6 +40,7 @@ class _Item:
     params: Params
     prefix: str
     job_id: str
+    again: bool
 
 
 @serve.deployment(name="Decoder")
@@ -74,9 +75,18 @@ class Decoder:
         self._decode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
         log.info("decoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
 
-    async def decode(self, latents: np.ndarray, params: Params, prefix: str, job_id: str) -> Decoded:
-        """Decode latents [1, channels, frames, height, width] and store the video under `prefix`."""
-        result = await self._decode_batch(_Item(latents, params, prefix, job_id))
+    async def decode(
+        self, latents: np.ndarray, params: Params, prefix: str, job_id: str, again: bool = False
+    ) -> Decoded:
+        """Decode latents [1, channels, frames, height, width] and store the video under `prefix`.
+
+        Args:
+            again: an earlier call may have left some of its files there.
+
+        Raises:
+            JobFailed: `decode_failed`, or `store_failed`, which is retryable where the storage was away or full.
+        """
+        result = await self._decode_batch(_Item(latents, params, prefix, job_id, again))
         if isinstance(result, Exception):
             raise result
         return result
@@ -107,7 +117,7 @@ class Decoder:
             *(self._store(item, video, seconds) for item, video in zip(items, frames, strict=True)),
             return_exceptions=True,
         )
-        return [one if isinstance(one, Decoded) else JobFailed("store_failed", one_line(one)) for one in stored]
+        return [one if isinstance(one, Decoded) else _not_stored(one) for one in stored]
 
     def _frames(self, latents: np.ndarray) -> np.ndarray:
         import torch
@@ -119,6 +129,8 @@ class Decoder:
         from serve_app.wan.video import spritesheet, thumbnail, write_mp4
 
         started = time.monotonic()
+        if item.again:
+            await self._storage.delete_prefix(item.prefix)
         with TemporaryDirectory(prefix="wan-serve-") as folder:
             path = Path(folder) / "video.mp4"
             metadata = {
@@ -149,3 +161,7 @@ class Decoder:
             write_mp4(frames, Path(folder) / "video.mp4", params.fps, {})
         thumbnail(frames)
         spritesheet(frames, SPRITE_COLUMNS, SPRITES)
+
+
+def _not_stored(error: BaseException) -> JobFailed:
+    return JobFailed("store_failed", one_line(error), retryable=isinstance(error, OSError))

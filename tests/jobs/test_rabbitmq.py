@@ -19,8 +19,9 @@ from serve_app.jobs.run import Runner
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Job
 from serve_app.storage import Storage
-from tests.jobs.brokers import SERVER, Link, connected
+from tests.jobs.brokers import PORT, SERVER, connected, via
 from tests.jobs.fakes import PARAMS, FakePipeline, until
+from tests.jobs.links import LinkTo
 from tests.jobs.running import OPTIONS, create, ended
 
 Listen = Callable[..., Awaitable[Dispatcher]]
@@ -216,9 +217,10 @@ async def test_lost_announcements_are_made_again_once(store: JobStore) -> None:
     assert sorted(video_id for some in found for video_id in some) == sorted(ids)
 
 
-async def test_broker_away_at_the_start(store: JobStore, storage: Storage, listen: Listen, link: Link) -> None:
+async def test_broker_away_at_the_start(store: JobStore, storage: Storage, listen: Listen, link_to: LinkTo) -> None:
+    link = await link_to(PORT)
     await link.cut()
-    dispatcher = await listen(FakePipeline(storage), url=link.url, wait=False)
+    dispatcher = await listen(FakePipeline(storage), url=via(link), wait=False)
     store._announcer = dispatcher._broker  # type: ignore[assignment]
     await ended(store, await create(store), "completed")  # asked for at the usual pace meanwhile
     await link.join()
@@ -230,9 +232,10 @@ async def test_broker_away_at_the_start(store: JobStore, storage: Storage, liste
     await ended(store, await create(store), "completed")
 
 
-async def test_broker_away_for_a_while(store: JobStore, storage: Storage, listen: Listen, link: Link) -> None:
+async def test_broker_away_for_a_while(store: JobStore, storage: Storage, listen: Listen, link_to: LinkTo) -> None:
     gate = asyncio.Event()
-    dispatcher = await listen(FakePipeline(storage, gate=gate), url=link.url)
+    link = await link_to(PORT)
+    dispatcher = await listen(FakePipeline(storage, gate=gate), url=via(link))
     broker = dispatcher._broker
     assert isinstance(broker, RabbitMQ)
     store._announcer = broker
@@ -258,9 +261,10 @@ async def test_broker_away_for_a_while(store: JobStore, storage: Storage, listen
 
 
 async def test_a_broker_that_hangs_fails_no_request(
-    store: JobStore, storage: Storage, queue_options: config.Queue, link: Link, brokers: list[RabbitMQ]
+    store: JobStore, storage: Storage, queue_options: config.Queue, link_to: LinkTo, brokers: list[RabbitMQ]
 ) -> None:
-    broker = RabbitMQ(link.url, queue_options.model_copy(update={"publish_timeout_s": 0.3}))
+    link = await link_to(PORT)
+    broker = RabbitMQ(via(link), queue_options.model_copy(update={"publish_timeout_s": 0.3}))
     brokers.append(broker)
     store._announcer = await connected(broker)
     link.stall()

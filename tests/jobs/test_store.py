@@ -360,9 +360,10 @@ async def test_list_pages(store: JobStore, order: str) -> None:
 async def test_list_and_claim_use_indexes(tmp_path: Path) -> None:
     import sqlite3
 
+    from sqlalchemy import select
     from sqlalchemy.dialects import sqlite
 
-    from serve_app.jobs.order import next_job
+    from serve_app.jobs.order import due, next_job
 
     store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
     await store.start()
@@ -370,6 +371,7 @@ async def test_list_and_claim_use_indexes(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "jobs.db") as connection:
         for query in (
             "SELECT * FROM jobs WHERE (created_at, id) < (1.0, 'x') ORDER BY created_at DESC, id DESC LIMIT 3",
+            str(select(Job.id).where(due(1)).limit(1).compile(compile_kwargs={"literal_binds": True})),
             str(next_job(1).compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})),
             "SELECT count(*) FROM jobs WHERE status = 'queued' AND owner = 'x' AND (turn, id) < (1.0, 'x')",
             "SELECT count(*) FROM jobs WHERE status = 'queued' AND (owner < 'x' OR owner > 'x') GROUP BY owner",

@@ -59,6 +59,7 @@ def upgrade() -> None:
     op.create_index("jobs_by_age", "jobs", ["created_at", "id"], unique=False)
     op.create_index("jobs_by_announcement", "jobs", ["status", "announced_at", "not_before"], unique=False)
     op.create_index("jobs_by_deadline", "jobs", ["status", "deadline_at"], unique=False)
+    op.create_index("jobs_by_due_time", "jobs", ["status", "not_before"], unique=False)
     op.create_index("jobs_by_expiry", "jobs", ["expires_at"], unique=False)
     op.create_index("jobs_by_lease", "jobs", ["status", "lease_until"], unique=False)
     op.create_index("jobs_by_start", "jobs", ["owner", "started_at"], unique=False)
