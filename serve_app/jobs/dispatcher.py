@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from serve_app import config
 from serve_app.errors import one_line
+from serve_app.jobs.collector import Collector
 from serve_app.jobs.run import STORE_AWAY, Run, Runner
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
@@ -23,7 +24,6 @@ logger = get_logger(__name__)
 
 # After the pipeline could not be reached, before the next job tries.
 UNAVAILABLE_S = 2.0
-_GARBAGE_S = 5.0
 
 
 class Broker(Protocol):
@@ -70,6 +70,7 @@ class Dispatcher:
         self.owner = f"dispatcher-{secrets.token_hex(8)}"
         self._store = store
         self._storage = storage
+        self._collector = Collector(store, storage, options.poll_s)
         self._runner = run
         self._options = options
         self._broker = broker
@@ -78,7 +79,6 @@ class Dispatcher:
         self._stopping = False
         self._loop_task: asyncio.Task[None] | None = None
         self._renewed_at = time.monotonic()
-        self._collected_at = float("-inf")
         self._paused_until = 0.0
         self._reap_from = 0.0
         self._look = True
@@ -97,6 +97,7 @@ class Dispatcher:
         if self._broker is not None:
             self._broker.heard = self._wake.set
         self._loop_task = asyncio.create_task(self._loop(), name=self.owner)
+        self._collector.start()
 
     def wake(self) -> None:
         """Look at the store now rather than at the next poll."""
@@ -104,11 +105,13 @@ class Dispatcher:
         self._wake.set()
 
     def check(self) -> None:
-        """Raises whatever ended the loop, if it ended without being told to."""
-        task = self._loop_task
-        if task is None or not task.done() or self._stopping:
+        """Raises whatever ended the loop or the collector, if it ended without being told to."""
+        if self._stopping:
             return
-        raise RuntimeError("the dispatcher's loop has ended") from (None if task.cancelled() else task.exception())
+        for task in (self._loop_task, self._collector.task):
+            if task is not None and task.done():
+                what = "the dispatcher's loop" if task is self._loop_task else "the collector"
+                raise RuntimeError(f"{what} has ended") from (None if task.cancelled() else task.exception())
 
     async def stop(self) -> None:
         """Take no more jobs and hand those that run back to the queue, where they keep their place."""
@@ -118,6 +121,7 @@ class Dispatcher:
             await asyncio.wait([self._loop_task])
         if self._broker is not None:
             await self._broker.attend(0)
+        await self._collector.stop()
         for run in self._runs.values():
             run.stop()
         tasks = [run.task for run in self._runs.values() if run.task is not None]
@@ -137,7 +141,6 @@ class Dispatcher:
                 await self._hold()
                 await self._claim()
                 await self._announce()
-                await self._collect()
                 if self._away:
                     # Nobody could renew meanwhile: who comes back first must not take the others for dead.
                     self._reap_from = time.monotonic() + self._options.lease_s
@@ -241,22 +244,3 @@ class Dispatcher:
             logger.error("run broke", extra={"job": run.job.id, "error": one_line(error)}, exc_info=error)
         # There is room for another job, and this one's next attempt may be due at once.
         self.wake()
-
-    async def _collect(self) -> None:
-        """Forget what has expired, and remove outputs that nobody will ask for."""
-        if time.monotonic() - self._collected_at < min(_GARBAGE_S, self._options.poll_s):
-            return
-        self._collected_at = time.monotonic()
-        if expired := await self._store.expire():
-            logger.info("expired", extra={"jobs": expired})
-        items = await self._store.garbage()
-        try:
-            for item in items:
-                if removed := await self._storage.delete_prefix(item.prefix):
-                    logger.info("outputs removed", extra={"prefix": item.prefix, "objects": removed})
-        except OSError as error:
-            # The rows stay, so it is tried again.
-            logger.warning("outputs not removed yet", extra={"prefix": item.prefix, "error": one_line(error)})
-            return
-        if items:
-            await self._store.forget_garbage(items)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from serve_app import config
@@ -51,3 +53,35 @@ async def test_times_and_portions(store: JobStore) -> None:
 
 def test_the_default_is_a_week() -> None:
     assert config.Config().retention == Retention(completed_s=604800, failed_s=604800)
+
+
+async def test_a_storage_that_hangs_costs_no_lease(store: JobStore, storage: Storage, start: Start) -> None:
+    """Nor does one that refuses keep the rest from going on."""
+    refused = asyncio.Event()
+
+    async def hangs(_: str) -> int:
+        if not refused.is_set():
+            refused.set()
+            raise OSError("storage: not now")
+        await asyncio.Event().wait()
+        return 0
+
+    gone = await create(store)
+    start(FakePipeline(storage))
+    await ended(store, gone, "completed")
+    storage.delete_prefix = hangs  # type: ignore[method-assign]
+    await store.delete(gone)
+    await refused.wait()
+    dispatcher = start(FakePipeline(storage), lease_s=0.5)
+    video_id = await create(store)
+    assert (await ended(store, video_id, "completed")).attempt == 1
+    dispatcher.check()
+    assert f"videos/{gone}" in [item.prefix for item in await store.garbage()]
+    del storage.delete_prefix
+
+    start(FakePipeline(storage))
+
+    async def removed() -> bool:
+        return files(storage) == expected_files(video_id, 1)
+
+    await until(removed)
