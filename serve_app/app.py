@@ -62,7 +62,7 @@ def wan(args: dict[str, Any]) -> Application:
         autoscaling_config=_autoscaling(config.pipeline.autoscaling),
         max_ongoing_requests=config.pipeline.max_ongoing_requests,
         graceful_shutdown_timeout_s=config.denoiser.shutdown_timeout_s,
-    ).bind(encoder, denoisers[0], decoder, *denoisers[1:])
+    ).bind(encoder, denoisers[0], decoder, *denoisers[1:], store_wait_s=config.decoder.store_wait_s)
 
 
 def gateway(args: dict[str, Any]) -> Application:

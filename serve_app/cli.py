@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serve_app import __version__
+from serve_app.cli_jobs import jobs
 from serve_app.errors import ServeAppError
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+cli.add_typer(jobs, name="jobs")
 console = Console(highlight=False)
 
 Url = Annotated[str, typer.Option(help="Where the server listens.")]
@@ -77,6 +79,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Same seed, same video.")] = None,
     priority: Annotated[str | None, typer.Option(help="interactive, standard or batch.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds from now after which it is of no use.")] = None,
+    start_at: Annotated[float | None, typer.Option(help="Seconds since 1970 at which it may begin.")] = None,
 ) -> None:
     """Make one video on a running server, with a progress bar."""
     fields = {
@@ -90,6 +93,7 @@ def generate(
         "seed": seed,
         "priority": priority,
         "deadline_s": deadline,
+        "start_at": start_at,
     }
     video = _generate(url, {name: value for name, value in fields.items() if value is not None}, out)
     _report(video, out)

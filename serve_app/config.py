@@ -199,6 +199,8 @@ class Decoder(Stage):
     resources: Resources = Resources(num_cpus=1, num_gpus=1)
     batch: Batch = Batch(size=1, wait_s=0.0)
     """One video fills a device, and alone its pixels are the same every time; batch mates change the last bits."""
+    store_wait_s: NonNegativeFloat = 3600
+    """How long a finished sample is kept in memory while the storage does not take its video."""
 
 
 class Pipeline(Section):
@@ -266,6 +268,33 @@ class Store(Section):
 
     url: str = ""
     """A SQLAlchemy URL; empty is SQLite at `<home>/jobs.db`."""
+    shared_disk: bool = False
+    """All hosts see the same local disk, so SQLite may serve a cluster of several: for trying things out on one
+    machine. A network file system is none: SQLite's locks do not hold there."""
+
+
+class Queue(Section):
+    """How dispatchers hear of jobs. The jobs themselves are in the store, whatever is chosen here."""
+
+    transport: Literal["database", "rabbitmq"] = "database"
+    """`database`: dispatchers ask the store every `dispatcher.poll_s`. `rabbitmq`: they are told, and ask the store
+    every `poll_s` of this section only, or every `dispatcher.poll_s` while the broker is away."""
+    url: str = ""
+    """Of the broker, `amqp://user:password@host:5672/vhost` or `amqps://…`; empty is `$WAN_SERVE_QUEUE_URL`."""
+    name: str = Field("wan-jobs", pattern=r"^[A-Za-z0-9._-]{1,200}$")
+    """Of the queue; what cannot be read goes to `<name>.dead`."""
+    poll_s: PositiveFloat = 15
+    """With `rabbitmq`: how often the store is asked all the same, and after how long a job that still waits is
+    announced again where the broker's queue is empty."""
+    publish_timeout_s: PositiveFloat = 2
+    """How long an announcement may take before the broker counts as away."""
+
+
+class Retention(Section):
+    """Seconds after which a job that has ended is forgotten, with its files. 0 keeps it until somebody deletes it."""
+
+    completed_s: NonNegativeFloat = 7 * 86400
+    failed_s: NonNegativeFloat = 7 * 86400
 
 
 class Storage(Section):
@@ -273,6 +302,8 @@ class Storage(Section):
 
     url: str = ""
     """A folder; empty is `<home>/videos`."""
+    min_free_mib: NonNegativeFloat = 512
+    """Less free space than this on the disk of the videos, or of an SQLite database, and no more jobs are accepted."""
 
 
 class Config(Section):
@@ -291,6 +322,8 @@ class Config(Section):
     dispatcher: Dispatcher = Dispatcher()
     patience: Patience = Patience()
     store: Store = Store()
+    queue: Queue = Queue()
+    retention: Retention = Retention()
     storage: Storage = Storage()
 
     @model_validator(mode="after")
@@ -315,6 +348,19 @@ class Config(Section):
     def store_url(self) -> str:
         """The SQLAlchemy URL of the job store."""
         return self.store.url or f"sqlite+aiosqlite:///{self.home_path / 'jobs.db'}"
+
+    @property
+    def queue_url(self) -> str:
+        """The URL of the broker.
+
+        Raises:
+            ConfigError: none is given.
+        """
+        url = self.queue.url or os.environ.get("WAN_SERVE_QUEUE_URL", "")
+        if not url.startswith(("amqp://", "amqps://")):
+            said = "no URL of RabbitMQ" if url else "value ''"  # what it is instead may hold a password
+            raise ConfigError(f"queue.url has {said}, expected amqp://user:password@host:5672/vhost")
+        return url
 
     @property
     def storage_url(self) -> str:

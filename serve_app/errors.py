@@ -26,6 +26,10 @@ class InvalidRequest(ServeAppError):
         return self.message
 
 
+class Unavailable(ServeAppError):
+    """Nothing can be accepted at the moment, whatever the request. The message says why."""
+
+
 class CheckpointError(ServeAppError):
     """A model folder lacks a file, or a file does not match its configuration. The message names the file."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,6 +23,7 @@ FRAME_MULTIPLE = 4
 MAX_SEED = 2**63 - 1
 # A year and a day: what is longer is a typing error, and no time that anybody waits.
 MAX_DEADLINE_S = 366 * 86400
+MAX_DELAY_S = 366 * 86400
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -47,6 +49,8 @@ class VideoRequest(BaseModel):
     """None is `standard`."""
     deadline_s: float | None = None
     """Seconds from its creation after which the video is of no use. None: it is of use whenever it comes."""
+    start_at: float | None = None
+    """When work on it may begin, in seconds since the epoch. None, or a time that has passed: at once."""
 
 
 class Params(BaseModel):
@@ -91,6 +95,8 @@ class Urgency(BaseModel):
     priority: Priority = "standard"
     deadline_s: float | None = None
     """Seconds from its creation after which the video is of no use."""
+    start_at: float | None = None
+    """When work on it may begin, in seconds since the epoch; waiting counts from then."""
 
 
 def parse(fields: dict[str, Any], *, strict: bool = True) -> VideoRequest:
@@ -171,14 +177,23 @@ def urgency(request: VideoRequest) -> Urgency:
     """How soon the video is wanted.
 
     Raises:
-        InvalidRequest: `deadline_s` is no time that could pass.
+        InvalidRequest: `deadline_s` is no time that could pass, or `start_at` is none that could come before it.
     """
-    deadline_s = request.deadline_s
+    deadline_s, start_at = request.deadline_s, request.start_at
     if deadline_s is not None and not 0 < deadline_s <= MAX_DEADLINE_S:  # also refuses NaN
         raise InvalidRequest(
             "deadline_s", f"'deadline_s' is {_short(deadline_s)}, expected seconds above 0, at most {MAX_DEADLINE_S}."
         )
-    return Urgency(priority=request.priority or "standard", deadline_s=deadline_s)
+    if start_at is not None:
+        now = time.time()
+        if not 0 <= start_at <= now + MAX_DELAY_S:
+            raise InvalidRequest(
+                "start_at",
+                f"'start_at' is {_short(start_at)}, expected seconds since 1970, at most {MAX_DELAY_S} from now.",
+            )
+        if deadline_s is not None and start_at >= now + deadline_s:
+            raise InvalidRequest("start_at", f"'start_at' is {_short(start_at)}, expected a time before the deadline.")
+    return Urgency(priority=request.priority or "standard", deadline_s=deadline_s, start_at=start_at)
 
 
 def _between(name: str, value: float, least: float, most: float) -> None:

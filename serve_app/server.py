@@ -18,6 +18,7 @@ from ray.serve.schema import ApplicationStatus
 from serve_app import app
 from serve_app.config import load_file
 from serve_app.errors import ConfigError, ServeAppError
+from serve_app.jobs.deployment import alive_hosts, check_hosts
 
 Say = Callable[[str], None]
 
@@ -94,6 +95,7 @@ class Server:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+        check_hosts(self.config, alive_hosts())
         serve.start(
             proxy_location=self._file.get("proxy_location", "EveryNode"),
             http_options=self._http,

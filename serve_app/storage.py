@@ -6,6 +6,7 @@ Knows nothing of jobs or HTTP. obstore speaks to object stores too, so another `
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import shutil
 from collections.abc import AsyncIterator, Callable
@@ -48,11 +49,14 @@ class Storage:
 
     Where nothing more precise is said, what the file system refuses (a full disk, missing rights) is an OSError.
 
+    Args:
+        min_free_mib: free space below which the storage counts as full.
+
     Raises:
         ConfigError: the folder cannot be made, or the URL names a kind of store that is not offered.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, min_free_mib: float = 0) -> None:
         path = url.removeprefix("file://")
         if "://" in path:
             raise ConfigError(f"storage.url has value {url!r}, expected a folder")
@@ -62,6 +66,22 @@ class Storage:
         except OSError as error:
             raise ConfigError(f"storage.url has value {url!r}: the folder cannot be made: {error.strerror}") from None
         self._store = LocalStore(self.folder)
+        self._min_free_mib = min_free_mib
+
+    async def ping(self) -> None:
+        """Look whether the storage would take a write, without one.
+
+        Raises:
+            OSError: it would not, and why.
+        """
+        await asyncio.to_thread(self._ping)
+
+    def _ping(self) -> None:
+        if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
+            raise OSError(f"storage: {self.folder} cannot be written to")
+        free_mib = shutil.disk_usage(self.folder).free / 2**20
+        if free_mib < self._min_free_mib:
+            raise OSError(f"storage: {self.folder} has {free_mib:.0f} MiB free, expected {self._min_free_mib:g}")
 
     async def put(self, key: str, data: bytes | Path) -> None:
         """Store bytes, or a file's content, under a new key. Readers see all of it or nothing.

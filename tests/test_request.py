@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ def test_forms_spell_numbers_as_text() -> None:
         parse(fields)
 
 
+TIMES = "expected seconds since 1970, at most 31622400 from now."
 SECONDS = "expected seconds above 0, at most 31622400."
 
 
@@ -76,6 +78,9 @@ def test_urgency_is_no_parameter() -> None:
         ({"deadline_s": float("nan")}, "deadline_s", f"'deadline_s' is nan, {SECONDS}"),
         ({"deadline_s": float("inf")}, "deadline_s", f"'deadline_s' is inf, {SECONDS}"),
         ({"deadline_s": "soon"}, "deadline_s", "'deadline_s' has value 'soon': Input should be a valid number."),
+        ({"start_at": -1}, "start_at", f"'start_at' is -1.0, {TIMES}"),
+        ({"start_at": float("nan")}, "start_at", f"'start_at' is nan, {TIMES}"),
+        ({"start_at": 1e18}, "start_at", f"'start_at' is 1e+18, {TIMES}"),
         ({"deadline_s": True}, "deadline_s", "'deadline_s' has value True: Input should be a valid number."),
     ],
 )
@@ -83,6 +88,15 @@ def test_refused_urgency(fields: dict[str, Any], param: str, message: str) -> No
     with pytest.raises(InvalidRequest) as error:
         urgency(parse({"prompt": "a", **fields}))
     assert (error.value.param, str(error.value)) == (param, message)
+
+
+def test_a_start_lies_before_the_deadline() -> None:
+    soon = time.time() + 100
+    assert urgency(VideoRequest(prompt="a", start_at=soon, deadline_s=200)).start_at == soon
+    assert urgency(VideoRequest(prompt="a", start_at=0, deadline_s=1)).start_at == 0
+    with pytest.raises(InvalidRequest, match=r"'start_at' is .*, expected a time before the deadline") as error:
+        urgency(VideoRequest(prompt="a", start_at=soon, deadline_s=50))
+    assert error.value.param == "start_at"
 
 
 def test_limits_are_inclusive() -> None:

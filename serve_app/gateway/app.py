@@ -67,11 +67,13 @@ def create_app(
 
     @app.get("/readyz", tags=["health"], responses={503: {"model": ErrorEnvelope}})
     async def readyz() -> dict[str, str]:
-        """200 when a video can be made now; 503 with the reason when not."""
+        """200 when a video can be made now, or will be once an operator ends a pause (`status` `paused`); 503 with the
+        reason when not."""
         reason = await readiness.reason()
         if reason is not None:
             raise errors.ApiError(503, "not_ready", reason, retry=True)
-        return {"status": "ready"}
+        # Not 503: who balances load would turn away those whose jobs can well wait.
+        return {"status": "paused" if readiness.paused else "ready"}
 
     return app
 
@@ -92,6 +94,7 @@ class _Readiness:
     def __init__(self, store: JobStore, ready: Ready) -> None:
         self._store = store
         self._ready = ready
+        self.paused = False
         self._reason: str | None = None
         self._looked_at = float("-inf")
         self._looking = asyncio.Lock()
@@ -105,7 +108,7 @@ class _Readiness:
 
     async def _look(self) -> str | None:
         try:
-            await asyncio.wait_for(self._store.ping(), 5)
+            self.paused = await asyncio.wait_for(self._store.paused_since(), 5) is not None
         except Exception as error:
             return f"The job store does not answer: {type(error).__name__}."
         try:

@@ -7,11 +7,16 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 from starlette.exceptions import HTTPException
 
-from serve_app.errors import InvalidRequest
+from serve_app.errors import InvalidRequest, Unavailable, one_line
 from serve_app.gateway.schemas import ErrorEnvelope
+from serve_app.jobs.run import STORE_AWAY
 from serve_app.jobs.store import QueueFull
+from serve_app.logs import get_logger
+
+logger = get_logger(__name__)
 
 # A queue of videos moves by one in seconds to minutes; sooner than this a retry only adds load.
 RETRY_AFTER_S = 5
@@ -26,6 +31,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (404, "There is no such video."),
         (413, "The body is too large."),
         (500, "An error of ours."),
+        (503, "The job store or the storage cannot be reached or is full; `Retry-After` says when to ask again."),
     )
 }
 
@@ -66,6 +72,28 @@ def internal_error() -> ApiError:
     return ApiError(500, "internal_error", "An internal error; the server's log has the details.")
 
 
+def unavailable(message: str, *, retry: bool) -> ApiError:
+    """503."""
+    return ApiError(503, "unavailable", message, retry=retry, retry_after=str(RETRY_AFTER_S))
+
+
+async def _away(request: Request, error: Exception) -> JSONResponse:
+    """Store or storage did not answer. Whether a create was written down nobody knows then, so it is not repeated
+    unasked unless it has a name to be recognised by."""
+    if isinstance(error, IntegrityError | ProgrammingError | DataError):  # a defect of ours, not of theirs
+        logger.exception("database refused", exc_info=error)
+        return internal_error().response()
+    logger.warning("store or storage away", extra={"path": request.url.path, "error": one_line(error)})
+    harmless = request.method != "POST" or "idempotency-key" in request.headers
+    message = f"The job store or the storage cannot be reached or is full: {_reason(error)}."
+    return unavailable(message, retry=harmless).response()
+
+
+def _reason(error: Exception) -> str:
+    """What the driver says, without our statement and its parameters."""
+    return one_line(getattr(error, "orig", None) or error)
+
+
 def install(app: FastAPI) -> None:
     """Make `app` answer every error in the envelope."""
 
@@ -80,6 +108,13 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(QueueFull)
     async def _full(_: Request, error: QueueFull) -> JSONResponse:
         return ApiError(429, "queue_full", str(error), retry=True, retry_after=str(RETRY_AFTER_S)).response()
+
+    @app.exception_handler(Unavailable)
+    async def _unavailable(_: Request, error: Unavailable) -> JSONResponse:
+        return unavailable(str(error), retry=True).response()
+
+    for kind in STORE_AWAY:
+        app.add_exception_handler(kind, _away)
 
     @app.exception_handler(RequestValidationError)
     async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -17,6 +17,7 @@ from serve_app.gateway.app import create_app
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.schemas import Variant
 from serve_app.gateway.service import Videos
+from serve_app.jobs.deployment import alive_hosts, broker, check_hosts
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 
@@ -34,9 +35,13 @@ class Gateway:
     async def __init__(self, config: Config, dispatcher: DeploymentHandle) -> None:  # type: ignore[misc]
         self._config = config
         self._dispatcher = dispatcher
-        self._store = JobStore(config.store_url, config.dispatcher.late_outputs_s, config.patience)
+        check_hosts(config, alive_hosts())
+        self._broker = broker(config)
+        self._store = JobStore.of(config, self._broker)
         await self._store.start()
-        self._storage = Storage(config.storage_url)
+        if self._broker is not None:
+            self._broker.start()
+        self._storage = Storage(config.storage_url, config.storage.min_free_mib)
         self._videos = Videos(config, self._store, self._storage, self._wake)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -47,7 +52,7 @@ class Gateway:
         """Queue a video; its resource.
 
         Raises:
-            InvalidRequest: the field at fault in `param`. QueueFull: too many wait.
+            InvalidRequest: the field at fault in `param`. QueueFull: too many wait. Unavailable: none is accepted now.
         """
         try:
             return (await self._videos.submit(fields)).model_dump()
@@ -108,4 +113,6 @@ class Gateway:
 
     async def __del__(self) -> None:
         if hasattr(self, "_store"):
+            if self._broker is not None:
+                await self._broker.close()
             await self._store.close()

@@ -59,10 +59,13 @@ class CreateVideo(BaseModel):
         le=MAX_DEADLINE_S,
         description="Seconds from now after which the video is of no use: it then fails as `deadline_exceeded`.",
     )
+    start_at: float | None = Field(
+        None, ge=0, description="When work on it may begin, in seconds since 1970; a time that has passed is now."
+    )
 
 
 class Remix(BaseModel):
-    """The same video with another prompt, in the same class of the queue and without a deadline."""
+    """The same video with another prompt, in the same class of the queue, without a deadline and at once."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -99,6 +102,7 @@ class Video(BaseModel):
     seconds_left: float | None = Field(None, description="Estimate, while it runs.")
     priority: Priority
     deadline_at: int | None = Field(None, description="When work on it ends, finished or not.")
+    start_at: int | None = Field(None, description="When work on it begins at the earliest.")
     queue_position: int | None = Field(None, description="1 is next; while it is queued. A more urgent one may come.")
     attempts: int = Field(description="Times that work on it began.")
     last_error: VideoError | None = Field(None, description="Why an earlier attempt failed, while another is made.")
@@ -147,6 +151,7 @@ class Video(BaseModel):
             seconds_left=job.seconds_left,
             priority=job.priority,
             deadline_at=None if job.deadline_at is None else int(job.deadline_at),
+            start_at=None if job.start_at is None else int(job.start_at),
             queue_position=queue_position,
             attempts=job.attempt,
             timings=job.timings,

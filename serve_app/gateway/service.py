@@ -10,6 +10,7 @@ from serve_app.config import Config
 from serve_app.errors import InvalidRequest, JobFailed
 from serve_app.gateway.body import understand
 from serve_app.gateway.errors import ApiError, no_video
+from serve_app.gateway.intake import Intake
 from serve_app.gateway.schemas import Remix, Variant, Video, VideoList
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Job
@@ -38,14 +39,16 @@ class Videos:
         self.store = store
         self.storage = storage
         self._wake = wake
+        self._intake = Intake(store, storage, config.storage.min_free_mib)
 
     async def submit(self, fields: dict[str, Any], *, typed: bool = True) -> Video:
         """Check a request and queue it.
 
         Raises:
-            InvalidRequest, ApiError: it is refused. QueueFull: not now.
+            InvalidRequest, ApiError: it is refused. QueueFull, Unavailable: not now.
         """
         params, urgency = understand(fields, self.config, typed=typed)
+        await self._intake.check()
         job = await self.store.create(
             params, self.config.model.name, urgency, max_queued=self.config.limits.queued_jobs
         )
@@ -57,6 +60,7 @@ class Videos:
         """Queue the same video, seed and priority included, with another prompt and without a deadline."""
         source = await self._job(video_id)
         params = resolve(VideoRequest(**{**source.params, "prompt": request.prompt}), self.config)
+        await self._intake.check()
         job = await self.store.create(
             params,
             self.config.model.name,

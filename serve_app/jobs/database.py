@@ -19,13 +19,16 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
 from serve_app.errors import ConfigError
-from serve_app.jobs.tables import Base
+from serve_app.jobs.schema import migrate
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
-# One lock for whoever creates the tables: a number that other users of the database are unlikely to have chosen.
+# One lock for whoever changes the tables: a number that other users of the database are unlikely to have chosen.
 _SCHEMA_LOCK = 0x77616E32
 # How long a writer waits for the others before SQLite says "database is locked".
 _BUSY_S = 30
+# A server that hangs is away: for a connection, and for an answer, which never takes as long as this.
+_CONNECT_S = 10
+_ANSWER_S = 30
 
 
 class Database:
@@ -53,11 +56,16 @@ class Database:
         # SQLite admits one writer; queueing here beats polling for the file lock.
         self._turn: Any = asyncio.Lock() if self._sqlite else nullcontext()
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the file of SQLite lies; None of PostgreSQL."""
+        return Path(self._url.database or "").absolute().parent if self._sqlite else None
+
     async def start(self) -> None:
-        """Connect, and create the tables that are missing.
+        """Connect, and make the tables or bring them up to date.
 
         Raises:
-            ConfigError: the database cannot be opened.
+            ConfigError: the database cannot be opened, or its tables are not of this version or an older one.
         """
         if self._engine is not None:
             return
@@ -77,11 +85,17 @@ class Database:
             event.listen(engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(engine.sync_engine, "begin", _begin_sqlite)
         else:
-            engine = create_async_engine(self._url, pool_pre_ping=True)
-        async with engine.begin() as connection:
-            if not self._sqlite:
-                await connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
-            await connection.run_sync(Base.metadata.create_all)
+            limits = {"timeout": _CONNECT_S, "command_timeout": _ANSWER_S}
+            engine = create_async_engine(self._url, pool_pre_ping=True, connect_args=limits)
+        try:
+            # Of SQLite this transaction is the only writer from its beginning on.
+            async with engine.begin() as connection:
+                if not self._sqlite:
+                    await connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+                await connection.run_sync(migrate)
+        except BaseException:
+            await engine.dispose()
+            raise
         return engine
 
     async def close(self) -> None:

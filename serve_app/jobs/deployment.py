@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import (
     ActorPlacementGroupRemoved,
@@ -31,9 +32,10 @@ from ray.exceptions import (
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from serve_app.config import Config
-from serve_app.errors import JobFailed
+from serve_app.errors import ConfigError, JobFailed
 from serve_app.events import Event
 from serve_app.jobs.dispatcher import Dispatcher
+from serve_app.jobs.rabbitmq import RabbitMQ
 from serve_app.jobs.run import PipelineUnavailable
 from serve_app.jobs.store import JobStore
 from serve_app.stages.callers import this_process
@@ -131,15 +133,46 @@ def _lost() -> JobFailed:
     return JobFailed("worker_lost", "A process that worked on this video was lost.", retryable=True)
 
 
+def broker(config: Config) -> RabbitMQ | None:
+    """The messenger that a configuration names, not started; None if the store is all there is.
+
+    Raises:
+        ConfigError: no URL is given, or its package is not installed.
+    """
+    return RabbitMQ(config.queue_url, config.queue) if config.queue.transport == "rabbitmq" else None
+
+
+def alive_hosts() -> int:
+    """How many hosts the Ray cluster has now."""
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def check_hosts(config: Config, hosts: int) -> None:
+    """Whether the store can serve a cluster of so many hosts.
+
+    Raises:
+        ConfigError: it is a file that other hosts do not see.
+    """
+    if hosts > 1 and not config.store.shared_disk and config.store_url.startswith("sqlite"):
+        raise ConfigError(
+            f"store.url has value {config.store_url!r}, expected PostgreSQL: SQLite serves one host, and this cluster "
+            f"has {hosts} (store.shared_disk: true where all of them see the same local disk)"
+        )
+
+
 @serve.deployment(name="dispatcher")
 class DispatcherDeployment:
     """One dispatcher per replica; replicas share the jobs by the store."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._store = JobStore(config.store_url, config.dispatcher.late_outputs_s, config.patience)
+        check_hosts(config, alive_hosts())
+        self._broker = broker(config)
+        self._store = JobStore.of(config)
         await self._store.start()
-        pipeline = ServePipeline(config.dispatcher.pipeline)
-        self._dispatcher = Dispatcher(self._store, Storage(config.storage_url), pipeline, config.dispatcher)
+        if self._broker is not None:
+            self._broker.start()
+        pipeline, storage = ServePipeline(config.dispatcher.pipeline), Storage(config.storage_url)
+        self._dispatcher = Dispatcher(self._store, storage, pipeline, config.dispatcher, self._broker)
         self._dispatcher.start()
 
     async def wake(self) -> None:
@@ -153,4 +186,6 @@ class DispatcherDeployment:
     async def __del__(self) -> None:
         if hasattr(self, "_dispatcher"):
             await self._dispatcher.stop()
+            if self._broker is not None:
+                await self._broker.close()
             await self._store.close()

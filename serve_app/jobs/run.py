@@ -49,7 +49,8 @@ def spec(job: Job) -> dict[str, Any]:
     Returns:
         `id`; `attempt`, counted from 1; `params`, of `serve_app.request.Params`; `prefix`, the storage folder of this
         attempt's files; `state_prefix`, that of the sample's saved states, which outlive the attempt; `priority`;
-        `created_at`, in seconds since the epoch; `losses`, how often a group was lost during one and the same step.
+        `created_at`, from when on it waits, in seconds since the epoch; `losses`, how often a group was lost during one
+        and the same step.
     """
     return {
         "id": job.id,
@@ -58,7 +59,7 @@ def spec(job: Job) -> dict[str, Any]:
         "prefix": job.prefix,
         "state_prefix": job.state_prefix,
         "priority": job.priority,
-        "created_at": job.created_at,
+        "created_at": job.waits_since,
         "losses": job.losses,
     }
 

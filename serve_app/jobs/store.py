@@ -6,17 +6,20 @@ Knows nothing of Ray, HTTP or storage.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
-from sqlalchemy import func, select, text, tuple_
+from sqlalchemy import func, or_, select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from serve_app.config import Patience
+from serve_app.config import Config, Patience, Retention
 from serve_app.errors import ServeAppError
 from serve_app.jobs import transitions
 from serve_app.jobs.database import Database
 from serve_app.jobs.leases import Leases
+from serve_app.jobs.switches import Switches
 from serve_app.jobs.tables import Job, id_time, new_id
+from serve_app.jobs.upkeep import Upkeep
 from serve_app.request import Params, Urgency
 
 _WHENEVER = Urgency()
@@ -26,33 +29,62 @@ class QueueFull(ServeAppError):
     """As many jobs wait as may wait."""
 
 
-class JobStore(Leases):
-    """Jobs in SQLite or PostgreSQL: what users do here, what dispatchers do in `Leases`.
+class Announcer(Protocol):
+    """Tells dispatchers, wherever they are, that jobs wait."""
+
+    async def announce(self, video_ids: Sequence[str]) -> bool:
+        """Whether they will hear of all of them. Takes no longer than a request may wait, and raises nothing."""
+
+
+class JobStore(Leases, Upkeep, Switches):
+    """Jobs in SQLite or PostgreSQL: what users do here, what dispatchers do in `Leases` and `Upkeep`, and operators in
+    `Switches`.
 
     Args:
         url: a SQLAlchemy URL; the driver may be left out.
         late_outputs_s: how long a run that was cut off may still store something, in seconds.
         patience: of each class of jobs that are created here; the defaults if None.
+        retention: of jobs that end here; the defaults if None.
+        announcer: told of jobs that are created here. Without one, dispatchers find them when they next look.
 
     Raises:
         ConfigError: the URL cannot be read, or names another kind of database.
     """
 
-    def __init__(self, url: str, late_outputs_s: float = 600, patience: Patience | None = None) -> None:
-        super().__init__(Database(url), late_outputs_s)
+    def __init__(
+        self,
+        url: str,
+        late_outputs_s: float = 600,
+        patience: Patience | None = None,
+        retention: Retention | None = None,
+        announcer: Announcer | None = None,
+    ) -> None:
+        super().__init__(Database(url), late_outputs_s, retention or Retention())
         self._patience = patience or Patience()
+        self._announcer = announcer
+
+    @classmethod
+    def of(cls, config: Config, announcer: Announcer | None = None) -> JobStore:
+        """The store that a configuration names."""
+        late_outputs_s = config.dispatcher.late_outputs_s
+        return cls(config.store_url, late_outputs_s, config.patience, config.retention, announcer)
 
     async def start(self) -> None:
-        """Connect, and create the tables that are missing.
+        """Connect, and make the tables or bring them up to date.
 
         Raises:
-            ConfigError: the database cannot be opened.
+            ConfigError: the database cannot be opened, or its tables are not of this version or an older one.
         """
         await self._db.start()
 
     async def close(self) -> None:
         """Give every connection back."""
         await self._db.close()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the database lies, if this process writes it."""
+        return self._db.folder
 
     async def ping(self) -> None:
         """Ask the database for a sign of life; raises what the driver raises."""
@@ -68,7 +100,7 @@ class JobStore(Leases):
         remixed_from: str | None = None,
         max_queued: int | None = None,
     ) -> Job:
-        """Put a job into the queue; see `claim` for its place.
+        """Put a job into the queue; see `claim` for its place. Once it is there, whoever listens is told.
 
         Raises:
             QueueFull: `max_queued` jobs wait already.
@@ -88,10 +120,17 @@ class JobStore(Leases):
                 remixed_from=remixed_from,
                 priority=urgency.priority,
                 created_at=created_at,
-                turn=created_at + getattr(self._patience, urgency.priority),
+                start_at=urgency.start_at,
+                not_before=urgency.start_at or 0.0,
                 deadline_at=deadline_at,
             )
+            job.turn = job.waits_since + getattr(self._patience, urgency.priority)
+            # One that is to begin later is announced when it is due, and one whose announcement gets lost once more.
+            begins = job.waits_since <= created_at
+            job.announced_at = created_at if begins else 0.0
             session.add(job)
+        if self._announcer is not None and begins:
+            await self._announcer.announce([job.id])
         return job
 
     async def get(self, video_id: str) -> Job | None:
@@ -142,7 +181,7 @@ class JobStore(Leases):
             if job is not None and job.status == "queued":
                 now = await self._db.clock(session)
                 message = "Cancelled before it started."
-                session.add_all(transitions.fail(job, now, "cancelled", message, self._late_outputs_s))
+                self._settle(session, job, now, transitions.fail(job, now, "cancelled", message, self._late_outputs_s))
             elif job is not None and job.status == "in_progress":
                 job.cancel_requested = True
         return job
@@ -153,15 +192,21 @@ class JobStore(Leases):
             return await self._count(session)
 
     async def position(self, video_id: str) -> int | None:
-        """Place in the queue, 1 being next; None if the job does not wait. Jobs that come later may still push in."""
+        """Place in the queue, 1 being next; None if the job does not wait. Jobs that come later may still push in.
+
+        Others' jobs are counted as if owners took turns from now on, whoever has the fewest running.
+        """
         if id_time(video_id) is None:
             return None
         async with self._db.read() as session:
-            turn = await session.scalar(select(Job.turn).where(Job.id == video_id, Job.status == "queued"))
-            if turn is None:
+            place = select(Job.owner, Job.turn).where(Job.id == video_id, Job.status == "queued")
+            if (row := (await session.execute(place)).one_or_none()) is None:
                 return None
-            ahead = select(func.count()).where(Job.status == "queued", tuple_(Job.turn, Job.id) < (turn, video_id))
-            return (await session.scalar(ahead) or 0) + 1
+            waits = select(func.count()).where(Job.status == "queued")
+            before = waits.where(Job.owner == row.owner, tuple_(Job.turn, Job.id) < (row.turn, video_id))
+            own = (await session.scalar(before) or 0) + 1
+            others = waits.where(or_(Job.owner < row.owner, Job.owner > row.owner)).group_by(Job.owner)
+            return own + sum(min(count, own) for count in await session.scalars(others))
 
     async def _count(self, session: AsyncSession) -> int:
         return await session.scalar(select(func.count()).where(Job.status == "queued")) or 0

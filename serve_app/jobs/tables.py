@@ -32,7 +32,7 @@ def id_time(video_id: str) -> float | None:
 
 
 class Base(DeclarativeBase):
-    """Everything that `JobStore.start` creates."""
+    """Every table. `serve_app/jobs/migrations` makes them; a test holds both to be the same."""
 
     type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own declaration)
         dict[str, Any]: JSON,
@@ -63,8 +63,10 @@ class Job(Base):
     priority: Mapped[str] = mapped_column(String(16), default="standard")
     """A `serve_app.config.Priority`."""
     created_at: Mapped[float]
+    start_at: Mapped[float | None]
+    """When somebody wants it to begin at the earliest; its waiting counts from then."""
     turn: Mapped[float]
-    """When the patience of its class ends: jobs are claimed in the order of their turns."""
+    """When the patience of its class ends: an owner's jobs are claimed in the order of their turns."""
     deadline_at: Mapped[float | None]
     """When the video ceases to be of use, by the database's clock."""
     started_at: Mapped[float | None]
@@ -72,6 +74,7 @@ class Job(Base):
     completed_at: Mapped[float | None]
     """When it completed or failed."""
     expires_at: Mapped[float | None]
+    """When row and files are removed; never if empty."""
 
     stage: Mapped[str | None] = mapped_column(String(16))
     step: Mapped[int] = mapped_column(default=0)
@@ -91,6 +94,8 @@ class Job(Base):
     losses: Mapped[int] = mapped_column(default=0)
     """How many groups in a row were lost during that step."""
     not_before: Mapped[float] = mapped_column(default=0.0)
+    announced_at: Mapped[float] = mapped_column(default=0.0)
+    """When the dispatchers were last told that it waits; 0 if not since it began to wait."""
     lease_owner: Mapped[str | None] = mapped_column(String(64))
     lease_until: Mapped[float | None]
     cancel_requested: Mapped[bool] = mapped_column(default=False)
@@ -106,7 +111,11 @@ class Job(Base):
 
     __table_args__ = (
         Index("jobs_by_age", "created_at", "id"),
-        Index("jobs_by_turn", "status", "turn", "id"),
+        Index("jobs_by_turn", "status", "owner", "turn", "id"),
+        Index("jobs_by_due_time", "status", "not_before"),
+        Index("jobs_by_start", "owner", "started_at"),
+        Index("jobs_by_announcement", "status", "announced_at", "not_before"),
+        Index("jobs_by_expiry", "expires_at"),
         Index("jobs_by_lease", "status", "lease_until"),
         Index("jobs_by_deadline", "status", "deadline_at"),
     )
@@ -115,6 +124,11 @@ class Job(Base):
     def finished(self) -> bool:
         """Whether nothing will change any more."""
         return self.status in ("completed", "failed")
+
+    @property
+    def waits_since(self) -> float:
+        """From when on its waiting counts."""
+        return max(self.created_at, self.start_at or 0)
 
     @property
     def prefix(self) -> str:
@@ -138,3 +152,12 @@ class Garbage(Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     prefix: Mapped[str]
     due_at: Mapped[float] = mapped_column(index=True)
+
+
+class Switch(Base):
+    """What an operator has switched on, for all dispatchers: `paused`."""
+
+    __tablename__ = "switches"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    since: Mapped[float]

@@ -15,8 +15,9 @@ from serve_app.jobs.tables import Garbage, Job
 
 # A longer wait between two attempts helps nobody: what takes minutes to come back keeps no job from waiting.
 _LONGEST_DELAY_S = 60
-# Error codes of what is lost around a job: its group outside of its steps, a process that drove it, its dispatcher.
-_INTERRUPTIONS = {"group_lost", "worker_lost", "lease_expired"}
+# Error codes of what is lost around a job: its group outside of its steps, a process that drove it, its dispatcher, the
+# storage.
+_INTERRUPTIONS = {"group_lost", "worker_lost", "lease_expired", "store_failed"}
 
 
 def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Garbage]:
@@ -57,6 +58,7 @@ def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list
         return fail(job, now, "cancelled", "Cancelled while it ran.", late_outputs_s)
     job.status = "queued"
     job.not_before = now + delay_s
+    job.announced_at = 0.0
     job.lease_owner = job.lease_until = job.started_at = job.stage = job.seconds_left = None
     job.step = job.steps = job.progress = 0
     return []

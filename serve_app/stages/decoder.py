@@ -72,17 +72,28 @@ class Decoder:
         self._decode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
         log.info("decoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
 
-    async def decode(self, latents: np.ndarray, params: Params, prefix: str, job_id: str) -> Decoded:
-        """Decode latents [1, channels, frames, height, width] and store the video under `prefix`."""
+    async def decode(
+        self, latents: np.ndarray, params: Params, prefix: str, job_id: str, again: bool = False
+    ) -> Decoded:
+        """Decode latents [1, channels, frames, height, width] and store the video under `prefix`.
+
+        Args:
+            again: an earlier call may have left some of its files there.
+
+        Raises:
+            JobFailed: `decode_failed`, or `store_failed`, which is retryable where the storage was away or full.
+        """
         result = await self._decode_batch(_Item(latents, job_id))
         if isinstance(result, Exception):
             raise result
         frames, seconds = result
         try:
+            if again:
+                await self._storage.delete_prefix(prefix)
             return await self._store(params, prefix, job_id, frames, seconds)
         except Exception as error:
             log.exception("storing failed", extra={"job": job_id})
-            raise JobFailed("store_failed", one_line(error)) from None
+            raise JobFailed("store_failed", one_line(error), retryable=isinstance(error, OSError)) from None
 
     @serve.batch
     async def _decode_batch(self, items: list[_Item]) -> list[tuple[np.ndarray, float] | Exception]:

@@ -13,7 +13,7 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -32,6 +32,8 @@ log = get_logger(__name__)
 _NEWEST = 0.3
 # Before a sample that was turned away is offered again: routers hear a little later than the replica that it leaves.
 _TURNED_AWAY_S = 0.1
+# Between two tries to store a video, each of which decodes it; doubles from the first to the second.
+_STORE_AGAIN_S = (1.0, 30.0)
 # With codes of their own, since what was in a process when it died may be the reason.
 _LOST = "The {} was lost with this video in it."
 
@@ -43,6 +45,7 @@ class Pipeline:
     Args:
         encoder, denoiser, decoder: handles of the stages.
         low_noise_denoiser: where the low-noise expert has a deployment of its own; `denoiser` then has the other one.
+        store_wait_s: how long latents are kept while the storage does not take their video.
     """
 
     def __init__(
@@ -51,11 +54,13 @@ class Pipeline:
         denoiser: DeploymentHandle,
         decoder: DeploymentHandle,
         low_noise_denoiser: DeploymentHandle | None = None,
+        store_wait_s: float = 3600,
     ) -> None:
         self._encoder = encoder
         self._denoiser = denoiser.options(stream=True)
         self._low_noise_denoiser = (low_noise_denoiser or denoiser).options(stream=True)
         self._decoder = decoder
+        self._store_wait_s = store_wait_s
         self._decode_s_per_pixel = 0.0
         self._callers = Callers()
 
@@ -135,11 +140,7 @@ class Pipeline:
 
         yield Progress("decode", 0, 1, decode_s or None)
         decode_started = time.monotonic()
-        decoding = self._decoder.decode.remote(denoised.latents, params, job["prefix"], job["id"])
-        try:
-            decoded: Decoded = await decoding
-        except RayActorError as error:
-            raise JobFailed("decoder_lost", _LOST.format("decoder"), retryable=True) from error
+        decoded = await self._decode(denoised.latents, params, job)
         self._learn(params, time.monotonic() - decode_started)
         yield Progress("decode", 1, 1, 0.0)
         yield Done(
@@ -156,6 +157,29 @@ class Pipeline:
                 f"'{name}' is longer than the text encoder reads; its end was ignored." for name in begun.truncated
             ],
         )
+
+    async def _decode(self, latents: Any, params: Params, job: dict[str, Any]) -> Decoded:
+        """Decode and store, again and again while the storage is away or full.
+
+        The latents stay here meanwhile, in memory: where a video cannot be stored, no saved state could be either.
+        """
+        until = time.monotonic() + self._store_wait_s
+        pause_s, again = _STORE_AGAIN_S[0], False
+        while True:
+            try:
+                decoded: Decoded = await self._decoder.decode.remote(latents, params, job["prefix"], job["id"], again)
+                return decoded
+            except RayActorError as error:
+                raise JobFailed("decoder_lost", _LOST.format("decoder"), retryable=True) from error
+            except RayTaskError as error:
+                failed = error.cause
+                if not isinstance(failed, JobFailed) or failed.code != "store_failed" or not failed.retryable:
+                    raise
+                if time.monotonic() + pause_s > until:
+                    raise
+                log.warning("not stored, tried again", extra={"job": job["id"], "error": failed.message})
+            await asyncio.sleep(pause_s)
+            pause_s, again = min(2 * pause_s, _STORE_AGAIN_S[1]), True
 
     def _learn(self, params: Params, seconds: float) -> None:
         measured = seconds / (params.width * params.height * params.num_frames)

@@ -30,6 +30,7 @@ def write_config(folder: Path, checkpoint: Path, changes: dict[str, dict[str, An
     args["model"].update(path=str(checkpoint), name="random")
     args["defaults"].update(width=64, height=64, num_frames=9, num_inference_steps=6)
     args["limits"]["num_inference_steps"] = 2000
+    args["store"] = {"shared_disk": True}
     for section, options in changes.items():
         args.setdefault(section, {}).update(options)
     for application in content["applications"]:

@@ -15,11 +15,17 @@ from fastapi import FastAPI
 
 from serve_app.config import Config, Defaults, Limits
 from serve_app.config import Dispatcher as Options
+from serve_app.config import Storage as StorageOptions
 from serve_app.gateway.app import create_app
 from serve_app.jobs.dispatcher import Dispatcher
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
+from tests.jobs.databases import postgres_url
+from tests.jobs.disks import small_disk
 from tests.jobs.fakes import FakePipeline, until
+from tests.jobs.links import link_to
+
+__all__ = ["Server", "client", "held", "link_to", "postgres_url", "server", "small_disk"]
 
 
 @dataclass
@@ -60,9 +66,10 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
         home=str(tmp_path),
         defaults=Defaults(width=128, height=128, num_frames=33, num_inference_steps=4),
         limits=Limits(pixels=512 * 288, num_frames=81, queued_jobs=30, body_bytes=50_000),
+        storage=StorageOptions(min_free_mib=1),
         dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2, running_jobs=8),
     )
-    store, storage = JobStore(config.store_url, 0.2), Storage(config.storage_url)
+    store, storage = JobStore(config.store_url, 0.2), Storage(config.storage_url, config.storage.min_free_mib)
     await store.start()
     pipeline = FakePipeline(storage)
     dispatcher = Dispatcher(store, storage, pipeline, config.dispatcher)

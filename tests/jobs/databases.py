@@ -49,6 +49,23 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
+async def empty_url(store_url: str) -> AsyncIterator[str]:
+    """A URL for each kind of database, without any tables."""
+    yield await _emptied(store_url)
+    await _emptied(store_url)
+
+
+async def _emptied(url: str) -> str:
+    if url.startswith("postgresql"):
+        import asyncpg
+
+        connection = await asyncpg.connect(url)
+        await connection.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+        await connection.close()
+    return url
+
+
+@pytest.fixture
 async def store(store_url: str) -> AsyncIterator[JobStore]:
     """A started store without jobs."""
     store = JobStore(store_url, late_outputs_s=0.2)

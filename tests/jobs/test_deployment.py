@@ -11,9 +11,10 @@ import ray.serve.exceptions
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from serve_app.errors import JobFailed
+from serve_app.config import Config, Store
+from serve_app.errors import ConfigError, JobFailed
 from serve_app.events import Event, Progress
-from serve_app.jobs.deployment import ServePipeline, translate
+from serve_app.jobs.deployment import ServePipeline, broker, check_hosts, translate
 from serve_app.jobs.run import PipelineUnavailable
 
 
@@ -162,3 +163,18 @@ async def test_a_controller_that_cannot_be_asked_is_away(trouble: Exception, mon
     monkeypatch.setattr("serve_app.jobs.deployment.serve.get_app_handle", ask)
     with pytest.raises(PipelineUnavailable, match="'wan' is not deployed"):
         await events(ServePipeline("wan"))
+
+
+def test_sqlite_serves_one_host() -> None:
+    config = Config(home="/data")
+    check_hosts(config, 1)
+    check_hosts(Config(store=Store(shared_disk=True)), 3)
+    check_hosts(Config(store=Store(url="postgresql://127.0.0.1/wan")), 3)
+    with pytest.raises(
+        ConfigError, match=r"^store\.url has value 'sqlite.*/data/jobs\.db', expected PostgreSQL.* has 3"
+    ):
+        check_hosts(config, 3)
+
+
+def test_the_store_is_enough_unless_a_broker_is_named() -> None:
+    assert broker(Config()) is None

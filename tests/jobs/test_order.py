@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 import pytest
+from sqlalchemy import update
 
 from serve_app import config
 from serve_app.config import Patience, Priority
@@ -43,6 +44,25 @@ def clock(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 async def create(store: JobStore, priority: Priority = "standard", deadline_s: float | None = None) -> str:
     return (await store.create(PARAMS, "wan", Urgency(priority=priority, deadline_s=deadline_s))).id
+
+
+async def owned(store: JobStore, owner: str, count: int = 1, priority: Priority = "standard") -> list[str]:
+    ids = [await create(store, priority) for _ in range(count)]
+    async with store._db.write() as session:
+        await session.execute(update(Job).where(Job.id.in_(ids)).values(owner=owner))
+    return ids
+
+
+async def owners(store: JobStore, count: int, *, end: bool = False) -> str:
+    """Whose jobs the next claims give, one letter each; `end` lets one run at a time."""
+    found = ""
+    for _ in range(count):
+        job = await store.claim("me", 60)
+        assert job is not None
+        found += job.owner
+        if end:
+            await store.fail(job.id, job.attempt, "x", "y")
+    return found
 
 
 async def claimed(store: JobStore) -> str | None:
@@ -129,3 +149,78 @@ async def test_a_deadline_passes_between_two_attempts(store: JobStore) -> None:
     await store.sweep(OPTIONS)
     assert (await get(store, video_id)).error_code == "deadline_exceeded"
     assert sorted(item.prefix for item in await store.garbage()) == [f"samples/{video_id}", f"videos/{video_id}"]
+
+
+async def test_a_flood_of_one_owner_keeps_no_other_from_being_next(store: JobStore) -> None:
+    await owned(store, "a", 20, "interactive")
+    assert await owners(store, 3) == "aaa"
+    (late,) = await owned(store, "b", 1, "batch")
+    assert await store.position(late) == 2
+    assert await claimed(store) == late
+
+
+async def test_a_free_place_goes_to_whom_has_least(store: JobStore) -> None:
+    await owned(store, "a", 5)
+    assert await owners(store, 3) == "aaa"
+    await owned(store, "b", 5)
+    await owned(store, "c", 5)
+    assert await owners(store, 4) == "bcbc"  # among equals whose turn is first
+    assert await owners(store, 2) in ("bc", "cb")
+    assert sorted(await owners(store, 2)) != ["a", "a"]
+
+
+@pytest.mark.parametrize("patience", [0, 900])
+async def test_owners_take_turns_also_where_one_job_runs_at_a_time(store: JobStore, patience: float) -> None:
+    """All of the flood came before. With patience its turns come first, but only until the other's has come too."""
+    store._patience = Patience(interactive=0, standard=patience, batch=900)
+    await owned(store, "a", 6)
+    await owned(store, "b", 3)
+    if patience:
+        assert await owners(store, 4, end=True) == "aaaa"
+        async with store._db.write() as session:
+            await session.execute(update(Job).values(turn=Job.turn - patience))
+        assert await owners(store, 4, end=True) == "baba"
+    else:
+        assert await owners(store, 8, end=True) == "ababab" + "aa"
+
+
+async def test_positions_count_owners_taking_turns(store: JobStore) -> None:
+    flood = await owned(store, "a", 10)
+    few = await owned(store, "b", 2)
+    assert [await store.position(video_id) for video_id in few] == [2, 4]
+    assert [await store.position(video_id) for video_id in flood[:3]] == [2, 4, 5]
+
+
+async def test_a_job_waits_for_its_start_and_its_patience_counts_from_then(store: JobStore) -> None:
+    async with store._db.read() as session:
+        now = await store._db.clock(session)
+    later = (await store.create(PARAMS, "wan", Urgency(priority="interactive", start_at=now + 60))).id
+    passed = (await store.create(PARAMS, "wan", Urgency(start_at=1000))).id
+    job = await get(store, later)
+    assert (job.start_at, job.not_before, job.waits_since) == (now + 60, now + 60, now + 60)
+    assert job.turn == now + 60 + Patience().interactive
+    assert (await get(store, passed)).turn == (await get(store, passed)).created_at + Patience().standard
+    assert await claimed(store) == passed
+    assert await claimed(store) is None
+    async with store._db.write() as session:
+        await session.execute(update(Job).where(Job.id == later).values(not_before=Job.not_before - 61))
+    assert await claimed(store) == later
+
+
+async def test_nothing_begins_while_paused(store: JobStore) -> None:
+    running, waiting = await create(store), await create(store)
+    assert await claimed(store) == running
+    assert await store.paused_since() is None
+    assert await store.pause()
+    assert not await store.pause()
+    assert await store.paused_since() is not None
+    assert await claimed(store) is None
+    assert await store.running() == 1
+    assert await create(store) is not None  # accepted all the same
+    assert await store.renew({running: 1}, 60) == {running: False}
+    assert await store.fail(running, 1, "x", "y")
+    assert await store.running() == 0
+    assert await store.resume()
+    assert not await store.resume()
+    assert await claimed(store) == waiting
+    assert await store.counts() == {"failed": 1, "in_progress": 1, "queued": 1}

@@ -1,0 +1,72 @@
+"""The first tables."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+
+
+def upgrade() -> None:
+    op.create_table(
+        "garbage",
+        sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
+        sa.Column("prefix", sa.Text(), nullable=False),
+        sa.Column("due_at", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("ix_garbage_due_at", "garbage", ["due_at"], unique=False)
+    op.create_table(
+        "jobs",
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("owner", sa.String(length=64), nullable=False),
+        sa.Column("status", sa.String(length=16), nullable=False),
+        sa.Column("model", sa.Text(), nullable=False),
+        sa.Column("params", sa.JSON(), nullable=False),
+        sa.Column("remixed_from", sa.String(length=64), nullable=True),
+        sa.Column("priority", sa.String(length=16), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("start_at", sa.Double(), nullable=True),
+        sa.Column("turn", sa.Double(), nullable=False),
+        sa.Column("deadline_at", sa.Double(), nullable=True),
+        sa.Column("started_at", sa.Double(), nullable=True),
+        sa.Column("completed_at", sa.Double(), nullable=True),
+        sa.Column("expires_at", sa.Double(), nullable=True),
+        sa.Column("stage", sa.String(length=16), nullable=True),
+        sa.Column("step", sa.Integer(), nullable=False),
+        sa.Column("steps", sa.Integer(), nullable=False),
+        sa.Column("progress", sa.Integer(), nullable=False),
+        sa.Column("seconds_left", sa.Double(), nullable=True),
+        sa.Column("attempt", sa.Integer(), nullable=False),
+        sa.Column("failures", sa.Integer(), nullable=False),
+        sa.Column("interruptions", sa.Integer(), nullable=False),
+        sa.Column("resumed_step", sa.Integer(), nullable=False),
+        sa.Column("lost_step", sa.Integer(), nullable=True),
+        sa.Column("losses", sa.Integer(), nullable=False),
+        sa.Column("not_before", sa.Double(), nullable=False),
+        sa.Column("announced_at", sa.Double(), nullable=False),
+        sa.Column("lease_owner", sa.String(length=64), nullable=True),
+        sa.Column("lease_until", sa.Double(), nullable=True),
+        sa.Column("cancel_requested", sa.Boolean(), nullable=False),
+        sa.Column("error_code", sa.String(length=64), nullable=True),
+        sa.Column("error_message", sa.Text(), nullable=True),
+        sa.Column("outputs", sa.JSON(), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=True),
+        sa.Column("timings", sa.JSON(), nullable=False),
+        sa.Column("warnings", sa.JSON(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("jobs_by_age", "jobs", ["created_at", "id"], unique=False)
+    op.create_index("jobs_by_announcement", "jobs", ["status", "announced_at", "not_before"], unique=False)
+    op.create_index("jobs_by_deadline", "jobs", ["status", "deadline_at"], unique=False)
+    op.create_index("jobs_by_due_time", "jobs", ["status", "not_before"], unique=False)
+    op.create_index("jobs_by_expiry", "jobs", ["expires_at"], unique=False)
+    op.create_index("jobs_by_lease", "jobs", ["status", "lease_until"], unique=False)
+    op.create_index("jobs_by_start", "jobs", ["owner", "started_at"], unique=False)
+    op.create_index("jobs_by_turn", "jobs", ["status", "owner", "turn", "id"], unique=False)
+    op.create_table(
+        "switches",
+        sa.Column("name", sa.String(length=64), nullable=False),
+        sa.Column("since", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("name"),
+    )

@@ -1,0 +1,79 @@
+"""Who is next: the rule as SQL, the same on SQLite and PostgreSQL.
+
+An owner's jobs go by their turns (creation, or the start that was asked for, plus the patience of the class). Between
+owners, the one with the fewest jobs running goes first; among equals the one whose turn comes first, turns that have
+come counting alike; then the one that was served longest ago. So whoever floods the queue, or calls everything urgent,
+overtakes nobody but themselves, and a free place goes to whom has least.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, Select, and_, case, exists, func, or_, select
+from sqlalchemy.orm import aliased
+
+from serve_app.jobs.tables import Job, Switch
+
+PAUSED = "paused"
+
+
+def due(now: float, job: Any = Job, *, by_turn: bool = False) -> ColumnElement[bool]:
+    """Whether a job waits and may begin.
+
+    Args:
+        by_turn: the rows are to be read in the order of their turns, which SQLite would leave for an index on this.
+    """
+    not_before = job.not_before + 0.0 if by_turn else job.not_before
+    return and_(job.status == "queued", not_before <= now, or_(job.deadline_at.is_(None), job.deadline_at > now))
+
+
+def not_paused() -> ColumnElement[bool]:
+    """Whether jobs may begin at all."""
+    return ~exists(select(Switch.name).where(Switch.name == PAUSED))
+
+
+def next_job(now: float) -> Select[str]:
+    """The id of the job to begin next, of those whose rows nobody else is claiming."""
+    return (
+        select(Job.id)
+        .where(due(now, by_turn=True), Job.owner == _next_owner(now), not_paused())
+        .order_by(Job.turn, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+
+
+def _next_owner(now: float) -> Any:
+    # From one owner to the next by the index; DISTINCT would read every row that waits.
+    other, head, run, past = (aliased(Job) for _ in range(4))
+    owners = select(func.min(Job.owner).label("owner")).where(Job.status == "queued").cte("owners", recursive=True)
+    further = select(func.min(other.owner)).where(other.status == "queued", other.owner > owners.c.owner)
+    owners = owners.union_all(select(further.scalar_subquery()).where(owners.c.owner.is_not(None)))
+    ready = due(now, head, by_turn=True)
+    turn = select(head.turn).where(ready, head.owner == owners.c.owner).order_by(head.turn, head.id).limit(1)
+    running = select(func.count()).where(run.status == "in_progress", run.owner == owners.c.owner)
+    served_at = select(func.max(past.started_at)).where(past.owner == owners.c.owner)
+    heads = (
+        select(
+            owners.c.owner,
+            turn.scalar_subquery().label("turn"),
+            running.scalar_subquery().label("running"),
+            served_at.scalar_subquery().label("served_at"),
+        )
+        .where(owners.c.owner.is_not(None))
+        .cte("heads")
+        .prefix_with("MATERIALIZED")  # else PostgreSQL computes each column anew wherever it is named
+    )
+    return (
+        select(heads.c.owner)
+        .where(heads.c.turn.is_not(None))
+        .order_by(
+            heads.c.running,
+            case((heads.c.turn > now, heads.c.turn), else_=now),
+            func.coalesce(heads.c.served_at, 0),
+            heads.c.turn,
+        )
+        .limit(1)
+        .scalar_subquery()
+    )

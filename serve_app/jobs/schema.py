@@ -1,0 +1,54 @@
+"""Brings a database's tables to what this version knows, by the revisions under `migrations/`.
+
+Knows no locks: the caller holds one, in the transaction of the connection that it passes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, inspect
+
+from serve_app.errors import ConfigError
+
+_FOLDER = Path(__file__).parent / "migrations"
+# The table that every version has had, also those from before there were revisions.
+_FIRST_TABLE = "jobs"
+
+
+def alembic_config(connection: Connection) -> Config:
+    """What Alembic's commands take, without a file."""
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(_FOLDER).replace("%", "%%"))
+    return config
+
+
+def migrate(connection: Connection) -> None:
+    """Make the tables, or bring older ones up to date.
+
+    Raises:
+        ConfigError: a newer version has been here, or one from before there were revisions.
+    """
+    config = alembic_config(connection)
+    scripts = ScriptDirectory.from_config(config)
+    heads = MigrationContext.configure(connection).get_current_heads()
+    known = {script.revision for script in scripts.walk_revisions()}
+    url = connection.engine.url.render_as_string()  # without the password
+    unknown = [revision for revision in heads if revision not in known]
+    if unknown:
+        newest = scripts.get_current_head()
+        raise ConfigError(
+            f"store.url has value '{url}': its tables are at revision {unknown[0]!r}, which this version does not "
+            f"know, expected at most {newest!r}; a newer version made them"
+        )
+    if not heads and inspect(connection).has_table(_FIRST_TABLE):
+        raise ConfigError(
+            f"store.url has value '{url}': its tables have no revision, expected an empty database or one that this "
+            "version or an older one made"
+        )
+    if heads != (scripts.get_current_head(),):
+        command.upgrade(config, "head")

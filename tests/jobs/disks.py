@@ -1,0 +1,48 @@
+"""A disk of some megabytes that tests can fill."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+class Disk:
+    """A small file system of its own.
+
+    Args:
+        folder: where it is mounted.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._ballast = folder / "ballast"
+
+    def fill(self, leave: int = 0) -> None:
+        """Leave so many bytes, to the page."""
+        with self._ballast.open("wb") as file:
+            try:
+                while True:
+                    os.write(file.fileno(), bytes(4096))
+            except OSError:
+                pass
+            file.truncate(file.tell() // 4096 * 4096 - leave)
+
+    def free(self) -> None:
+        """Take the ballast away."""
+        self._ballast.unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Disk]:
+    """Eight megabytes; `tmp_path` itself, so that whatever a test has lies on it."""
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"no file system can be mounted, which takes root: {mount.stderr.strip()}")
+    yield Disk(tmp_path)
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)

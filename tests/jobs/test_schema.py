@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, text
+
+from serve_app.errors import ConfigError
+from serve_app.jobs.store import JobStore
+from serve_app.jobs.tables import Base
+from tests.jobs.fakes import PARAMS
+
+ROOT = Path(__file__).parents[2]
+
+
+async def execute(store: JobStore, *statements: str) -> None:
+    async with store._db.write() as session:
+        for statement in statements:
+            await session.execute(text(statement))
+
+
+async def test_the_revisions_make_the_tables_that_the_code_declares(store: JobStore) -> None:
+    def differences(connection: Connection) -> list[object]:
+        return list(compare_metadata(MigrationContext.configure(connection), Base.metadata))
+
+    async with store._db.read() as session:
+        assert await (await session.connection()).run_sync(differences) == []
+
+
+async def test_a_difference_would_be_seen(store: JobStore) -> None:
+    def differences(connection: Connection) -> list[object]:
+        return list(compare_metadata(MigrationContext.configure(connection), Base.metadata))
+
+    try:
+        await execute(store, "DROP INDEX jobs_by_expiry")
+        async with store._db.read() as session:
+            (found,) = await (await session.connection()).run_sync(differences)
+        assert found[0] == "add_index"  # type: ignore[index]
+    finally:
+        await execute(store, "CREATE INDEX jobs_by_expiry ON jobs (expires_at)")
+
+
+async def test_a_newer_schema_is_refused(empty_url: str) -> None:
+    store = JobStore(empty_url)
+    await store.start()
+    await execute(store, "UPDATE alembic_version SET version_num = '9999'")
+    await store.close()
+    with pytest.raises(ConfigError, match=r"^store\.url has value '.*revision '9999', which this version .*newer"):
+        await JobStore(empty_url).start()
+
+
+async def test_tables_without_a_revision_are_refused(empty_url: str) -> None:
+    store = JobStore(empty_url)
+    await store.start()
+    await execute(store, "DROP TABLE alembic_version")
+    await store.close()
+    with pytest.raises(ConfigError, match=r"^store\.url has value '[^\n]*: its tables have no revision, expected an "):
+        await JobStore(empty_url).start()
+
+
+async def test_an_older_schema_is_brought_up_to_date(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an older version would leave it: at no revision, that is the one before the first."""
+    store = JobStore(empty_url)
+    await store.start()
+    tables = ", ".join(table.name for table in reversed(Base.metadata.sorted_tables))
+    drop = [f"DROP TABLE {name}" for name in tables.split(", ")]
+    await execute(store, *drop, "DELETE FROM alembic_version")
+    await store.close()
+    again = JobStore(empty_url)
+    await again.start()
+    job = await again.create(PARAMS, "wan")
+    assert await again.get(job.id) is not None
+    await again.close()
+
+
+STARTER = """
+import asyncio, sys
+from serve_app.jobs.store import JobStore
+from tests.jobs.fakes import PARAMS
+
+async def main(url):
+    store = JobStore(url)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    await store.start()
+    await store.create(PARAMS, "wan")
+    await store.close()
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_processes_that_start_at_once_do_not_clash(empty_url: str) -> None:
+    pipe = asyncio.subprocess.PIPE
+    command = (sys.executable, "-c", STARTER, empty_url)
+    processes = [
+        await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"ready\n"
+    said = await asyncio.gather(*(process.communicate(b"\n") for process in processes))
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    store = JobStore(empty_url)
+    await store.start()
+    assert await store.count_queued() == 3
+    await store.close()
