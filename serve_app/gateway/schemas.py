@@ -59,6 +59,9 @@ class CreateVideo(BaseModel):
         le=MAX_DEADLINE_S,
         description="Seconds from now after which the video is of no use: it then fails as `deadline_exceeded`.",
     )
+    notify_email: str | None = Field(
+        None, description="Address that a mail goes to when the video has ended; only where mails are sent. Not shown."
+    )
 
 
 class Remix(BaseModel):

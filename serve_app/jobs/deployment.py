@@ -34,6 +34,7 @@ from serve_app.config import Config
 from serve_app.errors import JobFailed
 from serve_app.events import Event
 from serve_app.jobs.dispatcher import Dispatcher
+from serve_app.jobs.notice.notifier import Notifier
 from serve_app.jobs.run import PipelineUnavailable
 from serve_app.jobs.store import JobStore
 from serve_app.stages.callers import this_process
@@ -133,14 +134,16 @@ def _lost() -> JobFailed:
 
 @serve.deployment(name="dispatcher")
 class DispatcherDeployment:
-    """One dispatcher per replica; replicas share the jobs by the store."""
+    """One dispatcher and one notifier per replica; replicas share the jobs, and what is to be told, by the store."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
         self._store = JobStore(config.store_url, config.dispatcher.late_outputs_s, config.patience)
         await self._store.start()
         pipeline = ServePipeline(config.dispatcher.pipeline)
         self._dispatcher = Dispatcher(self._store, Storage(config.storage_url), pipeline, config.dispatcher)
+        self._notifier = Notifier(self._store.database, config)
         self._dispatcher.start()
+        self._notifier.start()
 
     async def wake(self) -> None:
         """There is something new in the store."""
@@ -149,8 +152,9 @@ class DispatcherDeployment:
     async def check_health(self) -> None:
         """Called by Serve; raising replaces the replica."""
         self._dispatcher.check()
+        self._notifier.check()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_dispatcher"):
-            await self._dispatcher.stop()
+        if hasattr(self, "_notifier"):
+            await asyncio.gather(self._dispatcher.stop(), self._notifier.stop())
             await self._store.close()

@@ -42,6 +42,11 @@ class JobStore(Leases):
         super().__init__(Database(url), late_outputs_s)
         self._patience = patience or Patience()
 
+    @property
+    def database(self) -> Database:
+        """The database that it is in, for other tables in there."""
+        return self._db
+
     async def start(self) -> None:
         """Connect, and create the tables that are missing.
 
@@ -66,6 +71,7 @@ class JobStore(Leases):
         urgency: Urgency = _WHENEVER,
         *,
         remixed_from: str | None = None,
+        notify_email: str | None = None,
         max_queued: int | None = None,
     ) -> Job:
         """Put a job into the queue; see `claim` for its place.
@@ -86,6 +92,7 @@ class JobStore(Leases):
                 model=model,
                 params=params.model_dump(),
                 remixed_from=remixed_from,
+                notify_email=notify_email,
                 priority=urgency.priority,
                 created_at=created_at,
                 turn=created_at + getattr(self._patience, urgency.priority),
