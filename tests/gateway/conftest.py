@@ -19,7 +19,10 @@ from serve_app.gateway.app import create_app
 from serve_app.jobs.dispatcher import Dispatcher
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
+from tests.jobs.databases import postgres_url, store, store_url
 from tests.jobs.fakes import FakePipeline, until
+
+__all__ = ["client", "held", "postgres_url", "server", "store", "store_url"]
 
 
 @dataclass
