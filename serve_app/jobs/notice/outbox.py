@@ -137,13 +137,14 @@ class Outbox:
         async with self._db.write() as session:
             before = await self._db.clock(session) - retention_s
             ended = select(Delivery.id).where(Delivery.created_at < before, Delivery.status != "pending")
-            deliveries = await session.scalars(
-                delete(Delivery).where(Delivery.id.in_(ended.limit(_BATCH))).returning(Delivery.id)
-            )
+            oldest = delete(Delivery).where(Delivery.id.in_(ended.limit(_BATCH))).returning(Delivery.id)
+            deliveries = len((await session.scalars(oldest)).all())
+        # Not in one transaction: a replay locks events first and deliveries then.
+        async with self._db.write() as session:
             told = Event.distributed & ~exists().where(Delivery.event_id == Event.id)
             done = select(Event.id).where(Event.created_at < before, told).limit(_BATCH)
             events = await session.scalars(delete(Event).where(Event.id.in_(done)).returning(Event.id))
-            return len(deliveries.all()) + len(events.all())
+            return deliveries + len(events.all())
 
     def _wait_s(self, tries: int) -> float:
         """Before the next try, when there were `tries`. Jitter, so that what failed together does not return so."""
