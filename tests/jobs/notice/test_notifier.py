@@ -50,6 +50,16 @@ async def test_whoever_wants_it_is_told(store: JobStore, endpoints: Endpoints, n
         assert len(both.requests) == 2
 
 
+async def test_events_of_several_owners_in_one_batch(store: JobStore, endpoints: Endpoints) -> None:
+    mine, yours = [await listen(endpoints, Receiver(), owner) for owner in ("key_mine", "key_yours")]
+    for owner in ("key_mine", "key_yours", "", "key_mine"):
+        await completed(store, owner=owner)
+    assert await Outbox(store.database, [0]).distribute() == 4
+    owners = {event.id: event.owner for event in await events(store)}
+    told = sorted((row.endpoint_id, owners[row.event_id]) for row in await deliveries(store))
+    assert told == sorted([(mine.id, "key_mine"), (mine.id, "key_mine"), (yours.id, "key_yours")])
+
+
 async def test_the_event_is_there_when_its_job_has_ended(store: JobStore) -> None:
     """However it ended: nobody else is running."""
     ids = [await completed(store), await failed(store)]
