@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from serve_app.config import Config, Priority
+from serve_app.config import Config, Priority, is_mail_address
 from serve_app.errors import InvalidRequest
 
 # Spatial sides are a multiple of VAE stride 8 x patch 2; frames are one plus a multiple of VAE stride 4.
@@ -51,6 +51,8 @@ class VideoRequest(BaseModel):
     """Seconds from its creation after which the video is of no use. None: it is of use whenever it comes."""
     start_at: float | None = None
     """When work on it may begin, in seconds since the epoch. None, or a time that has passed: at once."""
+    notify_email: str | None = None
+    """Where a mail goes when the video has ended."""
 
 
 class Params(BaseModel):
@@ -130,7 +132,7 @@ def resolve(request: VideoRequest, config: Config) -> Params:
         raise InvalidRequest("model", f"'model' is {_short(request.model)}, expected '{config.model.name}'.")
     values = {
         **config.defaults.model_dump(),
-        **request.model_dump(exclude_none=True, exclude={"model", *Urgency.model_fields}),
+        **request.model_dump(exclude_none=True, exclude={"model", "notify_email", *Urgency.model_fields}),
     }
     # A custom guidance speaks for both experts unless the request says otherwise, as in WanPipeline.
     if request.guidance_scale is not None and request.guidance_scale_2 is None:
@@ -194,6 +196,22 @@ def urgency(request: VideoRequest) -> Urgency:
         if deadline_s is not None and start_at >= now + deadline_s:
             raise InvalidRequest("start_at", f"'start_at' is {_short(start_at)}, expected a time before the deadline.")
     return Urgency(priority=request.priority or "standard", deadline_s=deadline_s, start_at=start_at)
+
+
+def recipient(request: VideoRequest, config: Config) -> str | None:
+    """Where a mail goes when the video has ended, or None.
+
+    Raises:
+        InvalidRequest: it is no address, or no mails are sent here.
+    """
+    address = request.notify_email
+    if address is None:
+        return None
+    if config.mail is None:
+        raise InvalidRequest("notify_email", "'notify_email' is given, but this server sends no mails (option `mail`).")
+    if not is_mail_address(address):
+        raise InvalidRequest("notify_email", f"'notify_email' is {_short(address)}, expected one address, name@domain.")
+    return address
 
 
 def _between(name: str, value: float, least: float, most: float) -> None:

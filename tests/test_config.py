@@ -67,6 +67,14 @@ def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"model": {"dtype": "fp8"}}, "args: model.dtype has value 'fp8': Input should be 'float32' or 'bfloat16'"),
         ({"dispatcher": {"running_jobs": "many"}}, "args: dispatcher.running_jobs has value 'many'"),
         ({"encoder": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "min_replicas is 3, expected at most"),
+        (
+            {"webhooks": {"retention_s": 60}},
+            "args: webhooks: retention_s is 60, expected more than 299316 (all of retries_s)",
+        ),
+        ({"webhooks": {"allow_networks": ["10.0.0.1/8"]}}, "args: webhooks.allow_networks.0 has value '10.0.0.1/8'"),
+        ({"webhooks": {"timeout_s": 600}}, "args: webhooks.timeout_s has value 600"),
+        ({"webhooks": {"retries_s": []}}, "args: webhooks.retries_s has value []"),
+        ({"mail": {"sender": "a@b.test"}}, "args: mail.host: Field required"),
         ({"defaults": {"num_frames": 200}}, "args: defaults: num_frames is 200, expected at most limits' 161"),
     ],
 )

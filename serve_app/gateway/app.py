@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
 from serve_app.config import Config
-from serve_app.gateway import errors
+from serve_app.gateway import errors, webhooks
 from serve_app.gateway.middleware import Exchange
 from serve_app.gateway.routes import router
 from serve_app.gateway.schemas import ErrorEnvelope, ModelCard, ModelList
@@ -39,6 +39,7 @@ def create_app(
         title="serve_app", summary="Wan2.2 text to video: the OpenAI videos API", redoc_url=None, redirect_slashes=False
     )
     app.include_router(router(Videos(config, store, storage, wake)))
+    app.include_router(webhooks.router(config, store.database))
     app.add_middleware(Exchange, body_bytes=config.limits.body_bytes, answer_request_id=answer_request_id)
     errors.install(app)
     card = model_card(config)

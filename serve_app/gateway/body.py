@@ -1,4 +1,4 @@
-"""A create request from its body, JSON or form, to what is run and how soon."""
+"""A create request from its body, JSON or form, to what is run, how soon, and who is told."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.requests import Request
 from serve_app.config import Config
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.errors import ApiError
-from serve_app.request import FRAME_MULTIPLE, Params, Urgency, parse, resolve, urgency
+from serve_app.request import FRAME_MULTIPLE, Params, Urgency, parse, recipient, resolve, urgency
 
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -61,8 +61,9 @@ async def _form(request: Request) -> dict[str, Any]:
     return fields
 
 
-def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) -> tuple[Params, Urgency]:
-    """What to run for the fields of a create request, and how soon, with OpenAI's `size` and `seconds` translated.
+def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) -> tuple[Params, Urgency, str | None]:
+    """What to run for the fields of a create request, with OpenAI's `size` and `seconds` translated; how soon; and whom
+    to tell by mail.
 
     Raises:
         InvalidRequest: the field at fault in `param`.
@@ -89,7 +90,7 @@ def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) ->
         fps = fps if 1 <= fps <= config.limits.fps else 1
         request = request.model_copy(update={"num_frames": _frames(seconds, fps)})
     try:
-        return resolve(request, config), urgency(request)
+        return resolve(request, config), urgency(request), recipient(request, config)
     except InvalidRequest as error:
         # Name the field that the client sent, not the one that it became.
         if seconds is not None and error.param == "num_frames":

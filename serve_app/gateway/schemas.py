@@ -62,6 +62,9 @@ class CreateVideo(BaseModel):
     start_at: float | None = Field(
         None, ge=0, description="When work on it may begin, in seconds since 1970; a time that has passed is now."
     )
+    notify_email: str | None = Field(
+        None, description="Address that a mail goes to when the video has ended; only where mails are sent. Not shown."
+    )
 
 
 class Remix(BaseModel):

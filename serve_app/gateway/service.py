@@ -47,10 +47,14 @@ class Videos:
         Raises:
             InvalidRequest, ApiError: it is refused. QueueFull, Unavailable: not now.
         """
-        params, urgency = understand(fields, self.config, typed=typed)
+        params, urgency, notify_email = understand(fields, self.config, typed=typed)
         await self._intake.check()
         job = await self.store.create(
-            params, self.config.model.name, urgency, max_queued=self.config.limits.queued_jobs
+            params,
+            self.config.model.name,
+            urgency,
+            notify_email=notify_email,
+            max_queued=self.config.limits.queued_jobs,
         )
         logger.info("created", extra={"job": job.id, "priority": job.priority})
         await self._tell()

@@ -35,6 +35,7 @@ from serve_app.config import Config
 from serve_app.errors import ConfigError, JobFailed
 from serve_app.events import Event
 from serve_app.jobs.dispatcher import Dispatcher
+from serve_app.jobs.notice.notifier import Notifier
 from serve_app.jobs.rabbitmq import RabbitMQ
 from serve_app.jobs.run import PipelineUnavailable
 from serve_app.jobs.store import JobStore
@@ -162,7 +163,7 @@ def check_hosts(config: Config, hosts: int) -> None:
 
 @serve.deployment(name="dispatcher")
 class DispatcherDeployment:
-    """One dispatcher per replica; replicas share the jobs by the store."""
+    """One dispatcher and one notifier per replica; replicas share the jobs, and what is to be told, by the store."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
         check_hosts(config, alive_hosts())
@@ -173,7 +174,9 @@ class DispatcherDeployment:
             self._broker.start()
         pipeline, storage = ServePipeline(config.dispatcher.pipeline), Storage(config.storage_url)
         self._dispatcher = Dispatcher(self._store, storage, pipeline, config.dispatcher, self._broker)
+        self._notifier = Notifier(self._store.database, config)
         self._dispatcher.start()
+        self._notifier.start()
 
     async def wake(self) -> None:
         """There is something new in the store."""
@@ -182,10 +185,11 @@ class DispatcherDeployment:
     async def check_health(self) -> None:
         """Called by Serve; raising replaces the replica."""
         self._dispatcher.check()
+        self._notifier.check()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_dispatcher"):
-            await self._dispatcher.stop()
+        if hasattr(self, "_notifier"):
+            await asyncio.gather(self._dispatcher.stop(), self._notifier.stop())
             if self._broker is not None:
                 await self._broker.close()
             await self._store.close()

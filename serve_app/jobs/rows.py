@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve_app.config import Retention
 from serve_app.jobs.database import Database
-from serve_app.jobs.tables import Garbage, Job, id_time
+from serve_app.jobs.tables import Base, Job, id_time
 
 
 class Rows:
@@ -33,9 +33,9 @@ class Rows:
             query = query.where(held_by({video_id: attempt}))
         return await session.scalar(query.with_for_update())
 
-    def _settle(self, session: AsyncSession, job: Job, now: float, garbage: Iterable[Garbage]) -> None:
-        """After a transition: what it left behind, and when a job that has ended is forgotten."""
-        session.add_all(garbage)
+    def _settle(self, session: AsyncSession, job: Job, now: float, rows: Iterable[Base]) -> None:
+        """After a transition: the rows that it left behind, and when a job that has ended is forgotten."""
+        session.add_all(rows)
         if job.finished:
             keep_s = self._retention.completed_s if job.status == "completed" else self._retention.failed_s
             job.expires_at = now + keep_s if keep_s else None

@@ -69,6 +69,11 @@ class JobStore(Leases, Upkeep, Switches):
         late_outputs_s = config.dispatcher.late_outputs_s
         return cls(config.store_url, late_outputs_s, config.patience, config.retention, announcer)
 
+    @property
+    def database(self) -> Database:
+        """The database that it is in, for other tables in there."""
+        return self._db
+
     async def start(self) -> None:
         """Connect, and make the tables or bring them up to date.
 
@@ -98,6 +103,7 @@ class JobStore(Leases, Upkeep, Switches):
         urgency: Urgency = _WHENEVER,
         *,
         remixed_from: str | None = None,
+        notify_email: str | None = None,
         max_queued: int | None = None,
     ) -> Job:
         """Put a job into the queue; see `claim` for its place. Once it is there, whoever listens is told.
@@ -118,6 +124,7 @@ class JobStore(Leases, Upkeep, Switches):
                 model=model,
                 params=params.model_dump(),
                 remixed_from=remixed_from,
+                notify_email=notify_email,
                 priority=urgency.priority,
                 created_at=created_at,
                 start_at=urgency.start_at,

@@ -60,6 +60,8 @@ class Job(Base):
     params: Mapped[dict[str, Any]]
     """A `serve_app.request.Params` as JSON."""
     remixed_from: Mapped[str | None] = mapped_column(String(64))
+    notify_email: Mapped[str | None]
+    """Where a mail goes when it has ended."""
     priority: Mapped[str] = mapped_column(String(16), default="standard")
     """A `serve_app.config.Priority`."""
     created_at: Mapped[float]

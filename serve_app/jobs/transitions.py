@@ -1,7 +1,8 @@
 """How a job's row changes when an attempt ends: tried again, failed or completed, and which files are garbage then.
 
-Rules only: the caller holds the row's lock, and stores the garbage in the same transaction. Times are seconds since the
-epoch by the database's clock.
+Rules only: the caller holds the row's lock, and stores the rows that they return in the same transaction: the garbage,
+and the event of a job that has ended, so that nothing ends without being told. Times are seconds since the epoch by the
+database's clock.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterable
 from serve_app import config
 from serve_app.errors import JobFailed
 from serve_app.events import Done
-from serve_app.jobs.tables import Garbage, Job
+from serve_app.jobs.notice.tables import event_of
+from serve_app.jobs.tables import Base, Garbage, Job
 
 # A longer wait between two attempts helps nobody: what takes minutes to come back keeps no job from waiting.
 _LONGEST_DELAY_S = 60
@@ -20,7 +22,7 @@ _LONGEST_DELAY_S = 60
 _INTERRUPTIONS = {"group_lost", "worker_lost", "lease_expired", "store_failed"}
 
 
-def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Garbage]:
+def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Base]:
     """The video is there. Files of earlier attempts and saved states have served."""
     job.status = "completed"
     job.completed_at = now
@@ -31,16 +33,17 @@ def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Ga
     job.lease_owner = job.lease_until = None
     job.error_code = job.error_message = None
     earlier = [f"videos/{job.id}/{attempt}" for attempt in range(1, job.attempt)]
-    return _garbage([*earlier, job.state_prefix], now, late_outputs_s)
+    return [event_of(job), *_garbage([*earlier, job.state_prefix], now, late_outputs_s)]
 
 
-def fail(job: Job, now: float, code: str, message: str, late_outputs_s: float) -> list[Garbage]:
+def fail(job: Job, now: float, code: str, message: str, late_outputs_s: float) -> list[Base]:
     """There will be no video."""
     job.status = "failed"
     job.completed_at = now
     job.error_code, job.error_message = code, message
     job.lease_owner = job.lease_until = job.seconds_left = None
-    return _garbage([f"videos/{job.id}", job.state_prefix], now, late_outputs_s) if job.attempt else []
+    prefixes = [f"videos/{job.id}", job.state_prefix] if job.attempt else []
+    return [event_of(job), *_garbage(prefixes, now, late_outputs_s)]
 
 
 def forget(job: Job, now: float, late_outputs_s: float) -> list[Garbage]:
@@ -52,7 +55,7 @@ def forget(job: Job, now: float, late_outputs_s: float) -> list[Garbage]:
     return _garbage(prefixes, now, late_outputs_s if late else 0)
 
 
-def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list[Garbage]:
+def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list[Base]:
     """Back to its place in the queue, unless somebody wanted it cancelled. Saved states stay for the next attempt."""
     if job.cancel_requested:
         return fail(job, now, "cancelled", "Cancelled while it ran.", late_outputs_s)
@@ -66,7 +69,7 @@ def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list
 
 def attempt_failed(
     job: Job, now: float, error: JobFailed, resumed_step: int, options: config.Dispatcher, late_outputs_s: float
-) -> list[Garbage]:
+) -> list[Base]:
     """An attempt that began at `resumed_step` ended with a retryable error: again, later, or never.
 
     A job that only waited, or was driven, where something was lost is no reason for it: that is an interruption, of

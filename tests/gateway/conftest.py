@@ -20,12 +20,12 @@ from serve_app.gateway.app import create_app
 from serve_app.jobs.dispatcher import Dispatcher
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
-from tests.jobs.databases import postgres_url
+from tests.jobs.databases import postgres_url, store, store_url
 from tests.jobs.disks import small_disk
 from tests.jobs.fakes import FakePipeline, until
 from tests.jobs.links import link_to
 
-__all__ = ["Server", "client", "held", "link_to", "postgres_url", "server", "small_disk"]
+__all__ = ["Server", "client", "held", "link_to", "postgres_url", "server", "small_disk", "store", "store_url"]
 
 
 @dataclass

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import queue
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 import serve_app
@@ -58,7 +63,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(ray_cluster: str, home: Path) -> Iterator[str]:
     from ray.serve.context import _get_global_client
 
-    from serve_app.config import Config, Defaults
+    from serve_app.config import Config, Defaults, Webhooks
     from serve_app.config import Dispatcher as Options
     from serve_app.gateway.ingress import Gateway
     from serve_app.jobs.deployment import DispatcherDeployment
@@ -67,6 +72,7 @@ def url(ray_cluster: str, home: Path) -> Iterator[str]:
         home=str(home),
         defaults=Defaults(width=64, height=64, num_frames=9, num_inference_steps=4),
         dispatcher=Options(pipeline="fake", poll_s=0.2, retry_s=0.1, late_outputs_s=0.5),
+        webhooks=Webhooks(allow_http=True, allow_networks=(ip_network("127.0.0.0/8"),)),
     )
     small = {"num_cpus": 0.1}
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
@@ -113,6 +119,28 @@ def test_http(url: str) -> None:
     assert (head.status_code, head.headers["content-length"]) == (200, "200192")
     assert httpx.get(f"{url}/").status_code == 200 and httpx.get(f"{url}/docs").status_code == 200
     assert httpx.get(f"{url}/nothing").json()["error"]["code"] == "not_found"
+
+
+def test_a_webhook_is_called_by_the_dispatchers_process(url: str) -> None:
+    told: queue.Queue[tuple[bytes, dict[str, str]]] = queue.Queue()
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.put((self.rfile.read(int(self.headers["content-length"])), dict(self.headers.items())))
+            self.send_response(204)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        body = {"url": f"http://127.0.0.1:{server.server_port}/", "name": "x", "event_types": ["video.completed"]}
+        endpoint = httpx.post(f"{url}/v1/webhook_endpoints", json=body).json()
+        video = make(url, "a cat")
+        content, headers = told.get(timeout=30)
+        server.shutdown()
+    event = openai.OpenAI(api_key="none").webhooks.unwrap(content, headers, secret=endpoint["signing_secret"])
+    assert (event.type, event.data.id) == ("video.completed", video["id"])  # type: ignore[comparison-overlap, union-attr]
+    answer = httpx.delete(f"{url}/v1/webhook_endpoints/{endpoint['id']}")
+    assert answer.status_code == 200
 
 
 def test_body_limit_behind_the_proxy(url: str) -> None:

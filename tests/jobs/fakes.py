@@ -110,7 +110,7 @@ class FakePipeline:
         return outputs
 
 
-async def until(condition: Callable[[], Awaitable[Any]], within_s: float = 10) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], within_s: float = 30) -> Any:
     """The first true value of `condition`, asked again and again."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(within_s):

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from serve_app import config
 from serve_app.errors import JobFailed
-from serve_app.jobs.tables import Job, new_id
+from serve_app.jobs.notice.tables import Event
+from serve_app.jobs.tables import Garbage, Job, new_id
 from serve_app.jobs.transitions import attempt_failed, delay_s
 
 OPTIONS = config.Dispatcher(max_attempts=3, group_losses=2, retry_s=5)
@@ -35,9 +36,11 @@ def lost(step: int | None = None, code: str = "decoder_lost") -> JobFailed:
 
 def fail(job: Job, step: int | None = None, *, resumed_step: int = 0, options: config.Dispatcher = OPTIONS) -> float:
     """Fails the current attempt. Seconds until the next one, -1 if there will be none."""
-    garbage = attempt_failed(job, NOW, lost(step), resumed_step, options, 600)
-    prefixes = {item.prefix for item in garbage}
+    rows = attempt_failed(job, NOW, lost(step), resumed_step, options, 600)
+    prefixes = {row.prefix for row in rows if isinstance(row, Garbage)}
     assert prefixes == ({f"videos/{job.id}", f"samples/{job.id}"} if job.finished else set())
+    events = [(row.type, row.video_id) for row in rows if isinstance(row, Event)]
+    assert events == ([("video.failed", job.id)] if job.finished else [])
     if job.finished:
         return -1
     wait_s = job.not_before - NOW

@@ -9,13 +9,44 @@ down_revision = None
 
 def upgrade() -> None:
     op.create_table(
+        "deliveries",
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("event_id", sa.String(length=64), nullable=False),
+        sa.Column("endpoint_id", sa.String(length=64), nullable=False),
+        sa.Column("recipient", sa.Text(), nullable=False),
+        sa.Column("status", sa.String(length=16), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("due_at", sa.Double(), nullable=False),
+        sa.Column("claims", sa.Integer(), nullable=False),
+        sa.Column("tries", sa.Integer(), nullable=False),
+        sa.Column("log", sa.JSON(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+        sa.UniqueConstraint("event_id", "endpoint_id"),
+    )
+    op.create_index("deliveries_by_age", "deliveries", ["created_at"], unique=False)
+    op.create_index("deliveries_by_endpoint", "deliveries", ["endpoint_id", "id"], unique=False)
+    op.create_index("deliveries_by_time", "deliveries", ["status", "due_at"], unique=False)
+    op.create_table(
+        "events",
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("owner", sa.String(length=64), nullable=False),
+        sa.Column("type", sa.String(length=32), nullable=False),
+        sa.Column("video_id", sa.String(length=64), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("distributed", sa.Boolean(), nullable=False),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index("events_by_age", "events", ["created_at"], unique=False)
+    op.create_index("events_by_distribution", "events", ["distributed", "id"], unique=False)
+    op.create_index("events_by_owner", "events", ["owner", "created_at"], unique=False)
+    op.create_table(
         "garbage",
         sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
         sa.Column("prefix", sa.Text(), nullable=False),
         sa.Column("due_at", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
-    op.create_index("ix_garbage_due_at", "garbage", ["due_at"], unique=False)
+    op.create_index(op.f("ix_garbage_due_at"), "garbage", ["due_at"], unique=False)
     op.create_table(
         "jobs",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -24,6 +55,7 @@ def upgrade() -> None:
         sa.Column("model", sa.Text(), nullable=False),
         sa.Column("params", sa.JSON(), nullable=False),
         sa.Column("remixed_from", sa.String(length=64), nullable=True),
+        sa.Column("notify_email", sa.Text(), nullable=True),
         sa.Column("priority", sa.String(length=16), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("start_at", sa.Double(), nullable=True),
@@ -70,3 +102,18 @@ def upgrade() -> None:
         sa.Column("since", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("name"),
     )
+    op.create_table(
+        "webhook_endpoints",
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("owner", sa.String(length=64), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("url", sa.Text(), nullable=False),
+        sa.Column("event_types", sa.JSON(), nullable=False),
+        sa.Column("secret", sa.Text(), nullable=False),
+        sa.Column("old_secrets", sa.JSON(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("updated_at", sa.Double(), nullable=False),
+        sa.Column("disabled_reason", sa.Text(), nullable=True),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    op.create_index(op.f("ix_webhook_endpoints_owner"), "webhook_endpoints", ["owner"], unique=False)
