@@ -1,4 +1,4 @@
-"""What all tests share: a random checkpoint of the real layout, and a Ray of their own."""
+"""What all tests share: a random checkpoint of the real layout, a Ray and an S3 server of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.s3 import s3_credentials, s3_options, s3_server, s3_storage
+
+__all__ = ["s3_credentials", "s3_options", "s3_server", "s3_storage"]
 
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

@@ -36,7 +36,8 @@ class Gateway:
         self._dispatcher = dispatcher
         self._store = JobStore(config.store_url, config.dispatcher.late_outputs_s, config.patience)
         await self._store.start()
-        self._storage = Storage(config.storage_url)
+        self._storage = Storage(config.storage_options)
+        await self._storage.check()
         self._videos = Videos(config, self._store, self._storage, self._wake)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

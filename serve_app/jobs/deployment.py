@@ -139,7 +139,7 @@ class DispatcherDeployment:
         self._store = JobStore(config.store_url, config.dispatcher.late_outputs_s, config.patience)
         await self._store.start()
         pipeline = ServePipeline(config.dispatcher.pipeline)
-        self._dispatcher = Dispatcher(self._store, Storage(config.storage_url), pipeline, config.dispatcher)
+        self._dispatcher = Dispatcher(self._store, Storage(config.storage_options), pipeline, config.dispatcher)
         self._dispatcher.start()
 
     async def wake(self) -> None:

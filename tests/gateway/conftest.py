@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from serve_app.config import Config, Defaults, Limits
 from serve_app.config import Dispatcher as Options
+from serve_app.config import Storage as StorageOptions
 from serve_app.gateway.app import create_app
 from serve_app.jobs.dispatcher import Dispatcher
 from serve_app.jobs.store import JobStore
@@ -55,14 +56,21 @@ class Server:
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Server]:
+def storage_options() -> StorageOptions:
+    """The storage section; a folder under `home`."""
+    return StorageOptions()
+
+
+@pytest.fixture
+async def server(tmp_path: Path, storage_options: StorageOptions) -> AsyncIterator[Server]:
     config = Config(
         home=str(tmp_path),
+        storage=storage_options,
         defaults=Defaults(width=128, height=128, num_frames=33, num_inference_steps=4),
         limits=Limits(pixels=512 * 288, num_frames=81, queued_jobs=30, body_bytes=50_000),
         dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2, running_jobs=8),
     )
-    store, storage = JobStore(config.store_url, 0.2), Storage(config.storage_url)
+    store, storage = JobStore(config.store_url, 0.2), Storage(config.storage_options)
     await store.start()
     pipeline = FakePipeline(storage)
     dispatcher = Dispatcher(store, storage, pipeline, config.dispatcher)
