@@ -293,6 +293,8 @@ class Storage(Section):
     retry_s: NonNegativeFloat = 60
     """How long a request that failed is repeated before the call fails. A call ends at the latest this and `timeout_s`
     after the last request that got through."""
+    outage_s: NonNegativeFloat = 600
+    """How long a finished video waits in the decoder for a storage that is away or full, before its attempt fails."""
     min_free_mib: NonNegativeFloat = 512
     """Free space in the folder below which the storage counts as full."""
 

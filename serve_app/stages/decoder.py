@@ -107,7 +107,7 @@ class Decoder:
             *(self._store(item, video, seconds) for item, video in zip(items, frames, strict=True)),
             return_exceptions=True,
         )
-        return [one if isinstance(one, Decoded) else JobFailed("store_failed", one_line(one)) for one in stored]
+        return [one if isinstance(one, Decoded) else _not_stored(one) for one in stored]
 
     def _frames(self, latents: np.ndarray) -> np.ndarray:
         import torch
@@ -137,7 +137,7 @@ class Decoder:
             outputs = {}
             for name, content in files.items():
                 key = outputs[name.partition(".")[0]] = f"{item.prefix}/{name}"
-                await self._storage.put(key, content, download_name(item.job_id, key))
+                await self._storage.keep(key, content, download_name(item.job_id, key))
             size = path.stat().st_size
         return Decoded(outputs, size, {"vae": vae_seconds, "store": time.monotonic() - started})
 
@@ -149,3 +149,8 @@ class Decoder:
             write_mp4(frames, Path(folder) / "video.mp4", params.fps, {})
         thumbnail(frames)
         spritesheet(frames, SPRITE_COLUMNS, SPRITES)
+
+
+def _not_stored(error: BaseException) -> JobFailed:
+    # The storage was away or full for longer than a video is kept here: it may be back by the next attempt.
+    return JobFailed("store_failed", one_line(error), retryable=isinstance(error, OSError))

@@ -34,8 +34,9 @@ class Stat:
 class Backend(Protocol):
     """A kind of storage. What goes wrong is an OSError with one line, or obstore's own exception."""
 
-    def put(self, key: str, data: bytes | Path, filename: str | None) -> None:
-        """Store under a new key, visible only when whole; FileExistsError if it is taken."""
+    def put(self, key: str, data: bytes | Path, filename: str | None, mark: str) -> None:
+        """Store under a new key, visible only when whole; FileExistsError if it is taken, unless by what bears the same
+        mark."""
 
     def stat(self, key: str) -> Stat:
         """FileNotFoundError if there is nothing."""

@@ -7,7 +7,6 @@ server that hangs is noticed; each is repeated for a while, so that one that res
 from __future__ import annotations
 
 import re
-import secrets
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -75,8 +74,8 @@ class Bucket:
             **{name: value for name, value in values.items() if value},
         )
 
-    def put(self, key: str, data: bytes | Path, filename: str | None) -> None:
-        attributes = {"Content-Type": content_type(key), _WRITER: secrets.token_hex(8)}
+    def put(self, key: str, data: bytes | Path, filename: str | None, mark: str) -> None:
+        attributes = {"Content-Type": content_type(key), _WRITER: mark}
         if filename is not None:
             attributes["Content-Disposition"] = disposition(filename)
         give_up = time.monotonic() + self._options.retry_s
@@ -85,7 +84,7 @@ class Bucket:
         # have been stored, and then bears this call's mark.
         while True:
             if (writer := self._writer(key)) is not None:
-                if writer == attributes[_WRITER]:
+                if writer == mark:
                     return
                 raise FileExistsError(f"storage already holds {key!r}")
             try:

@@ -33,8 +33,8 @@ class Folder:
             raise ConfigError(f"storage.url has value {url!r}: the folder cannot be made: {error.strerror}") from None
         self._store = LocalStore(self.folder)
 
-    def put(self, key: str, data: bytes | Path, filename: str | None) -> None:
-        # Names and types are not kept: whoever serves a file derives them from its key.
+    def put(self, key: str, data: bytes | Path, filename: str | None, mark: str) -> None:
+        # Names and types are not kept: whoever serves a file derives them from its key. No mark: a file system answers.
         obstore.put(self._store, key, data, mode="create")
 
     def stat(self, key: str) -> Stat:

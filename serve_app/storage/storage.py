@@ -33,6 +33,7 @@ _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 # Of this storage's own, because calls to a server that hangs would use up the event loop's, and with them all that
 # else runs in threads.
 _THREADS = 16
+_KEEP_PAUSE_S = 1
 
 
 class Storage:
@@ -107,9 +108,28 @@ class Storage:
             OSError: it cannot be stored. Nothing of it can be seen.
             ValueError: the key is malformed.
         """
+        await self._put(key, data, filename, secrets.token_hex(8))
+
+    async def keep(self, key: str, data: bytes | Path, filename: str | None = None) -> None:
+        """`put` for what was dear to make: a storage that is away, full, or refuses is waited for, for `outage_s`."""
+        mark = secrets.token_hex(8)
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + self._options.outage_s
+        while True:
+            try:
+                return await self._put(key, data, filename, mark)
+            except FileExistsError:
+                raise
+            except OSError as error:
+                if clock() >= give_up:
+                    raise
+                logger.warning("not stored yet", extra={"key": key, "error": one_line(error)})
+            await asyncio.sleep(_KEEP_PAUSE_S)
+
+    async def _put(self, key: str, data: bytes | Path, filename: str | None, mark: str) -> None:
         _check(key)
         try:
-            await self._call(self._backend.put, key, data, filename)
+            await self._call(self._backend.put, key, data, filename, mark)
         except AlreadyExistsError:
             raise FileExistsError(f"storage already holds {key!r}") from None
 

@@ -261,9 +261,13 @@ async def test_a_server_that_stops_amid_an_upload(fragile: S3Server) -> None:
     async with asyncio.timeout(30):
         with pytest.raises(OSError, match=r"^storage: s3://[^\n]*$"):
             await writing
+    keeping = asyncio.create_task(storage.keep("videos/a", b"second"))
+    with pytest.raises(OSError, match=r"cannot connect \(storage.endpoint\)$"):
+        await storage.put("videos/b", b"x")
+    assert not keeping.done()
     await asyncio.to_thread(fragile.start)
-    assert await storage.list("videos") == []
-    await storage.put("videos/a", b"second")
+    await keeping
+    assert await storage.list("videos") == ["videos/a"]
     assert await storage.get("videos/a") == b"second"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -80,6 +81,23 @@ async def test_full_disk(small_disk: Path) -> None:
     assert await storage.list("samples") == ["samples/a/1"]
     assert [path.name for path in storage.folder.rglob("*") if path.is_file()] == ["1"]
     await storage.put("samples/a/3", b"x" * 300_000)
+
+
+async def test_a_full_disk_is_waited_for(small_disk: Path) -> None:
+    storage = Storage(str(small_disk / "videos"))
+    await storage.put("samples/a/1", b"x" * 700_000)
+    keeping = asyncio.create_task(storage.keep("videos/a", b"y" * 700_000))
+    with pytest.raises(OSError, match="No space left on device"):
+        await storage.put("videos/b", b"x" * 700_000)
+    assert not keeping.done()
+    await storage.delete_prefix("samples")
+    await keeping
+    assert (await storage.stat("videos/a")).size == 700_000
+    hurried = Storage(config.Storage(url=str(small_disk / "videos"), outage_s=0))
+    with pytest.raises(OSError, match="No space left on device"):
+        await hurried.keep("videos/b", b"x" * 700_000)
+    with pytest.raises(FileExistsError):
+        await storage.keep("videos/a", b"x")
 
 
 async def test_errors_of_the_file_system(storage: Storage) -> None:
