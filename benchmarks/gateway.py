@@ -16,11 +16,10 @@ import json
 import os
 import random
 import secrets
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,29 +100,40 @@ async def measure(name: str, config: Config, sizes: list[int], connections: int,
     store = JobStore(config.store_url)
     await store.start()
     history: list[str] = []
-    body = json.dumps({"prompt": PROMPT}).encode()
     try:
         for rows in sizes:
             history += await fill(store, config, rows - len(history))
             async with server(config) as port:
-
-                async def show(what: str, count: int, make: Callable[[], bytes], port: int = port) -> None:
-                    print(row(name, rows, what, *await load(port, connections, count, make)), flush=True)
-
-                await load(port, connections, connections, lambda: get("/v1/videos?limit=1"))  # connections of the pool
+                await load(port, connections, connections, lambda: get("/v1/videos?limit=1"))  # opens the store's own
                 if rows == sizes[-1]:
-                    taken, seconds = [], 0.0
-                    most = config.limits.queued_jobs
-                    for count in [most] * (requests // most) + [requests % most] * (requests % most > 0):
-                        one, times = await load(port, connections, count, lambda: post("/v1/videos", body))
-                        seconds, taken = seconds + one, taken + times
-                        await empty_queue(store)
-                    print(row(name, rows, "create", seconds, taken), flush=True)
-                    await show("retrieve", requests, lambda: get(f"/v1/videos/{random.choice(history)}"))
-                await show("list, newest", requests, lambda: get("/v1/videos"))
-                await show("list, anywhere", requests, lambda: get(f"/v1/videos?after={random.choice(history)}"))
+                    print(row(name, rows, "create", *await creates(port, connections, requests, config, store)))
+                for what, make in reads(history):
+                    if rows == sizes[-1] or what != "retrieve":
+                        print(row(name, rows, what, *await load(port, connections, requests, make)), flush=True)
     finally:
         await store.close()
+
+
+def reads(history: list[str]) -> list[tuple[str, Callable[[], bytes]]]:
+    """The kinds of requests that change nothing."""
+    return [
+        ("retrieve", lambda: get(f"/v1/videos/{random.choice(history)}")),
+        ("list, newest", lambda: get("/v1/videos")),
+        ("list, anywhere", lambda: get(f"/v1/videos?after={random.choice(history)}")),
+    ]
+
+
+async def creates(
+    port: int, connections: int, requests: int, config: Config, store: JobStore
+) -> tuple[float, list[float]]:
+    """As `load` returns: rounds of as many creates as may wait."""
+    body = json.dumps({"prompt": PROMPT}).encode()
+    seconds, times = 0.0, []
+    while (left := requests - len(times)) > 0:
+        took, each = await load(port, connections, min(left, config.limits.queued_jobs), lambda: post(body))
+        seconds, times = seconds + took, times + each
+        await empty_queue(store)
+    return seconds, times
 
 
 def row(store: str, rows: int, what: str, seconds: float, times: list[float]) -> str:
@@ -172,38 +182,45 @@ async def empty_queue(store: JobStore) -> None:
 
 
 @asynccontextmanager
-async def server(config: Config) -> Any:
+async def server(config: Config) -> AsyncIterator[int]:
     """A process that serves; yields its port."""
     port = _free_port()
-    command = [sys.executable, "-m", "benchmarks.gateway", "--serve", config.model_dump_json()]
-    root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, env={**os.environ, "BENCH_PORT": str(port)}, cwd=root)
+    log = config.home_path / "server.log"
+    with log.open("ab") as output:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "benchmarks.gateway", "--serve", config.model_dump_json()),
+            env={**os.environ, "BENCH_PORT": str(port)},
+            cwd=Path(__file__).parent.parent,
+            stderr=output,  # a line for each create, as in production
+        )
     try:
-        while True:
-            if process.poll() is not None:
-                raise RuntimeError("the server did not start")
-            try:
-                _, writer = await asyncio.open_connection("127.0.0.1", port)
-            except OSError:
-                await asyncio.sleep(0.1)
-            else:
-                writer.close()
-                break
+        while not await listens(port):
+            if process.returncode is not None:
+                raise RuntimeError(f"the server did not start: {log.read_text()[-500:]}")
+            await asyncio.sleep(0.1)
         yield port
     finally:
-        process.terminate()
-        process.wait()
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+async def listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
 
 
 def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nhost: bench\r\n\r\n".encode()
 
 
-def post(path: str, body: bytes) -> bytes:
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+def post(body: bytes) -> bytes:
+    headers = ("POST /v1/videos HTTP/1.1", "host: bench", "content-type: application/json")
+    return "\r\n".join((*headers, f"content-length: {len(body)}", "", "")).encode() + body
 
 
 async def load(port: int, connections: int, count: int, make: Callable[[], bytes]) -> tuple[float, list[float]]:
