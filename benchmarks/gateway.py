@@ -75,7 +75,10 @@ def database(store: str) -> Iterator[str]:
         await connection.close()
 
     name = f"wan_bench_{secrets.token_hex(6)}"
-    asyncio.run(run(f"CREATE DATABASE {name}"))
+    try:
+        asyncio.run(run(f"CREATE DATABASE {name}"))
+    except (OSError, TimeoutError) as error:
+        raise SystemExit(f"PostgreSQL at {POSTGRES} cannot be used: {error}") from None
     try:
         yield f"{POSTGRES.rpartition('/')[0]}/{name}"
     finally:

@@ -125,5 +125,7 @@ async def until(condition: Callable[[], Awaitable[Any]], within_s: float = 10) -
 
 def files(storage: Storage) -> list[str]:
     """What lies in a storage. os.walk, because a folder may vanish while it is walked."""
+    if not hasattr(storage._backend, "folder"):
+        return storage._backend.list("videos") + storage._backend.list("samples")
     found = [Path(folder, name) for folder, _, names in os.walk(storage.folder) for name in names]
     return sorted(str(path.relative_to(storage.folder)) for path in found)
