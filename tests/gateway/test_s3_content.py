@@ -28,7 +28,7 @@ VARIANTS = (("video", "mp4", "video/mp4"), ("thumbnail", "jpg", "image/jpeg"), (
 
 @pytest.fixture
 def storage_options(s3_server: S3Server, s3_credentials: None) -> StorageOptions:
-    return s3_server.options(s3_server.make_bucket(), "some/prefix", timeout_s=5, retry_s=1)
+    return s3_server.options(s3_server.make_bucket(), "some/prefix")
 
 
 async def test_redirects(server: Server) -> None:
