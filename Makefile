@@ -46,6 +46,7 @@ bench: setup ## the benchmarks that this machine can run
 	@$(BIN)/python -m benchmarks.engine_throughput
 	@$(BIN)/python -m benchmarks.mixed_trace
 	@$(BIN)/python -m benchmarks.engine_overhead
+	@$(BIN)/python -m benchmarks.gateway
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -126,7 +126,7 @@ def demo(
 
 def _generate(url: str, fields: dict[str, Any], out: Path) -> dict[str, Any]:
     """Create, follow and download one video. Returns its resource."""
-    with httpx.Client(base_url=url, timeout=30) as http:
+    with httpx.Client(base_url=url, timeout=30, follow_redirects=True) as http:
         try:
             video = _checked(http.post("/v1/videos", json=fields))
             video = _follow(http, video)

@@ -1,4 +1,4 @@
-"""What all tests share: a random checkpoint of the real layout, and a Ray of their own."""
+"""What all tests share: a random checkpoint of the real layout, a Ray and an S3 server of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from tests.s3 import s3_credentials, s3_options, s3_server, s3_storage
+
+__all__ = ["s3_credentials", "s3_options", "s3_server", "s3_storage"]
+
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # The controller inherits it: a replica whose rank hangs is replaced at once, as configs/tiny.yaml has it.
@@ -18,7 +22,7 @@ os.environ["RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow: faults between hosts")
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and jobs on S3")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

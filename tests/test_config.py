@@ -53,11 +53,28 @@ def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (config.store_url, config.storage_url) == ("postgresql://db/jobs", "/videos")
 
 
+def test_storage() -> None:
+    config = validate({"home": "/h", "storage": {"presign_s": 5}})
+    assert (config.storage_options.url, config.storage_options.presign_s) == ("/h/videos", 5)
+    storage = validate({"storage": {"url": "s3://bucket/some/prefix/"}}).storage_options
+    assert (storage.bucket, storage.prefix) == ("bucket", "some/prefix")
+    assert (validate({"storage": {"url": "s3://bucket"}}).storage.prefix, config.storage_options.bucket) == ("", "")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ({"typo": 1}, "args: unknown option 'typo'"),
         ({"limits": {"pixel": 1}}, "args: unknown option 'limits.pixel'"),
+        ({"storage": {"url": "gs://b"}}, "storage: url has value 'gs://b', expected a folder or s3://bucket/prefix"),
+        ({"storage": {"url": "s3://"}}, "storage: url has value 's3://', expected s3://bucket or s3://bucket/prefix"),
+        ({"storage": {"url": "s3://b/../c"}}, "storage: url has value 's3://b/../c', expected s3://bucket"),
+        (
+            {"storage": {"url": "s3://bucket", "endpoint": "h:9000"}},
+            "storage: endpoint has value 'h:9000', expected https://host:port or http://host:port",
+        ),
+        ({"storage": {"endpoint": "http://h"}}, "storage: endpoint has value 'http://h', expected none, because url"),
+        ({"storage": {"presign_s": 604801}}, "storage.presign_s has value 604801"),
         ({"denoiser": {"batch": {"wait": 1}}}, "args: unknown option 'denoiser.batch.wait'"),
         (
             {"denoiser": {"tensor_parallel": 0}},

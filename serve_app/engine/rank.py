@@ -157,7 +157,7 @@ class Rank:
         )
         self._experts = experts
         # All ranks hold the same samples, so one of them saves.
-        self._saver = Saver(Storage(self._config.storage_url)) if self._rank == 0 and stage.checkpoint_s else None
+        self._saver = Saver(Storage(self._config.storage_options)) if self._rank == 0 and stage.checkpoint_s else None
         return {
             "seconds": time.monotonic() - started,
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

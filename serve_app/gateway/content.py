@@ -4,37 +4,39 @@ from __future__ import annotations
 
 import re
 from email.utils import format_datetime
-from pathlib import PurePosixPath
 
 from starlette.datastructures import Headers
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from serve_app.gateway.errors import ApiError
-from serve_app.storage import Stat, Storage
+from serve_app.storage import Stat, Storage, content_type, disposition
 
-_TYPES = {".mp4": "video/mp4", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+
+
+def redirect(url: str) -> Response:
+    """302 to where the storage itself serves a file. Ranges and validators are its business then."""
+    return RedirectResponse(url, 302, headers={"cache-control": "private, no-store"})
 
 
 def respond(storage: Storage, key: str, stat: Stat, name: str, headers: Headers, *, head: bool = False) -> Response:
     """The file under `key`, or the part of it that the request's headers ask for.
 
     Args:
-        name: file name for a browser to save under, without its suffix.
+        name: file name for a browser to save under.
         head: send the headers only.
 
     Raises:
         ApiError: 416, the range lies beyond the end.
     """
-    suffix = PurePosixPath(key).suffix
     answer = {
         "accept-ranges": "bytes",
         "etag": stat.etag,
         "last-modified": format_datetime(stat.modified, usegmt=True),
         # The bytes never change, but the video may be deleted: ask again each time.
         "cache-control": "private, no-cache",
-        "content-disposition": f'inline; filename="{name}{suffix}"',
-        "content-type": _TYPES.get(suffix, "application/octet-stream"),
+        "content-disposition": disposition(name),
+        "content-type": content_type(key),
     }
     if _matches(headers.get("if-none-match"), stat.etag):
         return Response(status_code=304, headers=answer)

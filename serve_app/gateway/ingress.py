@@ -41,7 +41,8 @@ class Gateway:
         await self._store.start()
         if self._broker is not None:
             self._broker.start()
-        self._storage = Storage(config.storage_url, config.storage.min_free_mib)
+        self._storage = Storage(config.storage_options)
+        await self._storage.check()
         self._videos = Videos(config, self._store, self._storage, self._wake)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

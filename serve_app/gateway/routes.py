@@ -13,14 +13,17 @@ from serve_app.gateway.body import read_fields
 from serve_app.gateway.errors import RESPONSES, ApiError, no_video
 from serve_app.gateway.schemas import CreateVideo, ErrorEnvelope, Remix, Variant, Video, VideoDeleted, VideoList
 from serve_app.gateway.service import Videos
+from serve_app.storage import download_name
 
 _ENDED: dict[int | str, dict[str, Any]] = {409: {"model": ErrorEnvelope, "description": "The video has no content."}}
 _FULL: dict[int | str, dict[str, Any]] = {429: {"model": ErrorEnvelope, "description": "Too many videos wait."}}
 _FILE: dict[int | str, dict[str, Any]] = {
     200: {"description": "The file.", "content": {"video/mp4": {}, "image/jpeg": {}}},
     206: {"description": "Part of the file."},
+    302: {"description": "Where the storage serves the file, for a while and to whoever knows the address."},
     304: {"description": "The file that `If-None-Match` names."},
     416: {"model": ErrorEnvelope, "description": "The range lies outside the file."},
+    503: {"model": ErrorEnvelope, "description": "The storage does not answer."},
 }
 
 
@@ -99,8 +102,10 @@ def router(videos: Videos) -> APIRouter:
 
     async def _content(video_id: str, request: Request, variant: Variant) -> Response:
         key, stat = await videos.output(video_id, variant)
-        name = video_id if variant == "video" else f"{video_id}-{variant}"
         head = request.method == "HEAD"
+        if (url := await videos.storage.link(key, "HEAD" if head else "GET")) is not None:
+            return content.redirect(url)
+        name = download_name(video_id, key)
         return content.respond(videos.storage, key, stat, name, request.headers, head=head)
 
     return routes

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Literal
 
 from serve_app.config import Config
-from serve_app.errors import InvalidRequest, JobFailed
+from serve_app.errors import InvalidRequest, JobFailed, one_line
 from serve_app.gateway.body import understand
 from serve_app.gateway.errors import ApiError, no_video
 from serve_app.gateway.intake import Intake
@@ -142,7 +142,8 @@ class Videos:
         """Key and size of a finished video's file.
 
         Raises:
-            ApiError: 404 if there is no such video or variant, 409 if the video is not finished.
+            ApiError: 404 if there is no such video or variant, 409 if the video is not finished, 503 if the storage
+                does not answer.
         """
         job = await self._job(video_id)
         if job.status == "failed":
@@ -158,6 +159,9 @@ class Videos:
         except FileNotFoundError:
             logger.error("output missing", extra={"job": video_id, "key": key})
             raise ApiError(404, "not_found", f"The {variant} is no longer stored.", "variant") from None
+        except OSError as error:
+            logger.warning("storage unreachable", extra={"job": video_id, "error": one_line(error)})
+            raise ApiError(503, "storage_unavailable", "The storage does not answer.", retry=True) from None
 
     async def _job(self, video_id: str) -> Job:
         job = await self.store.get(video_id)

@@ -172,7 +172,7 @@ class DispatcherDeployment:
         await self._store.start()
         if self._broker is not None:
             self._broker.start()
-        pipeline, storage = ServePipeline(config.dispatcher.pipeline), Storage(config.storage_url)
+        pipeline, storage = ServePipeline(config.dispatcher.pipeline), Storage(config.storage_options)
         self._dispatcher = Dispatcher(self._store, storage, pipeline, config.dispatcher, self._broker)
         self._notifier = Notifier(self._store.database, config)
         self._dispatcher.start()

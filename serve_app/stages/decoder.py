@@ -17,7 +17,7 @@ from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
 from serve_app.request import Params
-from serve_app.storage import Storage
+from serve_app.storage import Storage, download_name
 
 log = get_logger(__name__)
 
@@ -63,7 +63,7 @@ class Decoder:
         self._decoder = self._math.call(
             VideoDecoder, checkpoint, pick_device(stage.device), getattr(torch, config.model.vae_dtype)
         )
-        self._storage = Storage(config.storage_url)
+        self._storage = Storage(config.storage_options)
         if stage.warmup:
             params = Params(**config.defaults.model_dump(), prompt="warm-up", seed=0)
             noise = np.zeros((1, checkpoint.vae_config["z_dim"], *params.latent_shape), dtype=np.float32)
@@ -147,8 +147,8 @@ class Decoder:
             }
             outputs = {}
             for name, content in files.items():
-                outputs[name.partition(".")[0]] = f"{prefix}/{name}"
-                await self._storage.put(f"{prefix}/{name}", content)
+                key = outputs[name.partition(".")[0]] = f"{prefix}/{name}"
+                await self._storage.put(key, content, download_name(job_id, key))
             size = path.stat().st_size
         return Decoded(outputs, size, {"vae": vae_seconds, "store": time.monotonic() - started})
 

@@ -64,7 +64,7 @@ class Denoiser:
         placement_group = ray.util.get_current_placement_group()
         if placement_group is None:
             raise RuntimeError("a denoiser replica needs a placement group, expected `placement_group_bundles`")
-        self._storage = Storage(config.storage_url)
+        self._storage = Storage(config.storage_options)
         self._group = await Group.start(config, placement_group, first_bundle=1, experts=experts)
         self._engine = Engine(self._group, config, experts)
         self._callers = Callers()

@@ -61,15 +61,21 @@ class Server:
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Server]:
+def storage_options() -> StorageOptions:
+    """The storage section; a folder under `home`."""
+    return StorageOptions(min_free_mib=1)
+
+
+@pytest.fixture
+async def server(tmp_path: Path, storage_options: StorageOptions) -> AsyncIterator[Server]:
     config = Config(
         home=str(tmp_path),
+        storage=storage_options,
         defaults=Defaults(width=128, height=128, num_frames=33, num_inference_steps=4),
         limits=Limits(pixels=512 * 288, num_frames=81, queued_jobs=30, body_bytes=50_000),
-        storage=StorageOptions(min_free_mib=1),
         dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2, running_jobs=8),
     )
-    store, storage = JobStore(config.store_url, 0.2), Storage(config.storage_url, config.storage.min_free_mib)
+    store, storage = JobStore(config.store_url, 0.2), Storage(config.storage_options)
     await store.start()
     pipeline = FakePipeline(storage)
     dispatcher = Dispatcher(store, storage, pipeline, config.dispatcher)

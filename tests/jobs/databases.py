@@ -66,9 +66,10 @@ async def _emptied(url: str) -> str:
 
 
 @pytest.fixture
-async def store(store_url: str) -> AsyncIterator[JobStore]:
+async def store(store_url: str, request: pytest.FixtureRequest) -> AsyncIterator[JobStore]:
     """A started store without jobs."""
-    store = JobStore(store_url, late_outputs_s=0.2)
+    # Files that a run stores after its end: at once in a folder, later in S3.
+    store = JobStore(store_url, late_outputs_s=2 if request.config.getoption("--slow") else 0.2)
     await store.start()
     async with store._db.write() as session:
         for table in Base.metadata.sorted_tables:

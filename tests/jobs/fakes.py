@@ -11,7 +11,7 @@ from typing import Any
 
 from serve_app.events import Done, Event, Progress
 from serve_app.request import Params
-from serve_app.storage import Storage
+from serve_app.storage import Storage, download_name
 
 PARAMS = Params(
     prompt="a red circle moves right",
@@ -104,9 +104,12 @@ class FakePipeline:
             "thumbnail": f"{job['prefix']}/thumbnail.jpg",
             "spritesheet": f"{job['prefix']}/spritesheet.jpg",
         }
-        await self.storage.put(outputs["video"], bytes(range(256)) * 782)
-        await self.storage.put(outputs["thumbnail"], b"\xff\xd8 thumbnail")
-        await self.storage.put(outputs["spritesheet"], b"\xff\xd8 spritesheet")
+        for key, content in (
+            (outputs["video"], bytes(range(256)) * 782),
+            (outputs["thumbnail"], b"\xff\xd8 thumbnail"),
+            (outputs["spritesheet"], b"\xff\xd8 spritesheet"),
+        ):
+            await self.storage.put(key, content, download_name(job["id"], key))
         return outputs
 
 
@@ -122,5 +125,7 @@ async def until(condition: Callable[[], Awaitable[Any]], within_s: float = 30) -
 
 def files(storage: Storage) -> list[str]:
     """What lies in a storage. os.walk, because a folder may vanish while it is walked."""
+    if not hasattr(storage._backend, "folder"):
+        return storage._backend.list("videos") + storage._backend.list("samples")
     found = [Path(folder, name) for folder, _, names in os.walk(storage.folder) for name in names]
     return sorted(str(path.relative_to(storage.folder)) for path in found)

@@ -23,8 +23,12 @@ Start = Callable[..., Dispatcher]
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path / "videos"))
+def storage(tmp_path: Path, store_url: str, request: pytest.FixtureRequest) -> Storage:
+    """An empty storage: a folder; with --slow, S3 beside PostgreSQL."""
+    if store_url.startswith("sqlite") or not request.config.getoption("--slow"):
+        return Storage(str(tmp_path / "videos"))
+    storage: Storage = request.getfixturevalue("s3_storage")
+    return storage
 
 
 @pytest.fixture
