@@ -14,6 +14,7 @@ from ray.serve.schema import ApplicationStatus
 from serve_app.config import Config
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.app import create_app
+from serve_app.gateway.auth import Caller
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.schemas import Variant
 from serve_app.gateway.service import Videos
@@ -34,7 +35,9 @@ class Gateway:
     async def __init__(self, config: Config, dispatcher: DeploymentHandle) -> None:  # type: ignore[misc]
         self._config = config
         self._dispatcher = dispatcher
-        self._store = JobStore(config.store_url, config.dispatcher.late_outputs_s, config.patience)
+        self._store = JobStore(
+            config.store_url, config.dispatcher.late_outputs_s, config.patience, config.denoiser.tensor_parallel
+        )
         await self._store.start()
         self._storage = Storage(config.storage_url)
         self._videos = Videos(config, self._store, self._storage, self._wake)
@@ -43,14 +46,17 @@ class Gateway:
         # Built here, not at import, because it depends on the configuration.
         return create_app(self._config, self._store, self._storage, self._wake, self._ready, answer_request_id=False)
 
-    async def submit(self, fields: dict[str, Any]) -> dict[str, Any]:
+    async def submit(self, fields: dict[str, Any], owner: str = "") -> dict[str, Any]:
         """Queue a video; its resource.
 
+        Args:
+            owner: id of the API key whose video it is, and whose limits hold; empty is nobody's.
+
         Raises:
-            InvalidRequest: the field at fault in `param`. QueueFull: too many wait.
+            InvalidRequest: the field at fault in `param`. QueueFull: too many wait. OverLimit: of this owner.
         """
         try:
-            return (await self._videos.submit(fields)).model_dump()
+            return (await self._videos.submit(fields, who=Caller(owner))).model_dump()
         except ApiError as error:
             raise InvalidRequest(error.param, error.message) from None
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import event, func, select
+from sqlalchemy import ColumnElement, event, func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -106,9 +106,14 @@ class Database:
 
     async def clock(self, session: AsyncSession) -> float:
         """The database's time, in seconds since the epoch: the one clock that all dispatchers share."""
+        now = self.now()
+        return now if isinstance(now, float) else float(await session.scalar(select(now)) or 0)
+
+    def now(self) -> float | ColumnElement[Any]:
+        """`clock` as part of a statement."""
         if self._sqlite:
             return time.time()  # the database is in this process
-        return float(await session.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0)
+        return func.extract("epoch", func.clock_timestamp())
 
     def _started(self) -> AsyncEngine:
         if self._engine is None:

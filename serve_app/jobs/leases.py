@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import ColumnElement, case, delete, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, case, delete, func, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve_app import config
@@ -16,6 +16,7 @@ from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
 from serve_app.jobs import transitions
 from serve_app.jobs.database import Database
+from serve_app.jobs.keys import at_running_limit
 from serve_app.jobs.tables import Garbage, Job, id_time
 
 # Percent at which a stage begins and ends. Denoising takes nearly all of the time on every model and device.
@@ -66,6 +67,9 @@ class Leases:
         The order is by `turn`, the time of creation plus the patience of the job's class. So a job is only overtaken by
         one of a more urgent class that came at most (its own patience - the other's) after it; once it has waited its
         patience, nobody who came later goes first. Within a class it is first come, first served.
+
+        Jobs of a key of which as many run as may are passed over. Dispatchers that claim at the same moment may exceed
+        that by one each.
         """
         async with self._db.write() as session:
             now = await self._db.clock(session)
@@ -73,6 +77,7 @@ class Leases:
                 select(Job.id)
                 .where(Job.status == "queued", Job.not_before <= now)
                 .where(or_(Job.deadline_at.is_(None), Job.deadline_at > now))
+                .where(Job.owner.not_in(at_running_limit()))
                 .order_by(Job.turn, Job.id)
                 .limit(1)
                 .with_for_update(skip_locked=True)
@@ -124,6 +129,7 @@ class Leases:
                 it is recorded here, while the attempt runs, because its dispatcher may not live to tell.
         """
         reached = percent(progress)
+        began = self._db.now() if progress.stage == "denoise" else None
         further = Job.resumed_step < resumed_step
         async with self._db.write() as session:
             written = await session.execute(
@@ -134,6 +140,7 @@ class Leases:
                     step=progress.step,
                     steps=progress.steps,
                     seconds_left=progress.seconds_left,
+                    denoise_at=func.coalesce(Job.denoise_at, began),
                     progress=case((Job.progress < reached, reached), else_=Job.progress),
                     resumed_step=case((further, resumed_step), else_=Job.resumed_step),
                     failures=case((further, 0), else_=Job.failures),

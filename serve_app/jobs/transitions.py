@@ -1,7 +1,8 @@
-"""How a job's row changes when an attempt ends: tried again, failed or completed, and which files are garbage then.
+"""How a job's row changes when an attempt ends: tried again, failed or completed; which files are garbage then, and
+what its key is charged.
 
-Rules only: the caller holds the row's lock, and stores the garbage in the same transaction. Times are seconds since the
-epoch by the database's clock.
+Rules only: the caller holds the row's lock, and stores the returned rows in the same transaction. Times are seconds
+since the epoch by the database's clock.
 """
 
 from __future__ import annotations
@@ -11,60 +12,71 @@ from collections.abc import Iterable
 from serve_app import config
 from serve_app.errors import JobFailed
 from serve_app.events import Done
-from serve_app.jobs.tables import Garbage, Job
+from serve_app.jobs.tables import Garbage, Job, Usage
+
+Rows = list[Garbage | Usage]
+"""To be stored with the change."""
 
 # A longer wait between two attempts helps nobody: what takes minutes to come back keeps no job from waiting.
 _LONGEST_DELAY_S = 60
 # Error codes of what is lost around a job: its group outside of its steps, a process that drove it, its dispatcher.
 _INTERRUPTIONS = {"group_lost", "worker_lost", "lease_expired"}
+# Error codes of ends that the owner chose: the GPUs' time is charged to the key all the same.
+_CHOSEN = {"cancelled", "deadline_exceeded"}
 
 
-def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Garbage]:
+def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> Rows:
     """The video is there. Files of earlier attempts and saved states have served."""
     job.status = "completed"
     job.completed_at = now
     job.progress = 100
     job.step, job.seconds_left = job.steps, None
     job.outputs, job.timings, job.warnings = dict(done.outputs), dict(done.timings), [*done.warnings]
-    job.size_bytes = done.size_bytes
+    job.size_bytes, job.revision = done.size_bytes, done.revision
     job.lease_owner = job.lease_until = None
     job.error_code = job.error_message = None
     earlier = [f"videos/{job.id}/{attempt}" for attempt in range(1, job.attempt)]
-    return _garbage([*earlier, job.state_prefix], now, late_outputs_s)
+    return [
+        *_garbage([*earlier, job.state_prefix], now, late_outputs_s),
+        *_charge(job, now, done.timings.get("denoise", 0.0)),
+    ]
 
 
-def fail(job: Job, now: float, code: str, message: str, late_outputs_s: float) -> list[Garbage]:
+def fail(job: Job, now: float, code: str, message: str, late_outputs_s: float) -> Rows:
     """There will be no video."""
+    charge = _charge(job, now, _denoised_s(job, now)) if code in _CHOSEN else []
     job.status = "failed"
     job.completed_at = now
     job.error_code, job.error_message = code, message
     job.lease_owner = job.lease_until = job.seconds_left = None
-    return _garbage([f"videos/{job.id}", job.state_prefix], now, late_outputs_s) if job.attempt else []
+    garbage = _garbage([f"videos/{job.id}", job.state_prefix], now, late_outputs_s) if job.attempt else []
+    return [*garbage, *charge]
 
 
-def forget(job: Job, now: float, late_outputs_s: float) -> list[Garbage]:
+def forget(job: Job, now: float, late_outputs_s: float) -> Rows:
     """The row is about to be deleted."""
     prefixes = [f"videos/{job.id}"]
     if job.attempt and not job.finished:
         prefixes.append(job.state_prefix)
     late = job.attempt and (job.status != "completed" or job.attempt > 1)
-    return _garbage(prefixes, now, late_outputs_s if late else 0)
+    charge = [] if job.finished else _charge(job, now, _denoised_s(job, now))
+    return [*_garbage(prefixes, now, late_outputs_s if late else 0), *charge]
 
 
-def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list[Garbage]:
+def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> Rows:
     """Back to its place in the queue, unless somebody wanted it cancelled. Saved states stay for the next attempt."""
     if job.cancel_requested:
         return fail(job, now, "cancelled", "Cancelled while it ran.", late_outputs_s)
     job.status = "queued"
     job.not_before = now + delay_s
-    job.lease_owner = job.lease_until = job.started_at = job.stage = job.seconds_left = None
+    job.lease_owner = job.lease_until = job.started_at = job.denoise_at = job.stage = job.seconds_left = None
     job.step = job.steps = job.progress = 0
     return []
 
 
 def attempt_failed(
     job: Job, now: float, error: JobFailed, resumed_step: int, options: config.Dispatcher, late_outputs_s: float
-) -> list[Garbage]:
+) -> Rows:
     """An attempt that began at `resumed_step` ended with a retryable error: again, later, or never.
 
     A job that only waited, or was driven, where something was lost is no reason for it: that is an interruption, of
@@ -109,3 +121,15 @@ def _garbage(prefixes: Iterable[str], now: float, late_outputs_s: float) -> list
     """Removed now, and again when nobody can still be storing: a run may outlive the decision to end it."""
     times = (now, now + late_outputs_s) if late_outputs_s else (now,)
     return [Garbage(prefix=prefix, due_at=due_at) for prefix in prefixes for due_at in times]
+
+
+def _charge(job: Job, now: float, denoised_s: float) -> list[Usage]:
+    """What its key pays, if it has one."""
+    if not job.owner or denoised_s <= 0:
+        return []
+    return [Usage(job_id=job.id, owner=job.owner, at=now, gpu_seconds=denoised_s * job.ranks)]
+
+
+def _denoised_s(job: Job, now: float) -> float:
+    """How long the attempt under way has been in a group: what `timings` would say of it if it ended now."""
+    return 0.0 if job.denoise_at is None or job.status != "in_progress" else now - job.denoise_at

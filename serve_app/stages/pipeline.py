@@ -155,6 +155,7 @@ class Pipeline:
             warnings=[
                 f"'{name}' is longer than the text encoder reads; its end was ignored." for name in begun.truncated
             ],
+            revision=decoded.revision,
         )
 
     def _learn(self, params: Params, seconds: float) -> None:

@@ -76,7 +76,7 @@ async def server(tmp_path: Path) -> AsyncIterator[Server]:
 
     app = create_app(config, store, storage, wake, ready)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
         server = Server(config, store, storage, pipeline, dispatcher, app, http)
         yield server
     if pipeline.gate is not None:
