@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Database:
             engine = create_async_engine(self._url, connect_args={"timeout": _BUSY_S})
             event.listen(engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(engine.sync_engine, "begin", _begin_sqlite)
+            event.listen(engine.sync_engine, "invalidate", _roll_back_sqlite)
         else:
             engine = create_async_engine(self._url, pool_pre_ping=True)
         async with engine.begin() as connection:
@@ -129,6 +130,16 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _roll_back_sqlite(connection: Any, _record: Any, _error: Any) -> None:
+    """Called before a connection is closed whose task was cancelled within a statement.
+
+    Closing alone would not end its transaction: for as long as anything, a traceback say, refers to a cursor with rows
+    left to read, SQLite keeps the closed connection, and with it the only write lock.
+    """
+    with suppress(Exception, asyncio.CancelledError):  # it has been asked for, and is cancelled already
+        connection.rollback()
 
 
 def _begin_sqlite(connection: Any) -> None:
