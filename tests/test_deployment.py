@@ -157,6 +157,11 @@ def test_progress_over_http_is_true(deployment):
     assert len(steps) > 4, f"progress jumped: {seen}"
 
 
+def test_hints_of_clients_to_the_proxy_are_ignored(deployment):
+    for hints in ({"x-request-timeout-seconds": "0.0001"}, {"x-request-disconnect-disabled": "?1"}):
+        assert httpx.get(f"{deployment.url}/v1/videos", headers=hints).status_code == 200
+
+
 def test_a_job_outlives_the_death_of_a_rank(deployment):
     with httpx.Client(base_url=deployment.url) as http:
         video = http.post("/v1/videos", json={"prompt": "a star", "num_inference_steps": 400, "seed": 9}).json()
