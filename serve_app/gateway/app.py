@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse
 
 from serve_app.config import Config
 from serve_app.gateway import errors
-from serve_app.gateway.auth import AnyCaller, Guard
+from serve_app.gateway.auth import AnyCaller, Guard, bearer
 from serve_app.gateway.middleware import Exchange
 from serve_app.gateway.routes import router
 from serve_app.gateway.schemas import ErrorEnvelope, ModelCard, ModelList
@@ -59,12 +59,14 @@ def create_app(
     async def page() -> HTMLResponse:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
 
-    @app.get("/v1/models", tags=["models"], responses=_GUARDED)
+    guarded: dict[str, Any] = {"tags": ["models"], "dependencies": bearer(config.auth)}
+
+    @app.get("/v1/models", **guarded, responses=_GUARDED)
     async def models(who: AnyCaller) -> ModelList:
         """What is served, with limits and defaults."""
         return ModelList(data=[card])
 
-    @app.get("/v1/models/{model_id:path}", tags=["models"], responses=_GUARDED | _only(404))
+    @app.get("/v1/models/{model_id:path}", **guarded, responses=_GUARDED | _only(404))
     async def model(model_id: str, who: AnyCaller) -> ModelCard:
         """One model."""
         if model_id != card.id:

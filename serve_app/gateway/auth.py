@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from fastapi.security import HTTPBearer
 
 from serve_app.config import Auth, is_loopback
 from serve_app.gateway.errors import ApiError, too_much
@@ -95,6 +96,13 @@ def _having(scope: Scope) -> Callable[..., Awaitable[Caller]]:
         return who
 
     return check
+
+
+def bearer(options: Auth) -> list[Any]:
+    """Dependencies that say in OpenAPI how a key is sent, where one is; `caller` is who looks at it."""
+    return (
+        [Depends(HTTPBearer(auto_error=False, description="An API key: `wan_...`"))] if options.mode == "keys" else []
+    )
 
 
 AnyCaller = Annotated[Caller, Depends(caller)]

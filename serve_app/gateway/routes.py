@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from serve_app.errors import InvalidRequest
 from serve_app.gateway import content, sse
-from serve_app.gateway.auth import Caller, Creator, Reader
+from serve_app.gateway.auth import Caller, Creator, Reader, bearer
 from serve_app.gateway.body import read_fields
 from serve_app.gateway.errors import RESPONSES, ApiError, no_video
 from serve_app.gateway.schemas import CreateVideo, ErrorEnvelope, Remix, Variant, Video, VideoDeleted, VideoList
@@ -54,7 +54,7 @@ IdempotencyKey = Annotated[
 
 def router(videos: Videos) -> APIRouter:
     """Routes over `videos`."""
-    routes = APIRouter(tags=["videos"], responses=RESPONSES)
+    routes = APIRouter(tags=["videos"], responses=RESPONSES, dependencies=bearer(videos.config.auth))
     streams = sse.Streams(videos.config.gateway.max_ongoing_requests // 2)
 
     @routes.post(
