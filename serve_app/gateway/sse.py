@@ -91,6 +91,5 @@ class Streams:
 
 
 def _event(name: str, data: str) -> str:
-    # JSON has no line breaks outside of its strings, and escapes them within.
-    assert "\n" not in data
+    # One line: pydantic's JSON has no line breaks, and escapes those within strings.
     return f"id: {event_id(data)}\nevent: {name}\ndata: {data}\n\n"

@@ -13,10 +13,12 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from serve_app.config import Config, Defaults, Limits
+from serve_app.config import Auth, Config, Defaults, Gateway, Limits
 from serve_app.config import Dispatcher as Options
 from serve_app.gateway.app import create_app
 from serve_app.jobs.dispatcher import Dispatcher
+from serve_app.jobs.keys import Limits as KeyLimits
+from serve_app.jobs.keys import Scope
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 from tests.jobs.fakes import FakePipeline, until
@@ -36,8 +38,14 @@ class Server:
     reason: str | None = None
     """Why `/readyz` is 503."""
 
-    async def create(self, **fields: Any) -> dict[str, Any]:
-        answer = await self.http.post("/v1/videos", json={"prompt": "a red circle moves right", **fields})
+    async def key(self, *scopes: Scope, **limits: Any) -> tuple[str, dict[str, str]]:
+        """A new key: its id, and the headers of who has it."""
+        key, text = await self.store.keys.create("test", scopes or ("create", "read"), KeyLimits(**limits))
+        return key.id, {"authorization": f"Bearer {text}"}
+
+    async def create(self, headers: dict[str, str] | None = None, **fields: Any) -> dict[str, Any]:
+        body = {"prompt": "a red circle moves right", **fields}
+        answer = await self.http.post("/v1/videos", json=body, headers=headers)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
@@ -55,9 +63,17 @@ class Server:
 
 
 @pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[Server]:
+def auth() -> Auth:
+    """Who may call. Modules about keys say otherwise."""
+    return Auth()
+
+
+@pytest.fixture
+async def server(tmp_path: Path, auth: Auth) -> AsyncIterator[Server]:
     config = Config(
         home=str(tmp_path),
+        auth=auth,
+        gateway=Gateway(max_ongoing_requests=16),
         defaults=Defaults(width=128, height=128, num_frames=33, num_inference_steps=4),
         limits=Limits(pixels=512 * 288, num_frames=81, queued_jobs=30, body_bytes=50_000),
         dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2, running_jobs=8),
