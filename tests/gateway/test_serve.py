@@ -72,7 +72,7 @@ def url(ray_cluster: str, home: Path) -> Iterator[str]:
         dispatcher=Options(pipeline="fake", poll_s=0.2, retry_s=0.1, late_outputs_s=0.5),
     )
     small = {"num_cpus": 0.1}
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    serve.start(http_options={"host": "0.0.0.0", "port": PORT})
     dispatcher = DispatcherDeployment.options(ray_actor_options=small).bind(config)
     serve.run(Gateway.options(ray_actor_options=small).bind(config, dispatcher), name="gateway", route_prefix="/")
     # The gateway is up before there is a pipeline: not ready, and jobs wait without losing an attempt.
@@ -116,6 +116,21 @@ def test_http(url: str) -> None:
     assert (head.status_code, head.headers["content-length"]) == (200, "200192")
     assert httpx.get(f"{url}/").status_code == 200 and httpx.get(f"{url}/docs").status_code == 200
     assert httpx.get(f"{url}/nothing").json()["error"]["code"] == "not_found"
+
+
+def test_other_machines_are_not_answered_without_keys(url: str) -> None:
+    """Even where Serve listens to them: the address that a connection came in by reaches the gateway."""
+    import ray
+    from ray.serve.context import _get_global_client
+
+    address, host = ray.util.get_node_ip_address(), _get_global_client().http_config.host
+    if address.startswith("127.") or host != "0.0.0.0":
+        pytest.skip(f"this host's address is {address} and Serve, started by others, listens on {host}")
+    other = url.replace("127.0.0.1", address)
+    for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/models")):
+        answer = httpx.request(method, other + path, headers={"host": "127.0.0.1"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_open")
+    assert httpx.get(f"{url}/v1/videos").status_code == 200
 
 
 def test_body_limit_behind_the_proxy(url: str) -> None:
