@@ -16,13 +16,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serve_app import __version__
 from serve_app.cli_jobs import jobs
+from serve_app.cli_keys import keys
 from serve_app.errors import ServeAppError
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 cli.add_typer(jobs, name="jobs")
+cli.add_typer(keys)
 console = Console(highlight=False)
 
 Url = Annotated[str, typer.Option(help="Where the server listens.")]
+ApiKey = Annotated[str | None, typer.Option("--key", envvar="WAN_SERVE_KEY", help="API key, where it wants one.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 DEMO_PROMPT = "A red circle moves to the right on a white background"
@@ -70,6 +73,7 @@ def generate(
     prompt: str,
     out: Annotated[Path, typer.Option("-o", "--out", help="Where the mp4 goes.")] = Path("out.mp4"),
     url: Url = DEFAULT_URL,
+    key: ApiKey = None,
     negative_prompt: Annotated[str | None, typer.Option("--negative")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     frames: Annotated[int | None, typer.Option(help="4k+1 frames.")] = None,
@@ -95,7 +99,7 @@ def generate(
         "deadline_s": deadline,
         "start_at": start_at,
     }
-    video = _generate(url, {name: value for name, value in fields.items() if value is not None}, out)
+    video = _generate(url, {name: value for name, value in fields.items() if value is not None}, out, key)
     _report(video, out)
 
 
@@ -124,9 +128,10 @@ def demo(
     console.print(f"start {ready - started:.1f} s, video {made - ready:.1f} s, stop {time.monotonic() - made:.1f} s")
 
 
-def _generate(url: str, fields: dict[str, Any], out: Path) -> dict[str, Any]:
+def _generate(url: str, fields: dict[str, Any], out: Path, key: str | None = None) -> dict[str, Any]:
     """Create, follow and download one video. Returns its resource."""
-    with httpx.Client(base_url=url, timeout=30, follow_redirects=True) as http:
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=url, timeout=30, headers=headers, follow_redirects=True) as http:
         try:
             video = _checked(http.post("/v1/videos", json=fields))
             video = _follow(http, video)

@@ -73,8 +73,9 @@ class Video:
 class Client:
     """Handle calls to a deployment. Made by `connect`."""
 
-    def __init__(self, gateway: DeploymentHandle) -> None:
+    def __init__(self, gateway: DeploymentHandle, owner: str = "") -> None:
         self._gateway = gateway
+        self._owner = owner
         self._stream = gateway.options(stream=True)
 
     def submit(self, request: VideoRequest | str, **fields: Any) -> Video:
@@ -87,7 +88,7 @@ class Client:
         Raises:
             InvalidRequest: the field at fault in `param`.
         """
-        return Video(self._gateway.submit.remote(_fields(request, fields)).result(), self)
+        return Video(self._gateway.submit.remote(_fields(request, fields), self._owner).result(), self)
 
     def generate(self, request: VideoRequest | str, **fields: Any) -> Video:
         """Queue a video and wait for it.
@@ -116,7 +117,7 @@ class Client:
 
     async def stream_async(self, request: VideoRequest | str, **fields: Any) -> AsyncIterator[Video]:
         """`stream` for an event loop."""
-        info = await self._gateway.submit.remote(_fields(request, fields))
+        info = await self._gateway.submit.remote(_fields(request, fields), self._owner)
         async for change in self._stream.watch.remote(info["id"]):
             yield Video(change, self)
 
@@ -138,12 +139,14 @@ class Client:
         return bool(self._gateway.delete.remote(video_id).result())
 
 
-def connect(application: str = "gateway", address: str | None = None) -> Client:
-    """A client of the deployment on this Ray cluster.
+def connect(application: str = "gateway", address: str | None = None, owner: str = "") -> Client:
+    """A client of the deployment on this Ray cluster. It needs no API key: who may run code here is trusted, and sees
+    everybody's videos.
 
     Args:
         application: name of the gateway's Serve application.
         address: of the Ray cluster, where this process has not joined one; default is the one around it.
+        owner: id of the API key whose videos these are: its holder sees them over HTTP, and its limits on jobs hold.
 
     Raises:
         ServeAppError: no such application runs there.
@@ -151,7 +154,7 @@ def connect(application: str = "gateway", address: str | None = None) -> Client:
     if not ray.is_initialized():
         ray.init(address=address or "auto", log_to_driver=False)
     try:
-        return Client(serve.get_app_handle(application))
+        return Client(serve.get_app_handle(application), owner)
     except Exception as error:
         raise ServeAppError(f"no application {application!r} on this Ray cluster: {error}") from error
 

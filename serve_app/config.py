@@ -7,6 +7,7 @@ deployments.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -242,6 +243,15 @@ class Gateway(Section):
     """Where users reach the gateway, e.g. `https://video.example.com`: mails then link to the video."""
 
 
+class Auth(Section):
+    """Who may call over HTTP. Handle calls come from inside of the cluster and are trusted."""
+
+    mode: Literal["none", "keys"] = "none"
+    """`none`: whoever reaches the port. `keys`: whoever has one that `wan-serve keys` made."""
+    open: bool = False
+    """With `mode: none`, answer calls from other machines too. Otherwise only those to a loopback address are."""
+
+
 class Dispatcher(Section):
     """The process that leases jobs and drives them through a pipeline."""
 
@@ -451,6 +461,7 @@ class Config(Section):
     decoder: Decoder = Decoder()
     pipeline: Pipeline = Pipeline()
     gateway: Gateway = Gateway()
+    auth: Auth = Auth()
     dispatcher: Dispatcher = Dispatcher()
     patience: Patience = Patience()
     store: Store = Store()
@@ -560,7 +571,25 @@ def load_file(path: Path) -> tuple[dict[str, Any], Config]:
         configs.append(validate(application.get("args") or {}, where))
     if any(config != configs[0] for config in configs):
         raise ConfigError(f"{path}: the applications' `args` differ, expected the same ones (share them by an anchor)")
+    _guarded(configs[0], content, path)
     return content, configs[0]
+
+
+def _guarded(config: Config, content: dict[str, Any], path: Path) -> None:
+    host = str((content.get("http_options") or {}).get("host") or "127.0.0.1")
+    if config.auth.mode == "none" and not config.auth.open and not is_loopback(host):
+        raise ConfigError(
+            f"{path}: http_options.host has value {host!r}, expected a loopback address with auth.mode 'none'; "
+            "set auth.mode to 'keys', or auth.open to true if anybody who reaches it may use it"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address can be reached from the same machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _known(mapping: Any, keys: set[str], where: str) -> None:

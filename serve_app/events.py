@@ -27,13 +27,14 @@ class Done:
     """The video is stored.
 
     `outputs` maps `video`, `thumbnail` and `spritesheet` to storage keys; `timings` maps a stage to its seconds;
-    `warnings` holds sentences for the user (a truncated prompt, say).
+    `warnings` holds sentences for the user (a truncated prompt, say); `revision` names the weights that made it.
     """
 
     outputs: dict[str, str]
     timings: dict[str, float]
     size_bytes: int
     warnings: list[str] = field(default_factory=list)
+    revision: str | None = None
 
 
 Event = Progress | Done

@@ -101,6 +101,9 @@ class Server:
             http_options=self._http,
             controller_options=self._file.get("controller_options"),
         )
+        if self.config.auth.mode == "none":
+            who = "anybody who reaches it" if self.config.auth.open else "anybody on this machine"
+            self._say(f"auth.mode is none: {who} may use {self.url}")
         self._say(f"loading {self.config.model.name} from {self.config.model.folder}")
         serve.run_many(
             targets,

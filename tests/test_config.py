@@ -150,6 +150,31 @@ def test_file_is_no_configuration(tmp_path: Path, content: str, message: str) ->
         load_file(write(tmp_path, content))
 
 
+@pytest.mark.parametrize(
+    ("host", "auth", "fine"),
+    [
+        (None, {}, True),
+        ("127.0.0.1", {}, True),
+        ("localhost", {}, True),
+        ("::1", {}, True),
+        ("0.0.0.0", {}, False),
+        ("::", {}, False),
+        ("10.0.0.1", {"mode": "none"}, False),
+        ("0.0.0.0", {"open": True}, True),
+        ("0.0.0.0", {"mode": "keys"}, True),
+    ],
+)
+def test_who_may_reach_it(tmp_path: Path, host: str | None, auth: dict[str, Any], fine: bool) -> None:
+    path = write(tmp_path, {**applications(auth=auth), "http_options": {} if host is None else {"host": host}})
+    if fine:
+        load_file(path)
+        return
+    with pytest.raises(ConfigError) as error:
+        load_file(path)
+    assert "http_options.host has value" in str(error.value) and "auth.open" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_file_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
         load_file(tmp_path / "none.yaml")

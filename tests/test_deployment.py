@@ -129,6 +129,7 @@ def test_the_openai_sdk_creates_polls_lists_downloads_and_deletes(deployment, tm
     video = client.videos.create_and_poll(prompt="一个红色的圆", size="64x48", extra_body={"seed": 7, "num_frames": 5})
     assert video.status == "completed" and video.progress == 100 and video.size == "64x48"
     assert video.model_extra["seed"] == 7 and video.model_extra["timings"]["denoise"] > 0
+    assert len(video.model_extra["revision"]) == 12
     assert video.id in [listed.id for listed in client.videos.list(limit=5)]
     client.videos.download_content(video.id).write_to_file(tmp_path / "video.mp4")
     from serve_app.wan.video import read_metadata
@@ -155,6 +156,11 @@ def test_progress_over_http_is_true(deployment):
     assert seen == sorted(seen, key=lambda entry: entry[0])
     steps = {step for _, stage, step in seen if stage == "denoise"}
     assert len(steps) > 4, f"progress jumped: {seen}"
+
+
+def test_hints_of_clients_to_the_proxy_are_ignored(deployment):
+    for hints in ({"x-request-timeout-seconds": "0.0001"}, {"x-request-disconnect-disabled": "?1"}):
+        assert httpx.get(f"{deployment.url}/v1/videos", headers=hints).status_code == 200
 
 
 def test_a_job_outlives_the_death_of_a_rank(deployment):

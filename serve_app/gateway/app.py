@@ -6,12 +6,14 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
 from serve_app.config import Config
 from serve_app.gateway import errors, webhooks
+from serve_app.gateway.auth import AnyCaller, Guard, bearer
 from serve_app.gateway.middleware import Exchange
 from serve_app.gateway.routes import router
 from serve_app.gateway.schemas import ErrorEnvelope, ModelCard, ModelList
@@ -26,6 +28,14 @@ _PAGE = Path(__file__).parent / "page" / "index.html"
 _READY_S = 1.0
 
 
+def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI of answers in the envelope."""
+    return {status: errors.RESPONSES.get(status, {"model": ErrorEnvelope}) for status in statuses}
+
+
+_GUARDED = _only(401, 403, 429, 500)
+
+
 def create_app(
     config: Config, store: JobStore, storage: Storage, wake: Wake, ready: Ready, *, answer_request_id: bool = True
 ) -> FastAPI:
@@ -38,6 +48,7 @@ def create_app(
     app = FastAPI(
         title="serve_app", summary="Wan2.2 text to video: the OpenAI videos API", redoc_url=None, redirect_slashes=False
     )
+    app.state.guard = Guard(config.auth, store.keys, config.gateway.num_replicas)
     app.include_router(router(Videos(config, store, storage, wake)))
     app.include_router(webhooks.router(config, store.database))
     app.add_middleware(Exchange, body_bytes=config.limits.body_bytes, answer_request_id=answer_request_id)
@@ -49,13 +60,15 @@ def create_app(
     async def page() -> HTMLResponse:
         return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
 
-    @app.get("/v1/models", tags=["models"])
-    async def models() -> ModelList:
+    guarded: dict[str, Any] = {"tags": ["models"], "dependencies": bearer(config.auth)}
+
+    @app.get("/v1/models", **guarded, responses=_GUARDED)
+    async def models(who: AnyCaller) -> ModelList:
         """What is served, with limits and defaults."""
         return ModelList(data=[card])
 
-    @app.get("/v1/models/{model_id:path}", tags=["models"], responses={404: {"model": ErrorEnvelope}})
-    async def model(model_id: str) -> ModelCard:
+    @app.get("/v1/models/{model_id:path}", **guarded, responses=_GUARDED | _only(404))
+    async def model(model_id: str, who: AnyCaller) -> ModelCard:
         """One model."""
         if model_id != card.id:
             raise errors.ApiError(404, "not_found", f"There is no model {model_id[:80]!r}.", "model_id")
@@ -66,7 +79,7 @@ def create_app(
         """200 while this process answers."""
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["health"], responses={503: {"model": ErrorEnvelope}})
+    @app.get("/readyz", tags=["health"], responses=_only(503, 500))
     async def readyz() -> dict[str, str]:
         """200 when a video can be made now, or will be once an operator ends a pause (`status` `paused`); 503 with the
         reason when not."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,14 +13,17 @@ from starlette.exceptions import HTTPException
 
 from serve_app.errors import InvalidRequest, Unavailable, one_line
 from serve_app.gateway.schemas import ErrorEnvelope
+from serve_app.jobs.keys import OverLimit
 from serve_app.jobs.run import STORE_AWAY
-from serve_app.jobs.store import QueueFull
+from serve_app.jobs.store import IdempotencyConflict, QueueFull
 from serve_app.logs import get_logger
 
 logger = get_logger(__name__)
 
-# A queue of videos moves by one in seconds to minutes; sooner than this a retry only adds load.
-RETRY_AFTER_S = 5
+# Where nothing is known: a queue of videos moves by one in seconds to minutes; sooner a retry only adds load.
+RETRY_AFTER_S = 5.0
+# A client that waits for longer than this is better told to give up; the openai SDK is of the same opinion.
+_LONGEST_RETRY_AFTER_S = 120
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
@@ -28,8 +32,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorEnvelope, "description": text}
     for status, text in (
         (400, "The request is at fault; `param` names the field."),
+        (401, "The key is missing, unknown or revoked."),
+        (403, "The key lacks the scope, or the server is not open to this network."),
         (404, "There is no such video."),
         (413, "The body is too large."),
+        (429, "Too much at once: `Retry-After` says when to come back."),
         (500, "An error of ours."),
         (503, "The job store or the storage cannot be reached or is full; `Retry-After` says when to ask again."),
     )
@@ -67,6 +74,13 @@ def no_video(video_id: str) -> ApiError:
     return ApiError(404, "not_found", f"There is no video {video_id[:80]!r}.", "video_id")
 
 
+def too_much(code: str, message: str, retry_after_s: float | None) -> ApiError:
+    """429. A retry within minutes is invited only where it can help."""
+    wait_s = RETRY_AFTER_S if retry_after_s is None else retry_after_s
+    retry = wait_s <= _LONGEST_RETRY_AFTER_S
+    return ApiError(429, code, message, retry=retry, retry_after=str(max(math.ceil(wait_s), 1)))
+
+
 def internal_error() -> ApiError:
     """500. Not to be retried: most are bugs, and after a create nobody knows whether the job is in the queue."""
     return ApiError(500, "internal_error", "An internal error; the server's log has the details.")
@@ -74,7 +88,7 @@ def internal_error() -> ApiError:
 
 def unavailable(message: str, *, retry: bool) -> ApiError:
     """503."""
-    return ApiError(503, "unavailable", message, retry=retry, retry_after=str(RETRY_AFTER_S))
+    return ApiError(503, "unavailable", message, retry=retry, retry_after=str(math.ceil(RETRY_AFTER_S)))
 
 
 async def _away(request: Request, error: Exception) -> JSONResponse:
@@ -107,7 +121,15 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(QueueFull)
     async def _full(_: Request, error: QueueFull) -> JSONResponse:
-        return ApiError(429, "queue_full", str(error), retry=True, retry_after=str(RETRY_AFTER_S)).response()
+        return too_much("queue_full", str(error), error.retry_after_s).response()
+
+    @app.exception_handler(OverLimit)
+    async def _over_limit(_: Request, error: OverLimit) -> JSONResponse:
+        return too_much(error.code, error.message, error.retry_after_s).response()
+
+    @app.exception_handler(IdempotencyConflict)
+    async def _conflict(_: Request, error: IdempotencyConflict) -> JSONResponse:
+        return ApiError(409, "idempotency_conflict", str(error), "Idempotency-Key").response()
 
     @app.exception_handler(Unavailable)
     async def _unavailable(_: Request, error: Unavailable) -> JSONResponse:

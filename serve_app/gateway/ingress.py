@@ -14,6 +14,7 @@ from ray.serve.schema import ApplicationStatus
 from serve_app.config import Config
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.app import create_app
+from serve_app.gateway.auth import Caller
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.schemas import Variant
 from serve_app.gateway.service import Videos
@@ -49,14 +50,18 @@ class Gateway:
         # Built here, not at import, because it depends on the configuration.
         return create_app(self._config, self._store, self._storage, self._wake, self._ready, answer_request_id=False)
 
-    async def submit(self, fields: dict[str, Any]) -> dict[str, Any]:
+    async def submit(self, fields: dict[str, Any], owner: str = "") -> dict[str, Any]:
         """Queue a video; its resource.
 
+        Args:
+            owner: id of the API key whose video it is, and whose limits hold; empty is nobody's.
+
         Raises:
-            InvalidRequest: the field at fault in `param`. QueueFull: too many wait. Unavailable: none is accepted now.
+            InvalidRequest: the field at fault in `param`. QueueFull: too many wait. OverLimit: of this owner.
+            Unavailable: none is accepted now.
         """
         try:
-            return (await self._videos.submit(fields)).model_dump()
+            return (await self._videos.submit(fields, who=Caller(owner))).model_dump()
         except ApiError as error:
             raise InvalidRequest(error.param, error.message) from None
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ValidationError
 
 from serve_app.errors import InvalidRequest
-from serve_app.gateway import content
+from serve_app.gateway import content, sse
+from serve_app.gateway.auth import Caller, Creator, Reader, bearer
 from serve_app.gateway.body import read_fields
 from serve_app.gateway.errors import RESPONSES, ApiError, no_video
 from serve_app.gateway.schemas import CreateVideo, ErrorEnvelope, Remix, Variant, Video, VideoDeleted, VideoList
@@ -16,7 +18,14 @@ from serve_app.gateway.service import Videos
 from serve_app.storage import download_name
 
 _ENDED: dict[int | str, dict[str, Any]] = {409: {"model": ErrorEnvelope, "description": "The video has no content."}}
-_FULL: dict[int | str, dict[str, Any]] = {429: {"model": ErrorEnvelope, "description": "Too many videos wait."}}
+_CONFLICT: dict[int | str, dict[str, Any]] = {
+    409: {"model": ErrorEnvelope, "description": "`Idempotency-Key` was used for another request."}
+}
+_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Each change of the video, up to its end.", "content": {"text/event-stream": {}}},
+    204: {"description": "`Last-Event-ID` names the end."},
+    503: {"model": ErrorEnvelope, "description": "As many clients follow videos as may."},
+}
 _FILE: dict[int | str, dict[str, Any]] = {
     200: {"description": "The file.", "content": {"video/mp4": {}, "image/jpeg": {}}},
     206: {"description": "Part of the file."},
@@ -33,26 +42,41 @@ def _body(model: type[BaseModel], *kinds: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}
 
 
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        pattern="^[ -~]+$",
+        description="A name for this request. The same request with the same name makes one video, however often it "
+        "is sent; another request with that name is refused. Holds for as long as the video exists.",
+    ),
+]
+
+
 def router(videos: Videos) -> APIRouter:
     """Routes over `videos`."""
-    routes = APIRouter(tags=["videos"], responses=RESPONSES)
+    routes = APIRouter(tags=["videos"], responses=RESPONSES, dependencies=bearer(videos.config.auth))
+    streams = sse.Streams(videos.config.gateway.max_ongoing_requests // 2)
 
     @routes.post(
-        "/v1/videos", responses=_FULL, openapi_extra=_body(CreateVideo, "application/json", "multipart/form-data")
+        "/v1/videos", responses=_CONFLICT, openapi_extra=_body(CreateVideo, "application/json", "multipart/form-data")
     )
-    async def create(request: Request) -> Video:
+    async def create(request: Request, who: Creator, idempotency_key: IdempotencyKey = None) -> Video:
         """Queue a video. The answer holds everything that was resolved, the drawn seed too."""
         fields, typed = await read_fields(request)
-        return await videos.submit(fields, typed=typed)
+        return await videos.submit(fields, typed=typed, who=who, idempotency_key=idempotency_key)
 
     @routes.get("/v1/videos")
     async def list_videos(
+        who: Reader,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> VideoList:
         """A page of videos by age."""
-        return await videos.list(after, limit, order)
+        return await videos.list(after, limit, order, who)
 
     for path, what in (("edits", "Editing"), ("extensions", "Extending"), ("characters", "Characters")):
         routes.add_api_route(f"/v1/videos/{path}", _unsupported(what), methods=["POST"], name=path, response_model=None)
@@ -61,9 +85,9 @@ def router(videos: Videos) -> APIRouter:
     )
 
     @routes.get("/v1/videos/{video_id}")
-    async def retrieve(video_id: str, response: Response) -> Video:
+    async def retrieve(video_id: str, who: Reader, response: Response) -> Video:
         """A video: its state, and what it is made from."""
-        video = await videos.get(video_id)
+        video = await videos.get(video_id, who)
         if video is None:
             raise no_video(video_id)
         if video.status in ("queued", "in_progress"):
@@ -71,37 +95,54 @@ def router(videos: Videos) -> APIRouter:
         return video
 
     @routes.delete("/v1/videos/{video_id}")
-    async def delete(video_id: str) -> VideoDeleted:
+    async def delete(video_id: str, who: Creator) -> VideoDeleted:
         """Remove a video and its files; a run of it is cancelled."""
-        if not await videos.delete(video_id):
+        if not await videos.delete(video_id, who):
             raise no_video(video_id)
         return VideoDeleted(id=video_id)
 
     @routes.post("/v1/videos/{video_id}/cancel")
-    async def cancel(video_id: str) -> Video:
+    async def cancel(video_id: str, who: Creator) -> Video:
         """Stop a video that waits or runs. It ends as `failed` with `error.code` `cancelled`."""
-        video = await videos.cancel(video_id)
+        video = await videos.cancel(video_id, who)
         if video is None:
             raise no_video(video_id)
         return video
 
-    @routes.post("/v1/videos/{video_id}/remix", responses=_FULL, openapi_extra=_body(Remix, "application/json"))
-    async def remix(video_id: str, request: Request) -> Video:
+    @routes.post("/v1/videos/{video_id}/remix", responses=_CONFLICT, openapi_extra=_body(Remix, "application/json"))
+    async def remix(video_id: str, request: Request, who: Creator, idempotency_key: IdempotencyKey = None) -> Video:
         """Queue the same video, seed included, with another prompt."""
         fields, typed = await read_fields(request)
-        return await videos.remix(video_id, _remix(fields, typed))
+        return await videos.remix(video_id, _remix(fields, typed), who, idempotency_key)
+
+    @routes.get("/v1/videos/{video_id}/events", responses=_EVENTS, response_class=Response)
+    async def events(
+        video_id: str, who: Reader, last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None
+    ) -> Response:
+        """The video now and after each change, as Server-Sent Events named by its status; the last is `completed`,
+        `failed` or `deleted`."""
+        video = await videos.get(video_id, who)
+        if video is None:
+            raise no_video(video_id)
+        if sse.is_end(video, last_event_id):
+            return Response(status_code=204)
+        streams.check()
+        # Not to be kept, nor to be collected before it is passed on.
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        text = streams.stream(video_id, videos.watch(video_id), last_event_id)
+        return StreamingResponse(text, headers=headers, media_type="text/event-stream")
 
     @routes.get("/v1/videos/{video_id}/content", responses={**_ENDED, **_FILE}, response_class=Response)
-    async def get_content(video_id: str, request: Request, variant: Variant = "video") -> Response:
+    async def get_content(video_id: str, request: Request, who: Reader, variant: Variant = "video") -> Response:
         """The mp4 of a completed video, or a JPEG variant of it. Takes `Range` and `If-None-Match`."""
-        return await _content(video_id, request, variant)
+        return await _content(video_id, request, who, variant)
 
     @routes.head("/v1/videos/{video_id}/content", include_in_schema=False)
-    async def head_content(video_id: str, request: Request, variant: Variant = "video") -> Response:
-        return await _content(video_id, request, variant)
+    async def head_content(video_id: str, request: Request, who: Reader, variant: Variant = "video") -> Response:
+        return await _content(video_id, request, who, variant)
 
-    async def _content(video_id: str, request: Request, variant: Variant) -> Response:
-        key, stat = await videos.output(video_id, variant)
+    async def _content(video_id: str, request: Request, who: Caller, variant: Variant) -> Response:
+        key, stat = await videos.output(video_id, variant, who)
         head = request.method == "HEAD"
         if (url := await videos.storage.link(key, "HEAD" if head else "GET")) is not None:
             return content.redirect(url)
@@ -112,7 +153,7 @@ def router(videos: Videos) -> APIRouter:
 
 
 def _unsupported(what: str) -> Any:
-    async def refuse() -> None:
+    async def refuse(who: Creator) -> None:
         raise ApiError(400, "unsupported", f"{what} is not supported: this model makes videos from text only.")
 
     return refuse

@@ -102,12 +102,16 @@ class Video(BaseModel):
     stage: str | None = Field(None, description="`encode`, `denoise` or `decode`, while it runs.")
     step: int = 0
     steps: int = 0
-    seconds_left: float | None = Field(None, description="Estimate, while it runs.")
+    seconds_left: float | None = Field(
+        None, description="Estimate of the time until it is there, from what recent videos took; null if none is known."
+    )
     priority: Priority
     deadline_at: int | None = Field(None, description="When work on it ends, finished or not.")
     start_at: int | None = Field(None, description="When work on it begins at the earliest.")
     queue_position: int | None = Field(None, description="1 is next; while it is queued. A more urgent one may come.")
     attempts: int = Field(description="Times that work on it began.")
+    owner: str | None = Field(None, description="The id of the API key that created it, where there are keys.")
+    revision: str | None = Field(None, description="Of the weights that made it.")
     last_error: VideoError | None = Field(None, description="Why an earlier attempt failed, while another is made.")
     negative_prompt: str
     width: int
@@ -127,8 +131,8 @@ class Video(BaseModel):
     size_bytes: int | None = None
 
     @classmethod
-    def of(cls, job: Job, queue_position: int | None = None) -> Video:
-        """The resource of a job."""
+    def of(cls, job: Job, queue_position: int | None = None, seconds_left: float | None = None) -> Video:
+        """The resource of a job. `seconds_left` is what is guessed while it waits; a job that runs knows better."""
         error = None
         if job.error_code is not None:
             error = VideoError(code=job.error_code, message=job.error_message or "")
@@ -151,12 +155,14 @@ class Video(BaseModel):
             stage=job.stage,
             step=job.step,
             steps=job.steps,
-            seconds_left=job.seconds_left,
+            seconds_left=job.seconds_left if seconds_left is None else float(round(seconds_left)),
             priority=job.priority,
             deadline_at=None if job.deadline_at is None else int(job.deadline_at),
             start_at=None if job.start_at is None else int(job.start_at),
             queue_position=queue_position,
             attempts=job.attempt,
+            owner=job.owner or None,
+            revision=job.revision,
             timings=job.timings,
             warnings=job.warnings,
             size_bytes=job.size_bytes,

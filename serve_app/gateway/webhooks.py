@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 
 from serve_app.config import Config
 from serve_app.errors import InvalidRequest
-from serve_app.gateway.auth import Caller, Scope, caller
+from serve_app.gateway.auth import Caller, Creator, Reader, bearer
 from serve_app.gateway.errors import RESPONSES, ApiError
 from serve_app.gateway.schemas import ErrorEnvelope
 from serve_app.gateway.webhook_schemas import (
@@ -46,22 +46,6 @@ SAMPLE_VIDEO = "video_sample"
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 _DISABLED: dict[int | str, dict[str, Any]] = {409: {"model": ErrorEnvelope, "description": "The endpoint is disabled."}}
-_FORBIDDEN: dict[int | str, dict[str, Any]] = {403: {"model": ErrorEnvelope, "description": "The key may not."}}
-
-
-def _needs(scope: Scope) -> Any:
-    """Dependency: the caller, if it has the scope."""
-
-    async def check(who: Annotated[Caller, Depends(caller)]) -> Caller:
-        if scope not in who.scopes and "admin" not in who.scopes:
-            raise ApiError(403, "insufficient_scope", f"This key lacks the scope '{scope}'.")
-        return who
-
-    return Depends(check)
-
-
-Reader = Annotated[Caller, _needs("read")]
-Owner = Annotated[Caller, _needs("create")]
 
 
 def router(config: Config, database: Database) -> APIRouter:
@@ -70,7 +54,7 @@ def router(config: Config, database: Database) -> APIRouter:
     Raises:
         ConfigError: an option of webhooks that cannot work.
     """
-    routes = APIRouter(tags=["webhooks"], responses={**RESPONSES, **_FORBIDDEN})
+    routes = APIRouter(tags=["webhooks"], responses=RESPONSES, dependencies=bearer(config.auth))
     endpoints = Endpoints(database)
     sender = outbound(config)
 
@@ -81,7 +65,7 @@ def router(config: Config, database: Database) -> APIRouter:
             raise InvalidRequest("url", f"'url' {error}.") from None
 
     async def found(endpoint_id: str, who: Caller) -> Endpoint:
-        endpoint = await endpoints.get(endpoint_id, _owner(who))
+        endpoint = await endpoints.get(endpoint_id, who.sees)
         if endpoint is None:
             raise _no_endpoint(endpoint_id)
         return endpoint
@@ -99,7 +83,7 @@ def router(config: Config, database: Database) -> APIRouter:
         return WebhookEventTypes(data=[*EVENT_TYPES])
 
     @routes.post("/v1/webhook_endpoints")
-    async def create(body: CreateEndpoint, who: Owner) -> WebhookEndpointWithSecret:
+    async def create(body: CreateEndpoint, who: Creator) -> WebhookEndpointWithSecret:
         """Have a URL told of the videos of this key that end. The answer holds the secret that signs, once."""
         check_url(body.url)
         most = config.webhooks.endpoints
@@ -115,7 +99,7 @@ def router(config: Config, database: Database) -> APIRouter:
     async def list_endpoints(who: Reader, after: str | None = None, limit: Limit = 20) -> WebhookEndpointList:
         """A page of endpoints, the newest first."""
         try:
-            rows, has_more = await endpoints.list(_owner(who), after, limit)
+            rows, has_more = await endpoints.list(who.sees, after, limit)
         except LookupError:
             raise _bad_after(after, "endpoint") from None
         data = [WebhookEndpoint.of(endpoint) for endpoint in rows]
@@ -127,7 +111,7 @@ def router(config: Config, database: Database) -> APIRouter:
         return WebhookEndpoint.of(await found(webhook_endpoint_id, who))
 
     @routes.post("/v1/webhook_endpoints/{webhook_endpoint_id}")
-    async def update(webhook_endpoint_id: str, body: UpdateEndpoint, who: Owner) -> WebhookEndpoint:
+    async def update(webhook_endpoint_id: str, body: UpdateEndpoint, who: Creator) -> WebhookEndpoint:
         """Change an endpoint, or enable one again whose receiver answered 410."""
         changes = body.model_dump(exclude_none=True)
         if body.url is not None:
@@ -136,33 +120,33 @@ def router(config: Config, database: Database) -> APIRouter:
             changes["event_types"] = sorted(set(body.event_types))
         if changes.pop("enabled", None) is not None:
             changes["disabled_reason"] = None if body.enabled else "Disabled by its owner."
-        endpoint = await endpoints.update(webhook_endpoint_id, _owner(who), changes)
+        endpoint = await endpoints.update(webhook_endpoint_id, who.sees, changes)
         if endpoint is None:
             raise _no_endpoint(webhook_endpoint_id)
         return WebhookEndpoint.of(endpoint)
 
     @routes.delete("/v1/webhook_endpoints/{webhook_endpoint_id}")
-    async def delete(webhook_endpoint_id: str, who: Owner) -> WebhookEndpointDeleted:
+    async def delete(webhook_endpoint_id: str, who: Creator) -> WebhookEndpointDeleted:
         """Remove an endpoint. What was not delivered to it never will be."""
-        if not await endpoints.delete(webhook_endpoint_id, _owner(who)):
+        if not await endpoints.delete(webhook_endpoint_id, who.sees):
             raise _no_endpoint(webhook_endpoint_id)
         logger.info("endpoint deleted", extra={"endpoint": webhook_endpoint_id})
         return WebhookEndpointDeleted(id=webhook_endpoint_id)
 
     @routes.post("/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret")
     async def rotate_secret(
-        webhook_endpoint_id: str, who: Owner, body: RotateSecret | None = None
+        webhook_endpoint_id: str, who: Creator, body: RotateSecret | None = None
     ) -> WebhookEndpointWithSecret:
         """A new secret, at once. The old one signs as well for a day if that is asked for, else it is void."""
         keep_old = body is not None and body.keep_old_secret_active_for_24_hours
-        endpoint = await endpoints.rotate(webhook_endpoint_id, _owner(who), keep_old=keep_old)
+        endpoint = await endpoints.rotate(webhook_endpoint_id, who.sees, keep_old=keep_old)
         if endpoint is None:
             raise _no_endpoint(webhook_endpoint_id)
         logger.info("endpoint secret rotated", extra={"endpoint": endpoint.id})
         return WebhookEndpointWithSecret.of(endpoint)
 
     @routes.post("/v1/webhook_endpoints/{webhook_endpoint_id}/test", responses=_DISABLED)
-    async def test(webhook_endpoint_id: str, body: TestEndpoint, who: Owner) -> WebhookEndpointTest:
+    async def test(webhook_endpoint_id: str, body: TestEndpoint, who: Creator) -> WebhookEndpointTest:
         """Send a sample event now, once, and wait for the answer, whatever its status. It is in the log, too."""
         endpoint = await enabled(webhook_endpoint_id, who)
         event = new_event(endpoint.owner, body.event_type, SAMPLE_VIDEO, distributed=True)
@@ -175,7 +159,7 @@ def router(config: Config, database: Database) -> APIRouter:
         )
 
     @routes.post("/v1/webhook_endpoints/{webhook_endpoint_id}/replay", responses=_DISABLED)
-    async def replay(webhook_endpoint_id: str, body: Replay, who: Owner) -> WebhookReplay:
+    async def replay(webhook_endpoint_id: str, body: Replay, who: Creator) -> WebhookReplay:
         """Send events again, with the ids that they had."""
         if (body.event_id is None) == (body.since is None):
             raise InvalidRequest("event_id", "Expected one of 'event_id' and 'since'.")
@@ -200,11 +184,6 @@ def router(config: Config, database: Database) -> APIRouter:
         return WebhookDeliveryList(data=data, **_page(data), has_more=has_more)
 
     return routes
-
-
-def _owner(who: Caller) -> str | None:
-    """Whose endpoints a caller sees: None is everybody's."""
-    return None if "admin" in who.scopes else who.owner
 
 
 def _page(data: list[Any]) -> dict[str, str | None]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import event, func, select
+from sqlalchemy import ColumnElement, event, func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -84,6 +84,7 @@ class Database:
             engine = create_async_engine(self._url, connect_args={"timeout": _BUSY_S})
             event.listen(engine.sync_engine, "connect", _prepare_sqlite)
             event.listen(engine.sync_engine, "begin", _begin_sqlite)
+            event.listen(engine.sync_engine, "invalidate", _roll_back_sqlite)
         else:
             limits = {"timeout": _CONNECT_S, "command_timeout": _ANSWER_S}
             engine = create_async_engine(self._url, pool_pre_ping=True, connect_args=limits)
@@ -120,9 +121,14 @@ class Database:
 
     async def clock(self, session: AsyncSession) -> float:
         """The database's time, in seconds since the epoch: the one clock that all dispatchers share."""
+        now = self.now()
+        return now if isinstance(now, float) else float(await session.scalar(select(now)) or 0)
+
+    def now(self) -> float | ColumnElement[Any]:
+        """`clock` as part of a statement."""
         if self._sqlite:
             return time.time()  # the database is in this process
-        return float(await session.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0)
+        return func.extract("epoch", func.clock_timestamp())
 
     def _started(self) -> AsyncEngine:
         if self._engine is None:
@@ -138,6 +144,16 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _roll_back_sqlite(connection: Any, _record: Any, _error: Any) -> None:
+    """Called before a connection is closed whose task was cancelled within a statement.
+
+    Closing alone would not end its transaction: for as long as anything, a traceback say, refers to a cursor with rows
+    left to read, SQLite keeps the closed connection, and with it the only write lock.
+    """
+    with suppress(Exception, asyncio.CancelledError):  # it has been asked for, and is cancelled already
+        connection.rollback()
 
 
 def _begin_sqlite(connection: Any) -> None:

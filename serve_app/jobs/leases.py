@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sqlalchemy import case, select, update
+from sqlalchemy import case, func, select, update
 
 from serve_app import config
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
 from serve_app.jobs import transitions
+from serve_app.jobs.keys import at_running_limit
 from serve_app.jobs.order import due, next_job, not_paused
 from serve_app.jobs.rows import Rows, held_by
 from serve_app.jobs.tables import Job
@@ -39,12 +40,16 @@ class Leases(Rows):
         So within an owner a job is only overtaken by one of a more urgent class that came at most (its own patience -
         the other's) after it; once it has waited its patience, nobody who came later goes first. Within a class it is
         first come, first served.
+
+        Jobs of a key of which as many run as may are passed over. Dispatchers that claim at the same moment may exceed
+        that by one each.
         """
         for _ in range(_TRIES):
             # Most looks find nothing: those shall neither write nor weigh the owners.
             async with self._db.read() as session:
                 now = await self._db.clock(session)
-                if await session.scalar(select(Job.id).where(due(now), not_paused()).limit(1)) is None:
+                may_begin = (due(now), not_paused(), Job.owner.not_in(at_running_limit()))
+                if await session.scalar(select(Job.id).where(*may_begin).limit(1)) is None:
                     return None
             async with self._db.write() as session:
                 now = await self._db.clock(session)
@@ -98,6 +103,7 @@ class Leases(Rows):
                 it is recorded here, while the attempt runs, because its dispatcher may not live to tell.
         """
         reached = percent(progress)
+        began = self._db.now() if progress.stage == "denoise" else None
         further = Job.resumed_step < resumed_step
         async with self._db.write() as session:
             written = await session.execute(
@@ -108,6 +114,7 @@ class Leases(Rows):
                     step=progress.step,
                     steps=progress.steps,
                     seconds_left=progress.seconds_left,
+                    denoise_at=func.coalesce(Job.denoise_at, began),
                     progress=case((Job.progress < reached, reached), else_=Job.progress),
                     resumed_step=case((further, resumed_step), else_=Job.resumed_step),
                     failures=case((further, 0), else_=Job.failures),

@@ -3,7 +3,8 @@
 An owner's jobs go by their turns (creation, or the start that was asked for, plus the patience of the class). Between
 owners, the one with the fewest jobs running goes first; among equals the one whose turn comes first, turns that have
 come counting alike; then the one that was served longest ago. So whoever floods the queue, or calls everything urgent,
-overtakes nobody but themselves, and a free place goes to whom has least.
+overtakes nobody but themselves, and a free place goes to whom has least. Owners of whom as many run as may are passed
+over.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, case, exists, func, or_, select
 from sqlalchemy.orm import aliased
 
+from serve_app.jobs.keys import at_running_limit
 from serve_app.jobs.tables import Job, Switch
 
 PAUSED = "paused"
@@ -61,7 +63,7 @@ def _next_owner(now: float) -> Any:
             running.scalar_subquery().label("running"),
             served_at.scalar_subquery().label("served_at"),
         )
-        .where(owners.c.owner.is_not(None))
+        .where(owners.c.owner.is_not(None), owners.c.owner.not_in(at_running_limit()))
         .cte("heads")
         .prefix_with("MATERIALIZED")  # else PostgreSQL computes each column anew wherever it is named
     )

@@ -5,17 +5,22 @@ Knows nothing of Ray, HTTP or storage.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from sqlalchemy import func, or_, select, text, tuple_
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve_app.config import Config, Patience, Retention
 from serve_app.errors import ServeAppError
 from serve_app.jobs import transitions
 from serve_app.jobs.database import Database
+from serve_app.jobs.estimate import Pace, measure, work_ahead
+from serve_app.jobs.keys import Keys, admit
 from serve_app.jobs.leases import Leases
 from serve_app.jobs.switches import Switches
 from serve_app.jobs.tables import Job, id_time, new_id
@@ -23,10 +28,37 @@ from serve_app.jobs.upkeep import Upkeep
 from serve_app.request import Params, Urgency
 
 _WHENEVER = Urgency()
+# Between two looks at the jobs that ended last, in seconds.
+_PACE_S = 2.0
 
 
 class QueueFull(ServeAppError):
-    """As many jobs wait as may wait."""
+    """As many jobs wait as may wait.
+
+    Args:
+        retry_after_s: when one fewer will, None if nothing is known.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class IdempotencyConflict(ServeAppError):
+    """The owner used this idempotency key for another request."""
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """A request's name, chosen by its client, and a digest of what it asks for: the same request makes one job however
+    often it comes."""
+
+    key: str
+    digest: str
 
 
 class Announcer(Protocol):
@@ -46,6 +78,7 @@ class JobStore(Leases, Upkeep, Switches):
         patience: of each class of jobs that are created here; the defaults if None.
         retention: of jobs that end here; the defaults if None.
         announcer: told of jobs that are created here. Without one, dispatchers find them when they next look.
+        ranks: of the groups that they are made for, for GPU-seconds.
 
     Raises:
         ConfigError: the URL cannot be read, or names another kind of database.
@@ -58,16 +91,27 @@ class JobStore(Leases, Upkeep, Switches):
         patience: Patience | None = None,
         retention: Retention | None = None,
         announcer: Announcer | None = None,
+        ranks: int = 1,
     ) -> None:
         super().__init__(Database(url), late_outputs_s, retention or Retention())
+        self.keys = Keys(self._db)
         self._patience = patience or Patience()
         self._announcer = announcer
+        self._ranks = ranks
+        self._pace = Pace()
+        self._pace_at = float("-inf")
 
     @classmethod
     def of(cls, config: Config, announcer: Announcer | None = None) -> JobStore:
         """The store that a configuration names."""
-        late_outputs_s = config.dispatcher.late_outputs_s
-        return cls(config.store_url, late_outputs_s, config.patience, config.retention, announcer)
+        return cls(
+            config.store_url,
+            config.dispatcher.late_outputs_s,
+            config.patience,
+            config.retention,
+            announcer,
+            config.denoiser.tensor_parallel,
+        )
 
     @property
     def database(self) -> Database:
@@ -102,61 +146,102 @@ class JobStore(Leases, Upkeep, Switches):
         model: str,
         urgency: Urgency = _WHENEVER,
         *,
+        owner: str = "",
+        idempotency: Idempotency | None = None,
         remixed_from: str | None = None,
         notify_email: str | None = None,
         max_queued: int | None = None,
     ) -> Job:
         """Put a job into the queue; see `claim` for its place. Once it is there, whoever listens is told.
 
+        Where the same request of the same owner was here before, its job is returned, whatever became of it.
+
         Raises:
-            QueueFull: `max_queued` jobs wait already.
+            QueueFull: `max_queued` jobs wait already. OverLimit: as many of this owner do as may.
+            IdempotencyConflict: another request of this owner had the same idempotency key.
         """
-        async with self._db.write() as session:
-            if max_queued is not None and await self._count(session) >= max_queued:
-                raise QueueFull(f"{max_queued} jobs wait already.")
-            video_id, created_at = new_id()
-            deadline_at = None
-            if urgency.deadline_s is not None:
-                # By the clock that will judge it: this host's may be off by more than somebody's deadline.
-                deadline_at = await self._db.clock(session) + urgency.deadline_s
-            job = Job(
-                id=video_id,
-                model=model,
-                params=params.model_dump(),
-                remixed_from=remixed_from,
-                notify_email=notify_email,
-                priority=urgency.priority,
-                created_at=created_at,
-                start_at=urgency.start_at,
-                not_before=urgency.start_at or 0.0,
-                deadline_at=deadline_at,
-            )
-            job.turn = job.waits_since + getattr(self._patience, urgency.priority)
-            # One that is to begin later is announced when it is due, and one whose announcement gets lost once more.
-            begins = job.waits_since <= created_at
-            job.announced_at = created_at if begins else 0.0
-            session.add(job)
-        if self._announcer is not None and begins:
+        await self.pace()  # before the transaction, which should be short
+        job = Job(
+            owner=owner,
+            model=model,
+            params=params.model_dump(),
+            work=params.work,
+            ranks=self._ranks,
+            idempotency_key=None if idempotency is None else idempotency.key,
+            request_digest=None if idempotency is None else idempotency.digest,
+            remixed_from=remixed_from,
+            notify_email=notify_email,
+            priority=urgency.priority,
+            start_at=urgency.start_at,
+            not_before=urgency.start_at or 0.0,
+        )
+        try:
+            before = await self._add(job, urgency.deadline_s, max_queued)
+        except IntegrityError:
+            # Somebody else created the job between our look and our insert. Now we see it.
+            before = None if idempotency is None else await self.known(owner, idempotency)
+            if before is None:
+                raise
+        if before is not None:
+            return before
+        if self._announcer is not None and job.announced_at:
             await self._announcer.announce([job.id])
         return job
 
-    async def get(self, video_id: str) -> Job | None:
-        """The job, or None."""
+    async def _add(self, job: Job, deadline_s: float | None, max_queued: int | None) -> Job | None:
+        """Give a job its id and times and store it, unless its request was here before: then that one's job."""
+        async with self._db.write() as session:
+            if job.idempotency_key is not None:
+                before = await _known(session, job.owner, job.idempotency_key, job.request_digest)
+                if before is not None:
+                    return before
+            job.id, job.created_at = new_id()
+            # By the clock that will judge it: this host's may be off by more than somebody's deadline.
+            now = await self._db.clock(session)
+            await admit(session, job.owner, now)
+            if max_queued is not None and await self._count(session) >= max_queued:
+                raise QueueFull(f"{max_queued} jobs wait already.", self._pace.seconds_per_job)
+            job.deadline_at = None if deadline_s is None else now + deadline_s
+            job.turn = job.waits_since + getattr(self._patience, job.priority)
+            # One that is to begin later is announced when it is due, and one whose announcement gets lost once more.
+            job.announced_at = job.created_at if job.waits_since <= job.created_at else 0.0
+            session.add(job)
+        return None
+
+    async def known(self, owner: str, idempotency: Idempotency) -> Job | None:
+        """The job of a request that was here before, or None.
+
+        Raises:
+            IdempotencyConflict: another request of this owner had the same idempotency key.
+        """
+        async with self._db.read() as session:
+            return await _known(session, owner, idempotency.key, idempotency.digest)
+
+    async def get(self, video_id: str, owner: str | None = None) -> Job | None:
+        """The job, or None. Another owner's is none; `owner` None stands for all of them."""
         if id_time(video_id) is None:
             return None
         async with self._db.read() as session:
-            return await session.get(Job, video_id)
+            job = await session.get(Job, video_id)
+        return job if job is not None and owner in (None, job.owner) else None
 
     async def list(
-        self, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
+        self,
+        after: str | None = None,
+        limit: int = 20,
+        order: Literal["asc", "desc"] = "desc",
+        owner: str | None = None,
     ) -> tuple[Sequence[Job], bool]:
         """A page of at most `limit` jobs by age, and whether more follow. `after` is the last id of the page before.
+        Those of one owner, or with None all.
 
         Raises:
             LookupError: `after` is no id.
         """
         key = tuple_(Job.created_at, Job.id)
         query = select(Job).limit(limit + 1)
+        if owner is not None:
+            query = query.where(Job.owner == owner)
         if order == "asc":
             query = query.order_by(Job.created_at, Job.id)
         else:
@@ -170,26 +255,28 @@ class JobStore(Leases, Upkeep, Switches):
             jobs = (await session.scalars(query)).all()
         return jobs[:limit], len(jobs) > limit
 
-    async def delete(self, video_id: str) -> bool:
+    async def delete(self, video_id: str, owner: str | None = None) -> bool:
         """Forget a job and have its files removed; False if there is none. A run of it ends when it next reports."""
         async with self._db.write() as session:
             job = await self._locked(session, video_id)
-            if job is None:
+            if job is None or owner not in (None, job.owner):
                 return False
             now = await self._db.clock(session)
             session.add_all(transitions.forget(job, now, self._late_outputs_s))
             await session.delete(job)
         return True
 
-    async def request_cancel(self, video_id: str) -> Job | None:
+    async def request_cancel(self, video_id: str, owner: str | None = None) -> Job | None:
         """Cancel at once what waits, and ask the dispatcher to cancel what runs; None if there is no such job."""
         async with self._db.write() as session:
             job = await self._locked(session, video_id)
-            if job is not None and job.status == "queued":
+            if job is None or owner not in (None, job.owner):
+                return None
+            if job.status == "queued":
                 now = await self._db.clock(session)
                 message = "Cancelled before it started."
                 self._settle(session, job, now, transitions.fail(job, now, "cancelled", message, self._late_outputs_s))
-            elif job is not None and job.status == "in_progress":
+            elif job.status == "in_progress":
                 job.cancel_requested = True
         return job
 
@@ -215,5 +302,28 @@ class JobStore(Leases, Upkeep, Switches):
             others = waits.where(or_(Job.owner < row.owner, Job.owner > row.owner)).group_by(Job.owner)
             return own + sum(min(count, own) for count in await session.scalars(others))
 
+    async def seconds_left(self, job: Job) -> float | None:
+        """Estimate of when a job is done that waits; None while nothing is known."""
+        pace = await self.pace()
+        if not pace.finished:
+            return None
+        async with self._db.read() as session:
+            return pace.seconds_left(await work_ahead(session, job), job.work)
+
+    async def pace(self) -> Pace:
+        """How fast jobs are done at the moment, looked up every few seconds however many ask."""
+        if time.monotonic() - self._pace_at >= _PACE_S:
+            self._pace_at = time.monotonic()
+            async with self._db.read() as session:
+                self._pace = await measure(session)
+        return self._pace
+
     async def _count(self, session: AsyncSession) -> int:
         return await session.scalar(select(func.count()).where(Job.status == "queued")) or 0
+
+
+async def _known(session: AsyncSession, owner: str, key: str, digest: str | None) -> Job | None:
+    job = await session.scalar(select(Job).where(Job.owner == owner, Job.idempotency_key == key))
+    if job is not None and job.request_digest != digest:
+        raise IdempotencyConflict(f"Idempotency-Key {key!r} was used for another request.")
+    return job

@@ -59,9 +59,17 @@ class Job(Base):
     model: Mapped[str]
     params: Mapped[dict[str, Any]]
     """A `serve_app.request.Params` as JSON."""
+    work: Mapped[float] = mapped_column(default=0.0)
+    """`Params.work`: what estimates count in."""
+    ranks: Mapped[int] = mapped_column(default=1)
+    """Of the groups it is made for: a second of denoising is as many GPU-seconds."""
     remixed_from: Mapped[str | None] = mapped_column(String(64))
     notify_email: Mapped[str | None]
     """Where a mail goes when it has ended."""
+    idempotency_key: Mapped[str | None] = mapped_column(String(255))
+    """The client's name for its request; the owner's other requests have others."""
+    request_digest: Mapped[str | None] = mapped_column(String(64))
+    """Of the request that came with the idempotency key."""
     priority: Mapped[str] = mapped_column(String(16), default="standard")
     """A `serve_app.config.Priority`."""
     created_at: Mapped[float]
@@ -73,6 +81,8 @@ class Job(Base):
     """When the video ceases to be of use, by the database's clock."""
     started_at: Mapped[float | None]
     """When the current attempt began."""
+    denoise_at: Mapped[float | None]
+    """When its denoising began."""
     completed_at: Mapped[float | None]
     """When it completed or failed."""
     expires_at: Mapped[float | None]
@@ -109,6 +119,8 @@ class Job(Base):
     size_bytes: Mapped[int | None] = mapped_column(BigInteger)
     timings: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """A stage to its seconds."""
+    revision: Mapped[str | None] = mapped_column(String(64))
+    """Of the weights that made it."""
     warnings: Mapped[list[str]] = mapped_column(default=list)
 
     __table_args__ = (
@@ -120,6 +132,11 @@ class Job(Base):
         Index("jobs_by_expiry", "expires_at"),
         Index("jobs_by_lease", "status", "lease_until"),
         Index("jobs_by_deadline", "status", "deadline_at"),
+        Index("jobs_by_owner", "owner", "status"),
+        Index("jobs_by_owner_and_age", "owner", "created_at", "id"),
+        Index("jobs_by_end", "status", "completed_at"),
+        # Two gateways that get the same request at once: the index lets one of them create the job.
+        Index("jobs_by_idempotency_key", "owner", "idempotency_key", unique=True),
     )
 
     @property
@@ -163,3 +180,18 @@ class Switch(Base):
 
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     since: Mapped[float]
+
+
+class Usage(Base):
+    """GPU-seconds that a job was charged to its key, at most once: when it completed, or was cut off by its owner or
+    its deadline. What was lost on our side is nobody's to pay. Outlives the job.
+    """
+
+    __tablename__ = "usage"
+
+    job_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(64))
+    at: Mapped[float]
+    gpu_seconds: Mapped[float]
+
+    __table_args__ = (Index("usage_by_owner", "owner", "at"),)

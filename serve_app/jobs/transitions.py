@@ -1,8 +1,9 @@
-"""How a job's row changes when an attempt ends: tried again, failed or completed, and which files are garbage then.
+"""How a job's row changes when an attempt ends: tried again, failed or completed; which files are garbage then, and
+what its key is charged.
 
 Rules only: the caller holds the row's lock, and stores the rows that they return in the same transaction: the garbage,
-and the event of a job that has ended, so that nothing ends without being told. Times are seconds since the epoch by the
-database's clock.
+what is charged, and the event of a job that has ended, so that nothing ends without being told. Times are seconds since
+the epoch by the database's clock.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from serve_app import config
 from serve_app.errors import JobFailed
 from serve_app.events import Done
 from serve_app.jobs.notice.tables import event_of
-from serve_app.jobs.tables import Base, Garbage, Job
+from serve_app.jobs.tables import Base, Garbage, Job, Usage
 
 # A longer wait between two attempts helps nobody: what takes minutes to come back keeps no job from waiting.
 _LONGEST_DELAY_S = 60
 # Error codes of what is lost around a job: its group outside of its steps, a process that drove it, its dispatcher, the
 # storage.
 _INTERRUPTIONS = {"group_lost", "worker_lost", "lease_expired", "store_failed"}
+# Error codes of ends that the owner chose: the GPUs' time is charged to the key all the same.
+_CHOSEN = {"cancelled", "deadline_exceeded"}
 
 
 def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Base]:
@@ -29,30 +32,36 @@ def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Ba
     job.progress = 100
     job.step, job.seconds_left = job.steps, None
     job.outputs, job.timings, job.warnings = dict(done.outputs), dict(done.timings), [*done.warnings]
-    job.size_bytes = done.size_bytes
+    job.size_bytes, job.revision = done.size_bytes, done.revision
     job.lease_owner = job.lease_until = None
     job.error_code = job.error_message = None
     earlier = [f"videos/{job.id}/{attempt}" for attempt in range(1, job.attempt)]
-    return [event_of(job), *_garbage([*earlier, job.state_prefix], now, late_outputs_s)]
+    return [
+        event_of(job),
+        *_garbage([*earlier, job.state_prefix], now, late_outputs_s),
+        *_charge(job, now, done.timings.get("denoise", 0.0)),
+    ]
 
 
 def fail(job: Job, now: float, code: str, message: str, late_outputs_s: float) -> list[Base]:
     """There will be no video."""
+    charge = _charge(job, now, _denoised_s(job, now)) if code in _CHOSEN else []
     job.status = "failed"
     job.completed_at = now
     job.error_code, job.error_message = code, message
     job.lease_owner = job.lease_until = job.seconds_left = None
     prefixes = [f"videos/{job.id}", job.state_prefix] if job.attempt else []
-    return [event_of(job), *_garbage(prefixes, now, late_outputs_s)]
+    return [event_of(job), *_garbage(prefixes, now, late_outputs_s), *charge]
 
 
-def forget(job: Job, now: float, late_outputs_s: float) -> list[Garbage]:
+def forget(job: Job, now: float, late_outputs_s: float) -> list[Base]:
     """The row is about to be deleted."""
     prefixes = [f"videos/{job.id}"]
     if job.attempt and not job.finished:
         prefixes.append(job.state_prefix)
     late = job.attempt and (job.status != "completed" or job.attempt > 1)
-    return _garbage(prefixes, now, late_outputs_s if late else 0)
+    charge = [] if job.finished else _charge(job, now, _denoised_s(job, now))
+    return [*_garbage(prefixes, now, late_outputs_s if late else 0), *charge]
 
 
 def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list[Base]:
@@ -62,7 +71,7 @@ def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list
     job.status = "queued"
     job.not_before = now + delay_s
     job.announced_at = 0.0
-    job.lease_owner = job.lease_until = job.started_at = job.stage = job.seconds_left = None
+    job.lease_owner = job.lease_until = job.started_at = job.denoise_at = job.stage = job.seconds_left = None
     job.step = job.steps = job.progress = 0
     return []
 
@@ -114,3 +123,15 @@ def _garbage(prefixes: Iterable[str], now: float, late_outputs_s: float) -> list
     """Removed now, and again when nobody can still be storing: a run may outlive the decision to end it."""
     times = (now, now + late_outputs_s) if late_outputs_s else (now,)
     return [Garbage(prefix=prefix, due_at=due_at) for prefix in prefixes for due_at in times]
+
+
+def _charge(job: Job, now: float, denoised_s: float) -> list[Usage]:
+    """What its key pays, if it has one."""
+    if not job.owner or denoised_s <= 0:
+        return []
+    return [Usage(job_id=job.id, owner=job.owner, at=now, gpu_seconds=denoised_s * job.ranks)]
+
+
+def _denoised_s(job: Job, now: float) -> float:
+    """How long the attempt under way has been in a group: what `timings` would say of it if it ended now."""
+    return 0.0 if job.denoise_at is None or job.status != "in_progress" else now - job.denoise_at

@@ -27,11 +27,13 @@ SPRITE_COLUMNS = 4
 
 @dataclass(frozen=True)
 class Decoded:
-    """Where a video was stored: keys by `video`, `thumbnail`, `spritesheet`; the mp4's size; seconds by part."""
+    """Where a video was stored: keys by `video`, `thumbnail`, `spritesheet`; the mp4's size; seconds by part; and the
+    revision of the checkpoint."""
 
     outputs: dict[str, str]
     size_bytes: int
     timings: dict[str, float]
+    revision: str
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ class Decoder:
                 key = outputs[name.partition(".")[0]] = f"{prefix}/{name}"
                 await self._storage.put(key, content, download_name(job_id, key))
             size = path.stat().st_size
-        return Decoded(outputs, size, {"vae": vae_seconds, "store": time.monotonic() - started})
+        seconds = {"vae": vae_seconds, "store": time.monotonic() - started}
+        return Decoded(outputs, size, seconds, self._revision)
 
     def _warm_up(self, latents: np.ndarray, params: Params) -> None:
         from serve_app.wan.video import spritesheet, thumbnail, write_mp4

@@ -156,6 +156,7 @@ class Pipeline:
             warnings=[
                 f"'{name}' is longer than the text encoder reads; its end was ignored." for name in begun.truncated
             ],
+            revision=decoded.revision,
         )
 
     async def _decode(self, latents: Any, params: Params, job: dict[str, Any]) -> Decoded:

@@ -27,6 +27,7 @@ def write_config(folder: Path, checkpoint: Path, changes: dict[str, dict[str, An
     content["http_options"]["host"] = "0.0.0.0"
     args = content["applications"][0]["args"]
     args["home"] = str(folder / "home")
+    args["auth"] = {"open": True}
     args["model"].update(path=str(checkpoint), name="random")
     args["defaults"].update(width=64, height=64, num_frames=9, num_inference_steps=6)
     args["limits"]["num_inference_steps"] = 2000

@@ -13,11 +13,13 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from serve_app.config import Config, Defaults, Limits
+from serve_app.config import Auth, Config, Defaults, Gateway, Limits
 from serve_app.config import Dispatcher as Options
 from serve_app.config import Storage as StorageOptions
 from serve_app.gateway.app import create_app
 from serve_app.jobs.dispatcher import Dispatcher
+from serve_app.jobs.keys import Limits as KeyLimits
+from serve_app.jobs.keys import Scope
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 from tests.jobs.databases import postgres_url, store, store_url
@@ -42,8 +44,14 @@ class Server:
     reason: str | None = None
     """Why `/readyz` is 503."""
 
-    async def create(self, **fields: Any) -> dict[str, Any]:
-        answer = await self.http.post("/v1/videos", json={"prompt": "a red circle moves right", **fields})
+    async def key(self, *scopes: Scope, **limits: Any) -> tuple[str, dict[str, str]]:
+        """A new key: its id, and the headers of who has it."""
+        key, text = await self.store.keys.create("test", scopes or ("create", "read"), KeyLimits(**limits))
+        return key.id, {"authorization": f"Bearer {text}"}
+
+    async def create(self, headers: dict[str, str] | None = None, **fields: Any) -> dict[str, Any]:
+        body = {"prompt": "a red circle moves right", **fields}
+        answer = await self.http.post("/v1/videos", json=body, headers=headers)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
@@ -61,16 +69,24 @@ class Server:
 
 
 @pytest.fixture
+def auth() -> Auth:
+    """Who may call. Modules about keys say otherwise."""
+    return Auth()
+
+
+@pytest.fixture
 def storage_options() -> StorageOptions:
     """The storage section; a folder under `home`."""
     return StorageOptions(min_free_mib=1)
 
 
 @pytest.fixture
-async def server(tmp_path: Path, storage_options: StorageOptions) -> AsyncIterator[Server]:
+async def server(tmp_path: Path, auth: Auth, storage_options: StorageOptions) -> AsyncIterator[Server]:
     config = Config(
         home=str(tmp_path),
+        auth=auth,
         storage=storage_options,
+        gateway=Gateway(max_ongoing_requests=16),
         defaults=Defaults(width=128, height=128, num_frames=33, num_inference_steps=4),
         limits=Limits(pixels=512 * 288, num_frames=81, queued_jobs=30, body_bytes=50_000),
         dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2, running_jobs=8),
@@ -89,7 +105,7 @@ async def server(tmp_path: Path, storage_options: StorageOptions) -> AsyncIterat
 
     app = create_app(config, store, storage, wake, ready)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
         server = Server(config, store, storage, pipeline, dispatcher, app, http)
         yield server
     if pipeline.gate is not None:

@@ -28,9 +28,16 @@ async def test_errors_of_the_frame(server: Server) -> None:
         ("POST", f"/v1/videos/{unknown}/remix", 404, "not_found"),
         ("PUT", "/v1/videos", 405, "method_not_allowed"),
         ("PATCH", f"/v1/videos/{unknown}", 405, "method_not_allowed"),
+        ("OPTIONS", "/v1/videos", 405, "method_not_allowed"),
+        ("HEAD", "/v1/videos", 405, ""),
+        ("HEAD", f"/v1/videos/{unknown}", 405, ""),
     ):
         answer = await server.http.request(method, path, json={"prompt": "x"})
         assert answer.status_code == status, (method, path, answer.text)
+        assert status != 405 or answer.headers["allow"]
+        if method == "HEAD":
+            assert answer.content == b"" and answer.headers["content-type"] == "application/json"
+            continue
         error = answer.json()["error"]
         assert set(error) == ENVELOPE and error["code"] == code and error["message"]
         assert answer.headers["x-should-retry"] == "false"

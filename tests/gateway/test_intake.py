@@ -92,7 +92,7 @@ async def test_a_database_that_is_cut_off(
 
     app = create_app(config, store, storage, nothing, nothing)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30) as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=30) as http:
         video = (await http.post("/v1/videos", json=CREATE)).json()
         path = f"/v1/videos/{video['id']}"
         await link.cut()

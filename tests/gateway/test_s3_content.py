@@ -104,7 +104,7 @@ async def test_a_storage_that_is_away(server: Server) -> None:
         return None
 
     app = create_app(server.config, server.store, Storage(options), nothing, nothing)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as http:
         answer = await http.get(f"/v1/videos/{video_id}/content")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_unavailable")
         assert answer.headers["x-should-retry"] == "true"

@@ -23,6 +23,7 @@ from serve_app.events import Event
 serve = pytest.importorskip("ray.serve")
 
 PORT = 8127
+STREAMS = 4
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=100)
@@ -65,17 +66,19 @@ def url(ray_cluster: str, home: Path) -> Iterator[str]:
 
     from serve_app.config import Config, Defaults, Webhooks
     from serve_app.config import Dispatcher as Options
+    from serve_app.config import Gateway as GatewayOptions
     from serve_app.gateway.ingress import Gateway
     from serve_app.jobs.deployment import DispatcherDeployment
 
     config = Config(
         home=str(home),
         defaults=Defaults(width=64, height=64, num_frames=9, num_inference_steps=4),
+        gateway=GatewayOptions(max_ongoing_requests=2 * STREAMS),
         dispatcher=Options(pipeline="fake", poll_s=0.2, retry_s=0.1, late_outputs_s=0.5),
         webhooks=Webhooks(allow_http=True, allow_networks=(ip_network("127.0.0.0/8"),)),
     )
     small = {"num_cpus": 0.1}
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+    serve.start(http_options={"host": "0.0.0.0", "port": PORT})
     dispatcher = DispatcherDeployment.options(ray_actor_options=small).bind(config)
     serve.run(Gateway.options(ray_actor_options=small).bind(config, dispatcher), name="gateway", route_prefix="/")
     # The gateway is up before there is a pipeline: not ready, and jobs wait without losing an attempt.
@@ -143,6 +146,21 @@ def test_a_webhook_is_called_by_the_dispatchers_process(url: str) -> None:
     assert answer.status_code == 200
 
 
+def test_other_machines_are_not_answered_without_keys(url: str) -> None:
+    """Even where Serve listens to them: the address that a connection came in by reaches the gateway."""
+    import ray
+    from ray.serve.context import _get_global_client
+
+    address, host = ray.util.get_node_ip_address(), _get_global_client().http_config.host
+    if address.startswith("127.") or host != "0.0.0.0":
+        pytest.skip(f"this host's address is {address} and Serve, started by others, listens on {host}")
+    other = url.replace("127.0.0.1", address)
+    for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/models")):
+        answer = httpx.request(method, other + path, headers={"host": "127.0.0.1"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_open")
+    assert httpx.get(f"{url}/v1/videos").status_code == 200
+
+
 def test_body_limit_behind_the_proxy(url: str) -> None:
     def chunks() -> Iterator[bytes]:
         for _ in range(64):
@@ -151,6 +169,33 @@ def test_body_limit_behind_the_proxy(url: str) -> None:
     for content in (chunks(), b"x" * 4_000_000):
         answer = httpx.post(f"{url}/v1/videos", content=content, headers={"content-type": "application/json"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_events_behind_the_proxy(url: str) -> None:
+    """They come while it runs, not all at its end; and who leaves gives its place back."""
+    video = httpx.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()
+    events = f"{url}/v1/videos/{video['id']}/events"
+    cancelled, names = False, []
+    with httpx.stream("GET", events, timeout=30) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                names.append(line.removeprefix("event: "))
+            if '"stage":"denoise"' in line and not cancelled:
+                cancelled = httpx.post(f"{url}/v1/videos/{video['id']}/cancel").status_code == 200
+    assert "in_progress" in names and names[-1] == "failed"
+    video = httpx.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()
+    events = f"{url}/v1/videos/{video['id']}/events"
+    for _ in range(3 * STREAMS):
+        end = time.monotonic() + 20
+        while True:
+            with httpx.stream("GET", events, timeout=30) as answer:
+                if answer.status_code == 200:
+                    assert next(answer.iter_lines()) == "retry: 2000"
+                    break
+                assert answer.status_code == 503 and time.monotonic() < end
+            time.sleep(0.1)
+    assert httpx.delete(f"{url}/v1/videos/{video['id']}").status_code == 200
 
 
 def test_failures_cross_the_handle(url: str) -> None:
@@ -231,6 +276,8 @@ def test_the_client_says_how_soon(url: str) -> None:
     assert (video.status, video.info["priority"]) == ("completed", "batch")
     assert video.info["deadline_at"] > video.info["created_at"]
     assert client.submit("later", priority="interactive").info["priority"] == "interactive"
+    assert video.info["owner"] is None
+    assert serve_app.connect(owner="0123456789abcdef").submit("hers").info["owner"] == "0123456789abcdef"
     with pytest.raises(InvalidRequest, match=r"'priority' has value 'high'"):
         client.submit("never", priority="high")
 

@@ -332,7 +332,7 @@ async def test_create_without_a_dispatcher(server: Server) -> None:
 
 
 async def test_watch(server: Server, held: asyncio.Event, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve_app.gateway.service._WATCH_S", 0.01)
+    monkeypatch.setattr("serve_app.gateway.service._WATCH_S", (0.01, 0.01))
 
     async def wake() -> None:
         server.dispatcher.wake()

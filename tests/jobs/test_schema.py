@@ -10,6 +10,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, text
 
 from serve_app.errors import ConfigError
+from serve_app.jobs import keys  # noqa: F401 (its table is part of the metadata)
 from serve_app.jobs.notice import tables as notices  # noqa: F401 (its tables are part of the metadata)
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Base

@@ -2,6 +2,7 @@
 
 from alembic import context
 
+from serve_app.jobs import keys  # noqa: F401 (its table is part of the metadata)
 from serve_app.jobs.notice import tables as notices  # noqa: F401 (its tables are part of the metadata)
 from serve_app.jobs.tables import Base
 

@@ -54,14 +54,19 @@ def upgrade() -> None:
         sa.Column("status", sa.String(length=16), nullable=False),
         sa.Column("model", sa.Text(), nullable=False),
         sa.Column("params", sa.JSON(), nullable=False),
+        sa.Column("work", sa.Double(), nullable=False),
+        sa.Column("ranks", sa.Integer(), nullable=False),
         sa.Column("remixed_from", sa.String(length=64), nullable=True),
         sa.Column("notify_email", sa.Text(), nullable=True),
+        sa.Column("idempotency_key", sa.String(length=255), nullable=True),
+        sa.Column("request_digest", sa.String(length=64), nullable=True),
         sa.Column("priority", sa.String(length=16), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.Column("start_at", sa.Double(), nullable=True),
         sa.Column("turn", sa.Double(), nullable=False),
         sa.Column("deadline_at", sa.Double(), nullable=True),
         sa.Column("started_at", sa.Double(), nullable=True),
+        sa.Column("denoise_at", sa.Double(), nullable=True),
         sa.Column("completed_at", sa.Double(), nullable=True),
         sa.Column("expires_at", sa.Double(), nullable=True),
         sa.Column("stage", sa.String(length=16), nullable=True),
@@ -85,6 +90,7 @@ def upgrade() -> None:
         sa.Column("outputs", sa.JSON(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=True),
         sa.Column("timings", sa.JSON(), nullable=False),
+        sa.Column("revision", sa.String(length=64), nullable=True),
         sa.Column("warnings", sa.JSON(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
@@ -92,16 +98,43 @@ def upgrade() -> None:
     op.create_index("jobs_by_announcement", "jobs", ["status", "announced_at", "not_before"], unique=False)
     op.create_index("jobs_by_deadline", "jobs", ["status", "deadline_at"], unique=False)
     op.create_index("jobs_by_due_time", "jobs", ["status", "not_before"], unique=False)
+    op.create_index("jobs_by_end", "jobs", ["status", "completed_at"], unique=False)
     op.create_index("jobs_by_expiry", "jobs", ["expires_at"], unique=False)
+    op.create_index("jobs_by_idempotency_key", "jobs", ["owner", "idempotency_key"], unique=True)
     op.create_index("jobs_by_lease", "jobs", ["status", "lease_until"], unique=False)
+    op.create_index("jobs_by_owner", "jobs", ["owner", "status"], unique=False)
+    op.create_index("jobs_by_owner_and_age", "jobs", ["owner", "created_at", "id"], unique=False)
     op.create_index("jobs_by_start", "jobs", ["owner", "started_at"], unique=False)
     op.create_index("jobs_by_turn", "jobs", ["status", "owner", "turn", "id"], unique=False)
+    op.create_table(
+        "keys",
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("scopes", sa.JSON(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("revoked_at", sa.Double(), nullable=True),
+        sa.Column("requests_per_minute", sa.Integer(), nullable=True),
+        sa.Column("queued_jobs", sa.Integer(), nullable=True),
+        sa.Column("running_jobs", sa.Integer(), nullable=True),
+        sa.Column("gpu_seconds_per_day", sa.Double(), nullable=True),
+        sa.PrimaryKeyConstraint("id"),
+    )
     op.create_table(
         "switches",
         sa.Column("name", sa.String(length=64), nullable=False),
         sa.Column("since", sa.Double(), nullable=False),
         sa.PrimaryKeyConstraint("name"),
     )
+    op.create_table(
+        "usage",
+        sa.Column("job_id", sa.String(length=64), nullable=False),
+        sa.Column("owner", sa.String(length=64), nullable=False),
+        sa.Column("at", sa.Double(), nullable=False),
+        sa.Column("gpu_seconds", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("job_id"),
+    )
+    op.create_index("usage_by_owner", "usage", ["owner", "at"], unique=False)
     op.create_table(
         "webhook_endpoints",
         sa.Column("id", sa.String(length=64), nullable=False),

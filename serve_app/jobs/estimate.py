@@ -1,0 +1,85 @@
+"""How long jobs take, from what the last ones took. Nothing is said where nothing was measured.
+
+Work is counted in `Params.work`. It leaves out that attention grows faster than the number of pixels, so a job's own
+time is taken from jobs of like size where there are any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import func, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from serve_app.jobs.tables import Job
+
+# Of the last jobs: enough to even out chance, few enough to follow a change of the hardware.
+_RECENT = 50
+# Work that differs by no more than this factor is of like size.
+_LIKE = 4.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A completed job: its work, and when its only attempt began and ended."""
+
+    work: float
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What the last jobs say about the next ones."""
+
+    finished: Sequence[Finished] = ()
+
+    @property
+    def work_per_s(self) -> float | None:
+        """Work that all groups together did in a second in which they had any; None if none is known."""
+        busy, reached = 0.0, float("-inf")
+        for job in sorted(self.finished, key=lambda job: job.began):
+            busy += max(job.ended - max(job.began, reached), 0)
+            reached = max(reached, job.ended)
+        return sum(job.work for job in self.finished) / busy if busy > 0 else None
+
+    @property
+    def seconds_per_job(self) -> float | None:
+        """How often a job ends while there is work; None if it is not known."""
+        work_per_s = self.work_per_s
+        return sum(job.work for job in self.finished) / len(self.finished) / work_per_s if work_per_s else None
+
+    def seconds_left(self, ahead: float, work: float) -> float | None:
+        """Until a job is done that waits.
+
+        Args:
+            ahead: work that comes before it, running or waiting.
+            work: its own.
+        """
+        work_per_s = self.work_per_s
+        if work_per_s is None:
+            return None
+        like = [job for job in self.finished if work / _LIKE <= job.work <= work * _LIKE] or self.finished
+        own = work * sum(job.ended - job.began for job in like) / sum(job.work for job in like)
+        return ahead / work_per_s + own
+
+
+async def measure(session: AsyncSession) -> Pace:
+    """From the jobs that completed last, without those that needed several attempts."""
+    rows = await session.execute(
+        select(Job.work, Job.started_at, Job.completed_at)
+        .where(Job.status == "completed", Job.attempt == 1, Job.work > 0)
+        .order_by(Job.completed_at.desc())
+        .limit(_RECENT)
+    )
+    return Pace(
+        [Finished(work, began, ended) for work, began, ended in rows if began is not None and ended is not None]
+    )
+
+
+async def work_ahead(session: AsyncSession, job: Job) -> float:
+    """Of the jobs that run, what is left, and of those that wait in front of this one."""
+    running = select(func.sum(Job.work * (100 - Job.progress) / 100.0)).where(Job.status == "in_progress")
+    waiting = select(func.sum(Job.work)).where(Job.status == "queued", tuple_(Job.turn, Job.id) < (job.turn, job.id))
+    return (await session.scalar(running) or 0.0) + (await session.scalar(waiting) or 0.0)

@@ -1,0 +1,63 @@
+"""Estimates: only from what was measured."""
+
+from __future__ import annotations
+
+from sqlalchemy import update
+
+from serve_app.events import Done, Progress
+from serve_app.jobs.estimate import Finished, Pace
+from serve_app.jobs.store import JobStore
+from serve_app.jobs.tables import Job
+from tests.jobs.fakes import PARAMS
+
+
+def test_nothing_known_nothing_said() -> None:
+    for pace in (Pace(), Pace([Finished(5, 3, 3)])):
+        assert (pace.work_per_s, pace.seconds_per_job, pace.seconds_left(100, 10)) == (None, None, None)
+
+
+def test_one_after_the_other() -> None:
+    pace = Pace([Finished(100, 0, 10), Finished(100, 10, 20), Finished(100, 500, 510)])  # idle in between
+    assert (pace.work_per_s, pace.seconds_per_job) == (10, 10)
+    assert pace.seconds_left(ahead=300, work=100) == 40
+
+
+def test_side_by_side() -> None:
+    """Four groups: each job takes 10 s, four end in that time."""
+    pace = Pace([Finished(100, 0, 10) for _ in range(4)] + [Finished(100, 5, 10)])
+    assert (pace.work_per_s, pace.seconds_per_job) == (50, 2)
+    assert pace.seconds_left(ahead=0, work=100) == 9  # its own time does not shrink with the number of groups
+    assert pace.seconds_left(ahead=500, work=100) == 19
+
+
+def test_like_size() -> None:
+    """A second of a large job does less of what work counts: attention."""
+    pace = Pace([Finished(100, 0, 1), Finished(10_000, 1, 501)])
+    assert pace.seconds_left(0, 120) == 1.2
+    assert pace.seconds_left(0, 20_000) == 1000
+
+
+async def test_from_the_store(store: JobStore, monkeypatch) -> None:
+    monkeypatch.setattr("serve_app.jobs.store._PACE_S", 0)
+    ids = [(await store.create(PARAMS, "wan")).id for _ in range(6)]
+    jobs = [await store.get(video_id) for video_id in ids]
+    assert jobs[5] is not None and jobs[5].work == 64 * 64 * 9 * 4 * 2
+    assert await store.seconds_left(jobs[5]) is None
+    for _ in range(4):
+        await store.claim("me", 60)
+    for video_id in ids[:2]:
+        await store.complete(video_id, 1, Done({}, {"denoise": 1}, 1))
+    async with store._db.write() as session:  # one after the other, 10 s each
+        for nth, video_id in enumerate(ids[:2]):
+            times = {"started_at": 1e9 + 10 * nth, "completed_at": 1e9 + 10 * nth + 10}
+            await session.execute(update(Job).where(Job.id == video_id).values(times))
+        # A second attempt's time says nothing of the whole.
+        await session.execute(update(Job).where(Job.id == ids[3]).values(attempt=2, status="completed", started_at=1.0))
+        await session.execute(update(Job).where(Job.id == ids[3]).values(completed_at=1e10))
+    await store.progress(ids[2], 1, Progress("denoise", 2, 4))
+    running = await store.get(ids[2])
+    assert running is not None and running.progress == 47
+    for job, ahead in ((jobs[4], 0), (jobs[5], 1)):
+        assert job is not None
+        left = await store.seconds_left(job)
+        assert left is not None and abs(left - (5.3 + 10 * ahead + 10)) < 1e-6
