@@ -42,10 +42,7 @@ from serve_app.wan.video import write_mp4
 
 CLIPS: dict[str, dict[str, Any]] = {"default": {}, "preview": {"width": 64, "height": 64, "num_frames": 9}}
 """Fields of a request by name."""
-SETTINGS = [
-    "denoiser.samples_per_step=8",
-    "denoiser.resident_samples=16",
-]
+SETTINGS: list[str] = []
 """What differs from the configuration file where the command line does not say otherwise."""
 
 

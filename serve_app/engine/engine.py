@@ -261,6 +261,7 @@ class Engine:
         """What follows from a forward pass; the seconds that the ranks took."""
         self.steps += 1
         self.advanced += len(entries)
+        self._scheduler.stepped(entries, stepped.seconds)
         for entry in entries:
             if entry.id in stepped.failed:
                 self._fail(entry, "not_finite", stepped.failed[entry.id])

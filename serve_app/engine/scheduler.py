@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+
+from serve_app.engine.pass_time import PassTime
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Entry:
         step_mib: working memory that its part of a forward pass takes.
         state_mib: memory of what is kept between its steps.
         alone: whether it must not share a forward pass.
+        held: passes that it would have led, had it not waited for others to catch up.
     """
 
     id: str
@@ -34,6 +37,7 @@ class Entry:
     step_mib: float = 0.0
     state_mib: float = 0.0
     alone: bool = False
+    held: int = 0
 
     @property
     def finished(self) -> bool:
@@ -65,6 +69,11 @@ class Scheduler:
     else arrives, it leads no later than when they are done. Who leads takes along, in the same order, as many of its
     cohort as the bounds allow.
 
+    One exception serves all: equal samples that are a few steps behind, with the high-noise expert still, may go first,
+    so that all share the steps of the low-noise one. This is done where what the shared passes save them is more than
+    what it costs those that wait, by the measured cost of a pass; and a sample waits so for half as many passes as it
+    has steps at most.
+
     Args:
         samples_per_step, tokens_per_step, step_memory_mib: bounds of one forward pass; the leader alone may exceed the
             latter two. No memory bound if 0.
@@ -88,6 +97,7 @@ class Scheduler:
         self._costly_switch = costly_switch
         self._entries: dict[str, Entry] = {}  # in order of admission
         self._last_high_noise: bool | None = None
+        self._pass_time = PassTime()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -113,10 +123,28 @@ class Scheduler:
         order = self.order(now)
         if not order:
             return []
+        chosen = self._with_cohort(order)
+        behind = self._worth_waiting_for(chosen, order, now)
+        if behind:
+            for entry in chosen:
+                entry.held += 1
+            chosen = behind
+        self._last_high_noise = chosen[0].high_noise
+        return chosen
+
+    def stepped(self, entries: list[Entry], seconds: float) -> None:
+        """A pass of these samples took so long."""
+        self._pass_time.learn(sum(entry.work for entry in entries), seconds)
+
+    def _with_cohort(self, order: list[Entry], taken: Sequence[Entry] = ()) -> list[Entry]:
+        """The first of `order` and those of its cohort that fit beside it, and beside `taken`."""
         leader = order[0]
-        chosen, tokens, memory = [leader], leader.tokens, leader.step_mib
+        chosen = [leader]
+        everybody = [*taken, leader]
+        tokens = sum(entry.tokens for entry in everybody)
+        memory = sum(entry.step_mib for entry in everybody)
         for entry in order[1:]:
-            if len(chosen) >= self._samples_per_step:
+            if len(taken) + len(chosen) >= self._samples_per_step:
                 break
             if leader.alone or entry.alone or entry.cohort != leader.cohort:
                 continue
@@ -124,8 +152,44 @@ class Scheduler:
                 chosen.append(entry)
                 tokens += entry.tokens
                 memory += entry.step_mib
-        self._last_high_noise = leader.high_noise
         return chosen
+
+    def _worth_waiting_for(self, ahead: list[Entry], order: list[Entry], now: float) -> list[Entry]:
+        """Samples that go before `ahead`, the next ones by rank, so that they share the rest of the way; mostly none.
+
+        If `ahead` goes on alone and the others follow, these wait for the passes of `ahead` and then make the same ones
+        again. If they catch up first, each of them saves the fixed cost of every shared pass, and each of `ahead` waits
+        for the passes of catching up, and for the others' work in the shared ones.
+        """
+        leader = ahead[0]
+        fixed = self._pass_time.per_pass
+        if leader.high_noise or leader.alone or leader.turn <= now or self._costly_switch or not fixed:
+            return []
+        if any(entry.held >= entry.steps // 2 for entry in ahead):
+            return []
+        behind = [
+            entry
+            for entry in order
+            if entry.high_noise
+            and not entry.alone
+            and entry.turn > now
+            and (entry.priority, entry.latent_shape, entry.guided)
+            == (leader.priority, leader.latent_shape, leader.guided)
+        ]
+        if not behind or len(ahead) >= self._samples_per_step:
+            return []
+        # From here on as if `behind` was one cohort already: it is by the time that the last has caught up.
+        behind = self._with_cohort(behind, ahead)
+        tokens = sum(entry.tokens for entry in (*ahead, *behind))
+        memory = sum(entry.step_mib for entry in (*ahead, *behind))
+        if tokens > self._tokens_per_step or memory > self._step_memory_mib:
+            return []
+        shared = leader.steps - leader.step
+        passes = max(entry.boundary - entry.step for entry in behind)
+        work = len(behind) * leader.work
+        saved = len(behind) * shared * fixed
+        cost = len(ahead) * (passes * (fixed + work) + shared * work)
+        return behind if saved > cost else []
 
     def parked_off_device(self, chosen: list[Entry], now: float) -> list[str]:
         """Samples whose state must leave the device while `chosen` step: the least urgent beyond the memory for it."""

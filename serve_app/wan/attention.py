@@ -79,7 +79,7 @@ class Attention:
             query,
             key,
             value,
-            attn_mask=attention_mask,
+            attn_mask=attention_mask if self.memory is None else self.memory.bias,
             dropout_p=0.0,
             is_causal=False,
             backend=self._attention_backend,

@@ -115,7 +115,7 @@ def load_expert(
         checkpoint.check_tensor_parallel(world.size)
         model, group = _shard(model, world, dtype)
     # DeepSpeed takes the model for its own: attributes are set afterwards.
-    model.text_memory = TextMemory(text_memory_bytes)
+    model.text_memory = TextMemory(text_memory_bytes, fold=device.type == "cpu" and dtype == torch.float32)
     for layer, block in enumerate(model.blocks):
         block.attn2.set_processor(Attention(group, model.text_memory, layer))
     with checkpoint.weights(expert) as weights:

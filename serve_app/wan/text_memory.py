@@ -5,8 +5,10 @@ Knows neither samples nor ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,6 +16,26 @@ KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 # The texts of a batch may come in two forward passes, one for each half of guidance.
 _HALVES = 2
+
+
+@dataclass
+class Prepared:
+    """A batch of texts.
+
+    `texts` are the whole ones, `[1, tokens, dim]` each; `given` what the model gets of them, `[batch, kept, dim]`;
+    `bias` what is added to the attention's logits, `[1, 1, 1, kept]`, None for nothing; `layers` the keys and values,
+    `[batch, kept, heads, features]`, as far as they are made.
+    """
+
+    texts: list[torch.Tensor]
+    given: torch.Tensor
+    bias: torch.Tensor | None
+    layers: dict[int, KeysValues] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(one.nbytes for pair in self.layers.values() for one in pair)
 
 
 class TextMemory:
@@ -26,57 +48,74 @@ class TextMemory:
 
     Args:
         limit_bytes: for all that is kept; batches beyond it are served without.
+        fold: let one token stand for the padding at the end of the texts, whose tokens are all alike: a logit raised by
+            log(n) weighs as much as n of them. Not on GPUs, whose fastest attention kernels take no bias, and not in
+            bfloat16, which would round it.
     """
 
-    def __init__(self, limit_bytes: float) -> None:
+    def __init__(self, limit_bytes: float, fold: bool) -> None:
         self._limit = limit_bytes
-        self._kept: list[tuple[list[torch.Tensor], dict[int, KeysValues]]] = []
-        self._current: dict[int, KeysValues] | None = None
+        self._fold = fold
+        self._kept: list[Prepared] = []
+        self._current: Prepared | None = None
 
     @property
     def bytes(self) -> int:
         """Memory of what is kept."""
-        return sum(one.nbytes for _, layers in self._kept for pair in layers.values() for one in pair)
+        return sum(one.bytes for one in self._kept)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Of the pass that is being served, see `Prepared`."""
+        return None if self._current is None else self._current.bias
 
     @contextmanager
     def serving(self, texts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """One forward pass over these texts, each `[1, tokens, dim]`. Where they are known by their identity, the pass
-        finds their keys and values in `get`; else those that it puts are kept, unless it raises.
+        """One forward pass over these texts, each `[1, tokens, dim]`, zero where it is padding. Where they are known by
+        their identity, the pass finds their keys and values in `get`; else those that it puts are kept, unless it
+        raises.
 
         Yields:
-            What to give the model for its texts, `[batch, tokens, dim]`; one token where nothing will look at it.
+            What to give the model for its texts, `[batch, kept, dim]`; one token where nothing will look at it.
         """
-        known = next((layers for kept, layers in self._kept if _same(kept, texts)), None)
-        if known is not None:
-            self._current = known
-            try:
-                yield torch.cat([text[:, :1] for text in texts])
-            finally:
-                self._current = None
-            return
-        self._kept = self._kept[-(_HALVES - 1) :]
-        made: dict[int, KeysValues] = {}
-        self._current = made
+        known = next((one for one in self._kept if _same(one.texts, texts)), None)
+        self._current = serving = known or self._prepare(texts)
         try:
-            yield torch.cat(texts)
+            yield serving.given[:, :1] if known else serving.given
         finally:
             self._current = None
-        self._kept.append((texts, made))
-        while self._kept and self.bytes > self._limit:
-            self._kept.pop(0)
+        if known is None:
+            self._kept = [*self._kept[-(_HALVES - 1) :], serving]
+            while self._kept and self.bytes > self._limit:
+                self._kept.pop(0)
 
     def get(self, layer: int) -> KeysValues | None:
-        """Keys and values of this pass's texts in a layer, `[batch, tokens, heads, features]`; None if not known."""
-        return None if self._current is None else self._current.get(layer)
+        """Keys and values of this pass's texts in a layer; None if not known."""
+        return None if self._current is None else self._current.layers.get(layer)
 
     def put(self, layer: int, keys_values: KeysValues) -> None:
         """Keep them, if a pass is being served."""
         if self._current is not None:
-            self._current[layer] = keys_values
+            self._current.layers[layer] = keys_values
 
     def clear(self) -> None:
         """Free everything."""
         self._kept.clear()
+
+    def _prepare(self, texts: list[torch.Tensor]) -> Prepared:
+        # Before the new ones are made, so that there is never more than the halves of one batch.
+        self._kept = self._kept[-(_HALVES - 1) :]
+        given = torch.cat(texts)
+        if not self._fold:
+            return Prepared(texts, given, None)
+        tokens = given.shape[1]
+        used = given.ne(0).any(dim=2).any(dim=0).nonzero()
+        kept = int(used[-1]) + 2 if len(used) else 1  # and one for the padding
+        if kept >= tokens:
+            return Prepared(texts, given, None)
+        bias = torch.zeros(1, 1, 1, kept, dtype=given.dtype, device=given.device)
+        bias[..., -1] = math.log(tokens - kept + 1)
+        return Prepared(texts, given[:, :kept], bias)
 
 
 def _same(kept: list[torch.Tensor], texts: list[torch.Tensor]) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app.engine.pass_time import PassTime
 from serve_app.engine.scheduler import Entry, Scheduler
 
 SHAPES = [(3, 8, 8), (9, 16, 16)]
@@ -58,8 +60,8 @@ schedulers = st.builds(
 )
 
 
-def simulate(scheduler: Scheduler, those: list[Arrival]) -> list[tuple[float, list[Entry]]]:
-    """Every step, with its time, until all have finished."""
+def simulate(scheduler: Scheduler, those: list[Arrival], fixed: float = 0.0) -> list[tuple[float, list[Entry]]]:
+    """Every step, with its time, until all have finished. A pass is measured to take `fixed` beside its work."""
     steps, now, outside = [], 0.0, list(those)
     while outside or len(scheduler):
         for arrival in [a for a in outside if a.created + a.delay <= now]:
@@ -69,6 +71,7 @@ def simulate(scheduler: Scheduler, those: list[Arrival]) -> list[tuple[float, li
         if batch:
             steps.append((now, batch))
             next(a for a in those if a.entry is batch[0]).led.append(now)
+            scheduler.stepped(batch, fixed + sum(entry.work for entry in batch))
         for entry in batch:
             entry.step += 1
             if entry.finished:
@@ -78,8 +81,11 @@ def simulate(scheduler: Scheduler, those: list[Arrival]) -> list[tuple[float, li
     return steps
 
 
-@given(schedulers, arrivals())
-def test_everybody_finishes_and_every_batch_is_one_cohort_within_bounds(scheduler, those):
+FIXED = st.sampled_from([0.0, 10.0, 1000.0])
+
+
+@given(schedulers, arrivals(), FIXED)
+def test_everybody_finishes_and_every_batch_is_one_cohort_within_bounds(scheduler, those, fixed):
     bounds = scheduler._samples_per_step, scheduler._tokens_per_step, scheduler._step_memory_mib
     done = dict.fromkeys((a.entry.id for a in those), 0)
     entries = {a.entry.id: a.entry for a in those}
@@ -99,15 +105,16 @@ def test_everybody_finishes_and_every_batch_is_one_cohort_within_bounds(schedule
         return batch
 
     scheduler.pick = checked
-    simulate(scheduler, those)
+    simulate(scheduler, those, fixed)
+    assert all(entry.held <= max(1, entry.steps // 2) for entry in entries.values())
     assert done == {name: entry.steps for name, entry in entries.items()}
     assert scheduler.pick(0) == [] and len(scheduler) == 0
 
 
-@given(schedulers, arrivals())
-def test_once_its_turn_has_come_nobody_created_later_goes_first(scheduler, those):
+@given(schedulers, arrivals(), FIXED)
+def test_once_its_turn_has_come_nobody_created_later_goes_first(scheduler, those, fixed):
     """The bound on waiting: after its turn, a sample waits only for such whose turn came before."""
-    simulate(scheduler, those)
+    simulate(scheduler, those, fixed)
     for one in those:
         finished = max(one.led, default=None)
         if finished is None:  # never led: it always went along, which is no wait
@@ -212,3 +219,56 @@ def test_after_memory_ran_out_fewer_tokens_share_a_pass():
     assert len(scheduler.pick(0)) == 4
     scheduler.out_of_memory(those)
     assert len(scheduler.pick(0)) == 3
+
+
+def equal(name: str, step: int, **changes) -> Entry:
+    return Entry(name, (3, 8, 8), True, tokens=48, steps=20, boundary=9, step=step, **changes)
+
+
+def taught(scheduler: Scheduler, fixed: float) -> Scheduler:
+    """It has seen passes over one and over three samples."""
+    for count in (1, 3):
+        scheduler.stepped([equal("seen", 0)] * count, fixed + count)
+    return scheduler
+
+
+def passes(fixed: float, *entries: Entry) -> int:
+    return len(simulate(taught(Scheduler(8, 10_000), fixed), [Arrival(entry, 0) for entry in entries], fixed))
+
+
+def test_equal_samples_catch_up_where_a_pass_costs_much_whatever_is_in_it():
+    late = lambda: [equal(str(n), step) for n, step in enumerate((9, 7, 6, 6))]  # noqa: E731
+    assert passes(0.0, *late()) == 11 + 2 + 11 + 1 + 11
+    assert passes(50.0, *late()) == 3 + 11
+
+
+def test_nobody_waits_for_others_that_it_cannot_or_should_not_share_with():
+    def first(scheduler: Scheduler, other: Entry, **changes) -> str:
+        ahead = equal("ahead", 12, **changes)
+        scheduler.add(ahead)
+        scheduler.add(other)
+        return taught(scheduler, 50.0).pick(0)[0].id
+
+    near = equal("behind", 7)
+    assert first(Scheduler(8, 10_000), near) == "behind"
+    assert first(Scheduler(1, 10_000), near) == "ahead"
+    assert first(Scheduler(8, 95), near) == "ahead"
+    assert first(Scheduler(8, 10_000, costly_switch=True), near) == "ahead"
+    assert first(Scheduler(8, 10_000), equal("behind", 0)) == "ahead", "nine passes for what eight save"
+    assert first(Scheduler(8, 10_000), equal("behind", 7, priority=2)) == "ahead"
+    assert first(Scheduler(8, 10_000), equal("behind", 7, alone=True)) == "ahead"
+    assert first(Scheduler(8, 10_000), near, alone=True) == "ahead"
+    assert first(Scheduler(8, 10_000), near, turn=-1.0) == "ahead"
+    assert first(Scheduler(8, 10_000), near, held=10) == "ahead"
+
+
+def test_the_cost_of_a_pass_is_learnt_and_follows():
+    time = PassTime()
+    time.learn(1, 13)
+    assert time.per_pass == 0
+    for work in (1, 2, 4, 8) * 5:
+        time.learn(work, 10 + 3 * work)
+    assert time.per_pass == pytest.approx(10 / 3, rel=0.01)
+    for work in (1, 2, 4, 8) * 200:
+        time.learn(work, 3 * work)
+    assert time.per_pass < 0.1

@@ -28,7 +28,7 @@ def serve(memory: TextMemory, texts: list[torch.Tensor]) -> bool:
 
 
 def test_the_same_batch_finds_them_and_any_other_does_not() -> None:
-    memory = TextMemory(1e9)
+    memory = TextMemory(1e9, fold=False)
     a, b, c = TEXTS
     assert [serve(memory, texts) for texts in ([a, b], [a, b], [b, a], [a], [a.clone()], [a, b])] == [
         False,
@@ -42,7 +42,7 @@ def test_the_same_batch_finds_them_and_any_other_does_not() -> None:
 
 
 def test_both_halves_of_guidance_are_kept_and_nothing_older() -> None:
-    memory = TextMemory(1e9)
+    memory = TextMemory(1e9, fold=False)
     a, b, c = TEXTS
     assert [serve(memory, [text]) for text in (a, b, a, b, c, b, a)] == [False, False, True, True, False, True, False]
     assert memory.bytes == 2 * 2 * a.nbytes
@@ -50,16 +50,34 @@ def test_both_halves_of_guidance_are_kept_and_nothing_older() -> None:
 
 @pytest.mark.parametrize("limit", [0, TEXTS[0].nbytes])
 def test_beyond_the_limit_nothing_is_kept(limit: int) -> None:
-    memory = TextMemory(limit)
+    memory = TextMemory(limit, fold=False)
     assert not serve(memory, TEXTS[:1]) and not serve(memory, TEXTS[:1]) and memory.bytes == 0
 
 
 def test_a_pass_that_raises_leaves_nothing() -> None:
-    memory = TextMemory(1e9)
+    memory = TextMemory(1e9, fold=False)
     with pytest.raises(RuntimeError), memory.serving(TEXTS):
         memory.put(0, (TEXTS[0], TEXTS[0]))
         raise RuntimeError
     assert memory.bytes == 0 and not serve(memory, TEXTS)
+
+
+@pytest.mark.parametrize(("lengths", "kept"), [((3, 7), 8), ((15, 2), 16), ((16, 16), 16), ((0,), 1)])
+def test_one_token_stands_for_the_padding(lengths: tuple[int, ...], kept: int) -> None:
+    texts = [torch.randn(1, 16, 8) for _ in lengths]
+    for text, length in zip(texts, lengths, strict=True):
+        text[:, length:] = 0
+    query, project = torch.randn(len(texts), 1, 5, 8), torch.nn.Linear(8, 16)
+
+    def attend(given: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        key, value = project(given)[:, None].chunk(2, dim=-1)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+    memory = TextMemory(1e9, fold=True)
+    with memory.serving(texts) as given:
+        assert given.shape[1] == kept
+        torch.testing.assert_close(attend(given, memory.bias), attend(torch.cat(texts), None))
+    assert memory.bias is None
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
