@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve_app.jobs.tables import Job
@@ -50,19 +50,20 @@ class Pace:
         work_per_s = self.work_per_s
         return sum(job.work for job in self.finished) / len(self.finished) / work_per_s if work_per_s else None
 
-    def seconds_left(self, ahead: float, work: float) -> float | None:
+    def seconds_left(self, ahead: float, work: float, begins_in_s: float = 0.0) -> float | None:
         """Until a job is done that waits.
 
         Args:
             ahead: work that comes before it, running or waiting.
             work: its own.
+            begins_in_s: it may not begin sooner than this.
         """
         work_per_s = self.work_per_s
         if work_per_s is None:
             return None
         like = [job for job in self.finished if work / _LIKE <= job.work <= work * _LIKE] or self.finished
         own = work * sum(job.ended - job.began for job in like) / sum(job.work for job in like)
-        return ahead / work_per_s + own
+        return max(ahead / work_per_s, begins_in_s) + own
 
 
 async def measure(session: AsyncSession) -> Pace:
@@ -79,7 +80,14 @@ async def measure(session: AsyncSession) -> Pace:
 
 
 async def work_ahead(session: AsyncSession, job: Job) -> float:
-    """Of the jobs that run, what is left, and of those that wait in front of this one."""
+    """Of the jobs that run, what is left, and of those that wait in front of this one, counted as in `position`."""
     running = select(func.sum(Job.work * (100 - Job.progress) / 100.0)).where(Job.status == "in_progress")
-    waiting = select(func.sum(Job.work)).where(Job.status == "queued", tuple_(Job.turn, Job.id) < (job.turn, job.id))
-    return (await session.scalar(running) or 0.0) + (await session.scalar(waiting) or 0.0)
+    waits = Job.status == "queued"
+    before = select(func.count(), func.sum(Job.work)).where(
+        waits, Job.owner == job.owner, tuple_(Job.turn, Job.id) < (job.turn, job.id)
+    )
+    count, own = (await session.execute(before)).one()
+    nth = func.row_number().over(partition_by=Job.owner, order_by=(Job.turn, Job.id)).label("nth")
+    others = select(Job.work, nth).where(waits, or_(Job.owner < job.owner, Job.owner > job.owner)).subquery()
+    theirs = select(func.sum(others.c.work)).where(others.c.nth <= count + 1)
+    return (await session.scalar(running) or 0.0) + (own or 0.0) + (await session.scalar(theirs) or 0.0)

@@ -308,7 +308,8 @@ class JobStore(Leases, Upkeep, Switches):
         if not pace.finished:
             return None
         async with self._db.read() as session:
-            return pace.seconds_left(await work_ahead(session, job), job.work)
+            begins_in_s = job.not_before - await self._db.clock(session)
+            return pace.seconds_left(await work_ahead(session, job), job.work, begins_in_s)
 
     async def pace(self) -> Pace:
         """How fast jobs are done at the moment, looked up every few seconds however many ask."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -15,7 +17,19 @@ async def post(server: Server, key: str, path: str = "/v1/videos", **more: Any) 
     return await server.http.post(path, headers={"idempotency-key": key}, **more)
 
 
+class Listener:
+    """Hears what is announced."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    async def announce(self, video_ids: Sequence[str]) -> bool:
+        self.heard += video_ids
+        return True
+
+
 async def test_the_same_request_makes_one_video(server: Server, held: asyncio.Event) -> None:
+    server.store._announcer = listener = Listener()
     fields = {"prompt": "a cat", "size": "64x64"}
     answers = await asyncio.gather(*(post(server, "one", json=fields) for _ in range(8)))
     assert {answer.status_code for answer in answers} == {200}
@@ -23,6 +37,7 @@ async def test_the_same_request_makes_one_video(server: Server, held: asyncio.Ev
     assert len({(answer.json()["id"], answer.json()["seed"]) for answer in answers}) == 1
     swapped = await post(server, "one", content='{"size": "64x64",\n "prompt": "a cat"}')
     assert swapped.json()["id"] == answers[0].json()["id"]
+    assert listener.heard == [swapped.json()["id"]]
     held.set()
     done = await server.ended(swapped.json()["id"])
     assert (await post(server, "one", json=fields)).json() == done
@@ -39,6 +54,12 @@ async def test_another_request_is_refused(server: Server, held: asyncio.Event) -
     assert remix.status_code == 409
     remixes = [await post(server, "r", f"/v1/videos/{video['id']}/remix", json={"prompt": "a dog"}) for _ in range(2)]
     assert remixes[0].json()["id"] == remixes[1].json()["id"] != video["id"]
+    for more in (
+        {"start_at": time.time() + 1000},
+        {"deadline_s": 60},
+        {"seed": 1},
+    ):  # everything counts, not the pixels alone
+        assert (await post(server, "one", json={"prompt": "a cat", **more})).status_code == 409
     assert (await post(server, "bad", json={"prompt": ""})).status_code == 400
     assert (await post(server, "bad", json={"prompt": "x"})).status_code == 200  # nothing was made before
 

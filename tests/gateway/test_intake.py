@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve_app.config import Config
+from serve_app.config import Auth, Config
 from serve_app.gateway.app import create_app
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
@@ -51,7 +51,15 @@ async def test_a_full_disk_pauses_intake(
 
 async def test_a_storage_that_is_gone_pauses_intake(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve_app.gateway.intake._HOLDS_S", 0)
+    named = {"idempotency-key": "before"}
+    before = (await server.http.post("/v1/videos", json=CREATE, headers=named)).json()["id"]
+    await server.ended(before)
     moved = server.storage.folder.rename(server.storage.folder.with_name("moved"))
+    again = await server.http.post("/v1/videos", json=CREATE, headers=named)
+    assert (again.status_code, again.json()["id"]) == (200, before)  # that one was accepted
+    other = await server.http.post("/v1/videos", json={"prompt": "x"}, headers=named)
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
+    assert (await server.http.post("/v1/videos", json=CREATE, headers={"idempotency-key": "new"})).status_code == 503
     answer = await server.http.post("/v1/videos", json=CREATE)
     assert answer.status_code == 503 and "cannot be written to" in answer.json()["error"]["message"]
     moved.rename(server.storage.folder)
@@ -83,16 +91,19 @@ async def test_a_database_that_is_cut_off(
     postgres_url: str, link_to: LinkTo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link = await link_to(5432)
-    config = Config(home=str(tmp_path))
+    config = Config(home=str(tmp_path), auth=Auth(mode="keys"))
     store, storage = JobStore(postgres_url.replace(":5432", f":{link.port}")), Storage(config.storage_url)
     await store.start()
 
     async def nothing() -> None:
         return None
 
+    _, key = await store.keys.create("test", ["create", "read"])
+    headers = {"authorization": f"Bearer {key}"}
     app = create_app(config, store, storage, nothing, nothing)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=30) as http:
+    url = "http://127.0.0.1"
+    async with httpx.AsyncClient(transport=transport, base_url=url, timeout=30, headers=headers) as http:
         video = (await http.post("/v1/videos", json=CREATE)).json()
         path = f"/v1/videos/{video['id']}"
         await link.cut()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
 from sqlalchemy import update
 
 from serve_app.events import Done, Progress
 from serve_app.jobs.estimate import Finished, Pace
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Job
+from serve_app.request import Urgency
 from tests.jobs.fakes import PARAMS
 
 
@@ -28,6 +32,12 @@ def test_side_by_side() -> None:
     assert (pace.work_per_s, pace.seconds_per_job) == (50, 2)
     assert pace.seconds_left(ahead=0, work=100) == 9  # its own time does not shrink with the number of groups
     assert pace.seconds_left(ahead=500, work=100) == 19
+
+
+def test_a_later_start() -> None:
+    pace = Pace([Finished(100, 0, 10)])
+    assert pace.seconds_left(ahead=300, work=100, begins_in_s=20) == 40  # others are at work until then
+    assert pace.seconds_left(ahead=300, work=100, begins_in_s=500) == 510
 
 
 def test_like_size() -> None:
@@ -61,3 +71,22 @@ async def test_from_the_store(store: JobStore, monkeypatch) -> None:
         assert job is not None
         left = await store.seconds_left(job)
         assert left is not None and abs(left - (5.3 + 10 * ahead + 10)) < 1e-6
+
+
+async def test_others_count_as_in_the_position(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Owners take turns: what a flood put into the queue is not all in front of who came after it."""
+    monkeypatch.setattr("serve_app.jobs.store._PACE_S", 0)
+    done = await store.create(PARAMS, "wan")
+    await store.claim("me", 60)
+    await store.complete(done.id, 1, Done({}, {}, 1))
+    async with store._db.write() as session:
+        await session.execute(update(Job).values(started_at=1e9, completed_at=1e9 + 10))
+    flood = [await store.create(PARAMS, "wan", owner="flood") for _ in range(5)]
+    mine = [await store.create(PARAMS, "wan", owner="me") for _ in range(2)]
+    other = await store.create(PARAMS, "wan", owner="other")
+    for job, place in ((flood[0], 3), (flood[4], 8), (mine[0], 3), (mine[1], 5), (other, 3)):
+        assert await store.position(job.id) == place
+        assert await store.seconds_left(job) == pytest.approx(10 * place)
+    later = await store.create(PARAMS, "wan", Urgency(start_at=time.time() + 1000), owner="me")
+    left = await store.seconds_left(later)
+    assert left is not None and 900 < left < 1010

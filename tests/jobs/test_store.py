@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from serve_app import config
 from serve_app.errors import ConfigError, JobFailed
@@ -12,7 +13,6 @@ from serve_app.events import Done, Progress
 from serve_app.jobs.leases import percent
 from serve_app.jobs.store import JobStore, QueueFull
 from serve_app.jobs.tables import Job, id_time, new_id
-from serve_app.request import Urgency
 from tests.jobs.fakes import PARAMS
 
 OPTIONS = config.Dispatcher(max_attempts=3, retry_s=0)
@@ -310,8 +310,7 @@ async def test_files_of_earlier_attempts_are_garbage(store: JobStore) -> None:
 
 @pytest.mark.parametrize("end", ["complete", "fail", "cancel waiting", "cancel running", "give up", "deadline"])
 async def test_saved_states_go_when_the_job_has_ended_for_good(store: JobStore, end: str) -> None:
-    urgency = Urgency(deadline_s=0.3) if end == "deadline" else Urgency()
-    job = await store.create(PARAMS, "wan", urgency)
+    job = await store.create(PARAMS, "wan")
     for attempt in (1, 2):
         await claim(store)
         if attempt == 1 or end in ("cancel waiting", "deadline"):
@@ -327,7 +326,8 @@ async def test_saved_states_go_when_the_job_has_ended_for_good(store: JobStore, 
     elif end == "give up":
         await store.retry(job.id, 2, LOST, OPTIONS.model_copy(update={"max_attempts": 2}))
     else:
-        await asyncio.sleep(0.35)
+        async with store._db.write() as session:  # a deadline that has passed, however slow the machine is
+            await session.execute(update(Job).where(Job.id == job.id).values(deadline_at=1.0))
         await store.sweep(OPTIONS)
     assert (await get(store, job.id)).finished
     for _ in ("now", "when nobody can still be storing"):
