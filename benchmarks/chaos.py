@@ -149,7 +149,8 @@ def run(cluster: Cluster, serving: Serving, jobs: int, faults: int, seed: int) -
             say(f"{now - began:6.1f} s  {name}: {hit}; {len(state.open())} jobs open, {submitted} submitted")
             if FAULTS[name].mend:
                 mending = (time.monotonic() + FAULTS[name].after_s, name, hit)
-            next_fault, progressed = time.monotonic() + rng.uniform(4, 12), False
+            # Where nobody was hit, nobody's progress can be waited for.
+            next_fault, progressed = time.monotonic() + rng.uniform(4, 12), not struck[-1].steps
         time.sleep(0.1)
     report(state, struck, references, time.monotonic() - began)
 
