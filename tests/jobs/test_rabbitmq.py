@@ -116,6 +116,11 @@ async def test_the_store_decides_who_is_next(
     pipeline = FakePipeline(storage, gate=gate)
     await listen(pipeline, running_jobs=1)
     busy = await create(store)
+
+    async def begun() -> bool:
+        return bool(pipeline.jobs)
+
+    await until(begun)
     ids = [await create(store, priority=priority) for priority in ("batch", "standard", "interactive")]
 
     async def handed_back() -> bool:
