@@ -19,8 +19,7 @@ from PIL import Image
 _X264 = {
     "preset": "medium",
     "crf": "17",  # visually lossless for H.264; a higher number is smaller and worse
-    # Equal frames give equal files: with the macroblock tree x264's AVX-512 code reads memory that was never written
-    # (one file in 76 differed on a loaded machine).
+    # Equal frames give equal files: with the macroblock tree x264's AVX-512 code reads memory that was never written.
     "x264-params": "mbtree=0",
 }
 _BT709 = 1  # H.273's code for BT.709, the same for matrix, primaries and transfer
