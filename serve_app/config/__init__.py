@@ -1,0 +1,45 @@
+"""Every option, in one frozen tree that is validated once.
+
+The tree is the `args` of both Serve applications in a YAML file under configs/. Python defaults are those of
+Wan2.2-T2V-A14B as published; a YAML file states what differs. Knows nothing of Ray: `serve_app.app` turns it into
+deployments.
+"""
+
+from serve_app.config.file import load_file
+from serve_app.config.gateway import Auth, Gateway, is_loopback
+from serve_app.config.jobs import Dispatcher, Patience, Queue, Retention, Store
+from serve_app.config.model import WAN_NEGATIVE_PROMPT, Defaults, Limits, Model
+from serve_app.config.notice import Mail, Webhooks, is_mail_address
+from serve_app.config.section import Priority
+from serve_app.config.stages import Autoscaling, Decoder, Denoiser, Encoder, Pipeline, Resources
+from serve_app.config.storage import Storage
+from serve_app.config.tree import Config, validate
+
+__all__ = [
+    "WAN_NEGATIVE_PROMPT",
+    "Auth",
+    "Autoscaling",
+    "Config",
+    "Decoder",
+    "Defaults",
+    "Denoiser",
+    "Dispatcher",
+    "Encoder",
+    "Gateway",
+    "Limits",
+    "Mail",
+    "Model",
+    "Patience",
+    "Pipeline",
+    "Priority",
+    "Queue",
+    "Resources",
+    "Retention",
+    "Storage",
+    "Store",
+    "Webhooks",
+    "is_loopback",
+    "is_mail_address",
+    "load_file",
+    "validate",
+]

@@ -1,0 +1,71 @@
+"""The weights, and what requests get and may ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from serve_app.config.section import NonNegativeFloat, Section
+
+# The fixed negative prompt of the Wan2.2 release (wan/configs/shared_config.py there); quality drops without it.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
+    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
+    "三条腿，背景人很多，倒着走"
+)
+
+
+class Model(Section):
+    """Which weights to serve."""
+
+    path: str = "tiny"
+    """A folder in the diffusers layout, or `tiny` for the model inside the package."""
+    name: str = "wan2.2-t2v-a14b"
+    """The id that `/v1/models` lists and requests may name."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the experts and the text encoder; modules that diffusers keeps in float32 stay so."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def folder(self) -> Path:
+        """The folder that `path` names."""
+        if self.path == "tiny":
+            from serve_app.tiny import CHECKPOINT
+
+            return CHECKPOINT
+        return Path(self.path).expanduser()
+
+
+class Defaults(Section):
+    """What a request gets when it does not say."""
+
+    width: PositiveInt = 1280
+    height: PositiveInt = 720
+    num_frames: PositiveInt = 81
+    fps: PositiveInt = 16
+    num_inference_steps: PositiveInt = 40
+    guidance_scale: NonNegativeFloat = 4.0
+    """Of the high-noise expert."""
+    guidance_scale_2: NonNegativeFloat = 3.0
+    """Of the low-noise expert."""
+    flow_shift: PositiveFloat = 12.0
+    boundary_ratio: float = Field(0.875, ge=0, le=1)
+    """Share of the training timesteps from which on the high-noise expert denoises."""
+    negative_prompt: str = WAN_NEGATIVE_PROMPT
+
+
+class Limits(Section):
+    """What a request may ask for at most."""
+
+    prompt_chars: PositiveInt = 4000
+    pixels: PositiveInt = 1280 * 720
+    """Width times height of one frame."""
+    num_frames: PositiveInt = 161
+    num_inference_steps: PositiveInt = 100
+    fps: PositiveInt = 60
+    queued_jobs: PositiveInt = 1000
+    """Waiting jobs beyond this many are answered 429."""
+    body_bytes: PositiveInt = 1 << 20
+    """Size of a request's body."""

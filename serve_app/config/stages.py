@@ -1,0 +1,132 @@
+"""The deployments of the pipeline's application."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from serve_app.config.section import Device, NonNegativeFloat, Section
+
+
+class Resources(Section):
+    """What Ray reserves for one process."""
+
+    num_cpus: NonNegativeFloat = 1
+    num_gpus: NonNegativeFloat = 0
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources that it uses up."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Ray node labels that its host must have, e.g. `{pool: h200}`; a value may be `in(a, b)` or `!a`."""
+
+
+class Autoscaling(Section):
+    """How many replicas, by the number of requests that wait or run."""
+
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt = 1
+    target_queue_length: PositiveFloat = 2
+    """Requests per replica, running and waiting, that the autoscaler aims at."""
+    upscale_delay_s: NonNegativeFloat = 10
+    downscale_delay_s: NonNegativeFloat = 300
+    look_back_s: PositiveFloat = 10
+    """Length of the window over which the queue length is averaged."""
+
+    @model_validator(mode="after")
+    def _order(self) -> Autoscaling:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas is {self.min_replicas}, expected at most {self.max_replicas} (max_replicas)"
+            )
+        return self
+
+
+class Batch(Section):
+    """The window of a `@serve.batch`."""
+
+    size: PositiveInt = 1
+    wait_s: NonNegativeFloat = 0.0
+    """How long the first request of a batch waits for others."""
+
+
+class Stage(Section):
+    """What the three stages have in common."""
+
+    device: Device = "auto"
+    threads: int = Field(0, ge=0)
+    """CPU threads of the stage's math in one process; 0 is all cores, shared among the ranks of a group."""
+    autoscaling: Autoscaling = Autoscaling()
+    max_ongoing_requests: PositiveInt = 64
+    warmup: bool = True
+    """Run once before the replica reports ready, so that the first request is not a slow one."""
+    health_check_period_s: PositiveFloat = 5
+    health_check_timeout_s: PositiveFloat = 10
+
+
+class Encoder(Stage):
+    """The text encoder."""
+
+    resources: Resources = Resources(num_cpus=1, num_gpus=1)
+    batch: Batch = Batch(size=8, wait_s=0.02)
+
+
+class Denoiser(Stage):
+    """A group of tensor-parallel ranks that denoise."""
+
+    tensor_parallel: PositiveInt = 1
+    """Ranks of a group. Must divide the number of attention heads."""
+    rank: Resources = Resources(num_cpus=1, num_gpus=1)
+    coordinator_cpus: NonNegativeFloat = 1
+    placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
+    """Ray placement strategy of a group. STRICT_PACK keeps its ranks on one host, where links are fast."""
+    batch: Batch = Batch(size=4, wait_s=0.005)
+    """Of the admissions: samples that arrive together start together."""
+    experts: Literal["together", "swap", "split"] = "together"
+    """`together`: every rank holds both. `swap`: both in host memory, the one in use on the device as well.
+    `split`: two deployments with one expert each, which hand samples over at the boundary."""
+    low_noise_autoscaling: Autoscaling | None = None
+    """With `experts: split`, of the low-noise expert's replicas; `autoscaling` is then that of the high-noise ones, and
+    of both if this is not given."""
+    samples_per_step: PositiveInt = 1
+    """Samples of equal shape that may share a forward pass."""
+    tokens_per_step: PositiveInt = 80_000
+    """Tokens that a shared forward pass may hold; a single sample may exceed it."""
+    step_memory_mib: NonNegativeFloat = 0
+    """Working memory that a shared forward pass may take on one rank; a single sample may exceed it. 0 is no bound."""
+    resident_samples: PositiveInt = 8
+    """Samples whose state a group holds at once; others wait outside."""
+    parked_memory_mib: NonNegativeFloat = 4096
+    """Device memory for the state of samples that do not take part in a step; the least urgent beyond it are kept in
+    host memory."""
+    text_memory_mib: NonNegativeFloat = 1024
+    """Device memory of each expert on a rank for the keys and values of the texts in the last forward pass, which the
+    next one uses again if the same samples step. A batch beyond it has them made anew at every step."""
+    checkpoint_s: NonNegativeFloat = 30
+    """A sample that was denoised for this long since it was last saved is saved again, for another group to continue if
+    this one is lost. 0 is never."""
+    fuse_guidance_tokens: int = Field(8192, ge=0)
+    """Up to this many tokens both halves of guidance run as one forward pass."""
+    step_timeout_s: PositiveFloat = 600
+    """A step that takes longer counts as hung, and the group is replaced."""
+    start_timeout_s: PositiveFloat = 1800
+    """Time for the ranks to start and load."""
+    shutdown_timeout_s: PositiveFloat = 3600
+    """How long a replica that is scaled down or replaced may go on with its samples; at least the longest job."""
+
+
+class Decoder(Stage):
+    """The VAE and the video encoder."""
+
+    resources: Resources = Resources(num_cpus=1, num_gpus=1)
+    batch: Batch = Batch(size=1, wait_s=0.0)
+    """One video fills a device, and alone its pixels are the same every time; batch mates change the last bits."""
+    store_wait_s: NonNegativeFloat = 3600
+    """How long a finished sample is kept in memory while the storage does not take its video."""
+
+
+class Pipeline(Section):
+    """The deployment that composes the stages."""
+
+    autoscaling: Autoscaling = Autoscaling(target_queue_length=32)
+    num_cpus: NonNegativeFloat = 0.1
+    max_ongoing_requests: PositiveInt = 256

@@ -1,0 +1,110 @@
+"""The whole tree, validated once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError, model_validator
+
+from serve_app.config.gateway import Auth, Gateway
+from serve_app.config.jobs import Dispatcher, Patience, Queue, Retention, Store
+from serve_app.config.model import Defaults, Limits, Model
+from serve_app.config.notice import Mail, Webhooks
+from serve_app.config.section import Section
+from serve_app.config.stages import Decoder, Denoiser, Encoder, Pipeline
+from serve_app.config.storage import Storage
+from serve_app.errors import ConfigError
+
+
+class Config(Section):
+    """All options of a deployment."""
+
+    home: str = ""
+    """Folder of everything that outlives the process; empty is `$WAN_SERVE_HOME`, else `./data`."""
+    model: Model = Model()
+    defaults: Defaults = Defaults()
+    limits: Limits = Limits()
+    encoder: Encoder = Encoder()
+    denoiser: Denoiser = Denoiser()
+    decoder: Decoder = Decoder()
+    pipeline: Pipeline = Pipeline()
+    gateway: Gateway = Gateway()
+    auth: Auth = Auth()
+    dispatcher: Dispatcher = Dispatcher()
+    patience: Patience = Patience()
+    store: Store = Store()
+    queue: Queue = Queue()
+    retention: Retention = Retention()
+    storage: Storage = Storage()
+    webhooks: Webhooks = Webhooks()
+    mail: Mail | None = None
+    """None: no mails are sent, and requests that want one are refused."""
+
+    @model_validator(mode="after")
+    def _defaults_within_limits(self) -> Config:
+        d, limit = self.defaults, self.limits
+        for option, value, most in (
+            ("width x height", d.width * d.height, limit.pixels),
+            ("num_frames", d.num_frames, limit.num_frames),
+            ("num_inference_steps", d.num_inference_steps, limit.num_inference_steps),
+            ("fps", d.fps, limit.fps),
+        ):
+            if value > most:
+                raise ValueError(f"defaults: {option} is {value}, expected at most limits' {most}")
+        return self
+
+    @property
+    def home_path(self) -> Path:
+        """The folder that `home` names, absolute."""
+        return Path(self.home or os.environ.get("WAN_SERVE_HOME") or "data").expanduser().absolute()
+
+    @property
+    def store_url(self) -> str:
+        """The SQLAlchemy URL of the job store."""
+        return self.store.url or f"sqlite+aiosqlite:///{self.home_path / 'jobs.db'}"
+
+    @property
+    def queue_url(self) -> str:
+        """The URL of the broker.
+
+        Raises:
+            ConfigError: none is given.
+        """
+        url = self.queue.url or os.environ.get("WAN_SERVE_QUEUE_URL", "")
+        if not url.startswith(("amqp://", "amqps://")):
+            said = "no URL of RabbitMQ" if url else "value ''"  # what it is instead may hold a password
+            raise ConfigError(f"queue.url has {said}, expected amqp://user:password@host:5672/vhost")
+        return url
+
+    @property
+    def storage_url(self) -> str:
+        """Where videos are kept."""
+        return self.storage.url or str(self.home_path / "videos")
+
+    @property
+    def storage_options(self) -> Storage:
+        """The storage section with its `url` filled in."""
+        return self.storage.model_copy(update={"url": self.storage_url})
+
+
+def validate(args: dict[str, Any], where: str = "args") -> Config:
+    """The configuration in `args`.
+
+    Raises:
+        ConfigError: one line for each option at fault, with its value and what was expected.
+    """
+    try:
+        return Config.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
+
+
+def _explain(error: Any, where: str) -> str:
+    option = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown option {option!r}"
+    subject = f"{where}: {option}" if option else where
+    value = "" if isinstance(error["input"], dict) else f" has value {error['input']!r}"
+    return f"{subject}{value}: {error['msg'].removeprefix('Value error, ')}"
