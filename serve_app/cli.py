@@ -21,7 +21,7 @@ from serve_app.errors import ServeAppError
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 cli.add_typer(jobs, name="jobs")
-cli.add_typer(keys)
+cli.add_typer(keys, name="keys")
 console = Console(highlight=False)
 
 Url = Annotated[str, typer.Option(help="Where the server listens.")]

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
 from datetime import datetime
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from serve_app.config import load_file
+from serve_app.cli_store import ConfigFile, with_store
 from serve_app.errors import ServeAppError
-from serve_app.jobs.store import JobStore
+
+if TYPE_CHECKING:
+    from serve_app.jobs.store import JobStore
 
 jobs = typer.Typer(no_args_is_help=True, help="Look at the queue, and pause it for maintenance.")
 console = Console(highlight=False)
 
-ConfigFile = Annotated[Path, typer.Option("--config", help="What is served; its store is acted on.")]
 # Between two looks at what still runs.
 _DRAIN_S = 0.5
 
@@ -29,56 +27,52 @@ _DRAIN_S = 0.5
 def status(config: ConfigFile) -> None:
     """How many jobs there are, and whether they are paused."""
 
-    async def run() -> None:
-        async with _store(config) as store:
-            since = await store.paused_since()
-            counts = await store.counts()
+    async def run(store: JobStore) -> None:
+        since = await store.paused_since()
+        counts = await store.counts()
         console.print("running" if since is None else f"paused since {_when(since)}", style="bold")
         for name in ("queued", "in_progress", "completed", "failed"):
             console.print(f"{counts.get(name, 0):>8}  {name}")
 
-    _run(run())
+    with_store(config, run)
 
 
 @jobs.command()
 def pause(config: ConfigFile) -> None:
     """Begin no more jobs. Those that run go on, new ones are accepted and wait."""
 
-    async def run() -> None:
-        async with _store(config) as store:
-            new = await store.pause()
-            console.print(f"{'paused' if new else 'paused already'}; {await store.running()} jobs run")
+    async def run(store: JobStore) -> None:
+        new = await store.pause()
+        console.print(f"{'paused' if new else 'paused already'}; {await store.running()} jobs run")
 
-    _run(run())
+    with_store(config, run)
 
 
 @jobs.command()
 def resume(config: ConfigFile) -> None:
     """Begin jobs again."""
 
-    async def run() -> None:
-        async with _store(config) as store:
-            console.print("resumed" if await store.resume() else "was not paused")
+    async def run(store: JobStore) -> None:
+        console.print("resumed" if await store.resume() else "was not paused")
 
-    _run(run())
+    with_store(config, run)
 
 
 @jobs.command()
 def drain(config: ConfigFile) -> None:
     """Pause, and wait until no job runs any more. Ctrl-C ends the waiting, not the pause."""
 
-    async def run() -> None:
-        async with _store(config) as store:
-            await store.pause()
-            told = None
-            while running := await store.running():
-                if running != told:
-                    console.print(f"paused; {running} jobs run")
-                    told = running
-                await asyncio.sleep(_DRAIN_S)
+    async def run(store: JobStore) -> None:
+        await store.pause()
+        told = None
+        while running := await store.running():
+            if running != told:
+                console.print(f"paused; {running} jobs run")
+                told = running
+            await asyncio.sleep(_DRAIN_S)
         console.print("paused; no job runs")
 
-    _run(run())
+    with_store(config, run)
 
 
 @jobs.command("list")
@@ -89,9 +83,8 @@ def list_jobs(
 ) -> None:
     """Jobs by age."""
 
-    async def run() -> None:
-        async with _store(config) as store:
-            found, more = await store.list(None, limit, order)
+    async def run(store: JobStore) -> None:
+        found, more = await store.list(None, limit, order)
         for job in found:
             at = f"{job.stage} {job.step}/{job.steps}" if job.status == "in_progress" and job.stage else ""
             what = job.error_code or at or "-"
@@ -102,38 +95,22 @@ def list_jobs(
         if more:
             print("… and more")
 
-    _run(run())
+    with_store(config, run)
 
 
 @jobs.command()
 def show(config: ConfigFile, video_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """All that is known of a job, as JSON."""
 
-    async def run() -> None:
-        async with _store(config) as store:
-            job = await store.get(video_id)
-            position = await store.position(video_id)
+    async def run(store: JobStore) -> None:
+        job = await store.get(video_id)
+        position = await store.position(video_id)
         if job is None:
             raise ServeAppError(f"ID has value {video_id[:80]!r}, expected the id of a job")
         columns = {column.key: getattr(job, column.key) for column in job.__table__.columns}
         print(json.dumps({**columns, "queue_position": position}, indent=2, ensure_ascii=False))
 
-    _run(run())
-
-
-@asynccontextmanager
-async def _store(path: Path) -> AsyncIterator[JobStore]:
-    _, config = load_file(path)
-    store = JobStore.of(config)
-    await store.start()
-    try:
-        yield store
-    finally:
-        await store.close()
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(work)
+    with_store(config, run)
 
 
 def _when(at: float) -> str:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
 
+from serve_app.cli_store import ConfigFile, with_store
 from serve_app.errors import ConfigError
 
-T = TypeVar("T")
-
-keys = typer.Typer(
-    name="keys", help="API keys for `auth: {mode: keys}`.", no_args_is_help=True, pretty_exceptions_enable=False
-)
+keys = typer.Typer(no_args_is_help=True, help="API keys for `auth: {mode: keys}`.")
 console = Console(highlight=False)
 
 _NAMES = ("requests_per_minute", "queued_jobs", "running_jobs", "gpu_seconds_per_day")
 
-ConfigFile = Annotated[Path, typer.Option("--config", help="The file that is served; its database holds the keys.")]
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")]
 Requests = Annotated[int | None, typer.Option(min=0, help="Calls over HTTP in a minute; 0 is no limit.")]
 Queued = Annotated[int | None, typer.Option(min=0, help="Jobs that wait; 0 is no limit.")]
@@ -50,7 +43,7 @@ def create(
         raise ConfigError(f"--scopes has value {scopes!r}, expected some of create, read, admin, one of the first two")
     given = dict(zip(_NAMES, (requests_per_minute, queued_jobs, running_jobs, gpu_seconds_per_day), strict=True))
     limits: Any = {name: value or None for name, value in given.items()}
-    key, text = _run(config, lambda store: store.keys.create(name, chosen, Limits(**limits)))
+    key, text = with_store(config, lambda store: store.keys.create(name, chosen, Limits(**limits)))
     # The key alone on stdout, for scripts.
     Console(stderr=True, highlight=False).print(f"key {key.id} of {name}; it is shown only now:", markup=False)
     print(text)
@@ -59,7 +52,7 @@ def create(
 @keys.command("list")
 def list_keys(config: ConfigFile) -> None:
     """All keys, their limits, and the GPU-seconds of their last 24 hours."""
-    for key, used in _run(config, lambda store: store.keys.list()):
+    for key, used in with_store(config, lambda store: store.keys.list()):
         made = time.strftime("%Y-%m-%d", time.gmtime(key.created_at))
         state = "valid  " if key.revoked_at is None else "revoked"
         limits = "; ".join(f"{name} {getattr(key, name):g}" for name in _NAMES if getattr(key, name) is not None)
@@ -70,7 +63,7 @@ def list_keys(config: ConfigFile) -> None:
 @keys.command()
 def revoke(key_id: KeyId, config: ConfigFile) -> None:
     """End a key, from the next request on. Its videos stay."""
-    if not _run(config, lambda store: store.keys.revoke(key_id)):
+    if not with_store(config, lambda store: store.keys.revoke(key_id)):
         raise _unknown(key_id)
     console.print(f"{key_id}: revoked", markup=False)
 
@@ -89,28 +82,10 @@ def limit(
     changes = {name: value or None for name, value in given.items() if value is not None}
     if not changes:
         raise ConfigError(f"no limit is given, expected one of --{', --'.join(_NAMES).replace('_', '-')}")
-    if _run(config, lambda store: store.keys.limit(key_id, changes)) is None:
+    if with_store(config, lambda store: store.keys.limit(key_id, changes)) is None:
         raise _unknown(key_id)
     console.print(f"{key_id}: " + ", ".join(f"{n} {'none' if v is None else f'{v:g}'}" for n, v in changes.items()))
 
 
 def _unknown(key_id: str) -> ConfigError:
     return ConfigError(f"ID has value {key_id!r}, expected that of a key (`wan-serve keys list` shows them)")
-
-
-def _run(path: Path, use: Callable[[Any], Awaitable[T]]) -> T:
-    """What `use` makes of the file's store."""
-    from serve_app.config import load_file
-    from serve_app.jobs.store import JobStore
-
-    config = load_file(path)[1]
-
-    async def work() -> T:
-        store = JobStore(config.store_url)
-        await store.start()
-        try:
-            return await use(store)
-        finally:
-            await store.close()
-
-    return asyncio.run(work())
