@@ -18,7 +18,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from serve_app import config
-from serve_app.storage.backend import CHUNK_BYTES, Method, Refused, Stat
+from serve_app.storage.backend import CHUNK_BYTES, Backend, Method, Refused
 from serve_app.storage.names import content_type, disposition
 
 PART_BYTES = 8 << 20
@@ -36,7 +36,7 @@ _PASSING = {"408", "409", "412", "429", "RequestTimeout", "NoSuchUpload"}
 _KIND = re.compile(r"\bkind: (Connect|Timeout)\b")
 
 
-class Bucket:
+class Bucket(Backend):
     """A `Backend` on S3.
 
     A put of up to 8 MiB is one conditional request. A larger one is a multipart upload, which nobody can see before it
@@ -120,9 +120,6 @@ class Bucket:
             mode: Any = "create" if self._options.conditional_put else "overwrite"
             obstore.put(self._store, key, data, attributes=attributes, use_multipart=False, mode=mode)
 
-    def stat(self, key: str) -> Stat:
-        return Stat.of(obstore.head(self._store, key))
-
     def get(self, key: str) -> bytes:
         return b"".join(self.chunks(key, 0, self.stat(key).size))
 
@@ -131,18 +128,6 @@ class Bucket:
             part = memoryview(obstore.get_range(self._store, key, start=first, end=min(first + PART_BYTES, end)))
             for offset in range(0, len(part), CHUNK_BYTES):
                 yield bytes(part[offset : offset + CHUNK_BYTES])
-
-    def list(self, prefix: str) -> list[str]:
-        return sorted(meta["path"] for batch in obstore.list(self._store, prefix=prefix) for meta in batch)
-
-    def delete(self, key: str) -> None:
-        obstore.delete(self._store, key)
-
-    def delete_prefix(self, prefix: str) -> int:
-        keys = self.list(prefix)
-        if keys:
-            obstore.delete(self._store, keys)
-        return len(keys)
 
     def ping(self) -> None:
         # A folder that nothing is ever stored in: the cheapest list that there is.

@@ -12,12 +12,12 @@ import obstore
 from obstore.store import LocalStore
 
 from serve_app.errors import ConfigError
-from serve_app.storage.backend import CHUNK_BYTES, Method, Refused, Stat
+from serve_app.storage.backend import CHUNK_BYTES, Backend, Method, Refused
 
 _MIB = 1 << 20
 
 
-class Folder:
+class Folder(Backend):
     """A `Backend` on the local file system.
 
     Raises:
@@ -37,9 +37,6 @@ class Folder:
         # Names and types are not kept: whoever serves a file derives them from its key. No mark: a file system answers.
         obstore.put(self._store, key, data, mode="create")
 
-    def stat(self, key: str) -> Stat:
-        return Stat.of(obstore.head(self._store, key))
-
     def get(self, key: str) -> bytes:
         return bytes(obstore.get(self._store, key).bytes())
 
@@ -48,21 +45,14 @@ class Folder:
         for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
             yield bytes(chunk)
 
-    def list(self, prefix: str) -> list[str]:
-        return sorted(meta["path"] for batch in obstore.list(self._store, prefix=prefix) for meta in batch)
-
-    def delete(self, key: str) -> None:
-        obstore.delete(self._store, key)
-
     def delete_prefix(self, prefix: str) -> int:
-        keys = self.list(prefix)
-        if keys:
-            # Missing when another process sweeps the same prefix; the folder below goes in any case.
-            with suppress(FileNotFoundError):
-                obstore.delete(self._store, keys)
+        count = 0
+        # Missing when another process sweeps the same prefix; the folder goes in any case.
+        with suppress(FileNotFoundError):
+            count = super().delete_prefix(prefix)
         # What a killed writer left behind (`name#1`) is invisible to list.
         shutil.rmtree(self.folder / prefix, ignore_errors=True)
-        return len(keys)
+        return count
 
     def ping(self) -> None:
         if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
