@@ -17,6 +17,8 @@ from serve_app.wan.checkpoint import Checkpoint
 # glibc hands each large tensor back to the kernel and asks for it again; for a VAE on CPUs, whose every layer makes
 # some, that was measured to be a seventh of the decode.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+# Tries to start a replica. A model that does not load, or a bucket that is not there, will not at the twentieth either.
+_STARTS = 3
 
 
 def wan(args: dict[str, Any]) -> Application:
@@ -76,13 +78,17 @@ def gateway(args: dict[str, Any]) -> Application:
 
     config = validate(args)
     dispatcher = _deployment(
-        DispatcherDeployment, num_replicas=1, ray_actor_options={"num_cpus": config.dispatcher.num_cpus}
+        DispatcherDeployment,
+        num_replicas=1,
+        ray_actor_options={"num_cpus": config.dispatcher.num_cpus},
+        max_constructor_retry_count=_STARTS,
     ).bind(config)
     return _deployment(
         Gateway,
         num_replicas=config.gateway.num_replicas,
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
         max_ongoing_requests=config.gateway.max_ongoing_requests,
+        max_constructor_retry_count=_STARTS,
     ).bind(config, dispatcher)
 
 
@@ -114,8 +120,7 @@ def _stage(stage: Any) -> dict[str, Any]:
         "max_ongoing_requests": stage.max_ongoing_requests,
         "health_check_period_s": stage.health_check_period_s,
         "health_check_timeout_s": stage.health_check_timeout_s,
-        # A model that does not load will not load at the twentieth try either; each takes minutes.
-        "max_constructor_retry_count": 3,
+        "max_constructor_retry_count": _STARTS,
     }
 
 

@@ -55,7 +55,11 @@ async def listen(
         dispatcher = Dispatcher(store, storage, run, OPTIONS.model_copy(update=options), broker)
         dispatcher.start()
         started.append(dispatcher)
-        await asyncio.sleep(0.1)  # its first look at the store, so that what follows has to be announced
+
+        async def looked() -> bool:
+            return dispatcher._looked_at > float("-inf")
+
+        await until(looked)  # what follows has to be announced
         return dispatcher
 
     yield begin
