@@ -178,7 +178,6 @@ class Scheduler:
         ]
         if not behind or len(ahead) >= self._samples_per_step:
             return []
-        # From here on as if `behind` was one cohort already: it is by the time that the last has caught up.
         behind = self._with_cohort(behind, ahead)
         tokens = sum(entry.tokens for entry in (*ahead, *behind))
         memory = sum(entry.step_mib for entry in (*ahead, *behind))

@@ -22,9 +22,9 @@ _HALVES = 2
 class Prepared:
     """A batch of texts.
 
-    `texts` are the whole ones, `[1, tokens, dim]` each; `given` what the model gets of them, `[batch, kept, dim]`;
-    `bias` what is added to the attention's logits, `[1, 1, 1, kept]`, None for nothing; `layers` the keys and values,
-    `[batch, kept, heads, features]`, as far as they are made.
+    `texts` are the whole ones, `[1, tokens, dim]` each. `given` is what the model gets of them, `[batch, kept, dim]`,
+    one token once the keys and values are made. `bias` is added to the attention's logits, `[1, 1, 1, kept]`, None for
+    nothing. `layers` are the keys and values, `[batch, kept, heads, features]`, as far as they are made.
     """
 
     texts: list[torch.Tensor]
@@ -81,10 +81,11 @@ class TextMemory:
         known = next((one for one in self._kept if _same(one.texts, texts)), None)
         self._current = serving = known or self._prepare(texts)
         try:
-            yield serving.given[:, :1] if known else serving.given
+            yield serving.given
         finally:
             self._current = None
         if known is None:
+            serving.given = serving.given[:, :1].clone()  # nothing will look at it
             self._kept = [*self._kept[-(_HALVES - 1) :], serving]
             while self._kept and self.bytes > self._limit:
                 self._kept.pop(0)
