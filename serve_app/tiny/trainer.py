@@ -23,8 +23,6 @@ from serve_app.tiny.muon import Muon
 from serve_app.tiny.text import LENGTH, Reader, embed, new_text_encoder, train_tokenizer
 
 DROPOUT = 0.12
-# The high-noise expert decides what goes where, which is what captions are about: it gets the larger share of a batch.
-HIGH_SHARE = 0.625
 
 
 def read_words(text: UMT5EncoderModel, reader: Reader, ids: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,7 +134,7 @@ class Trainer:
     def losses(self, data: Data, n: int, compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(high-noise, low-noise, words' loss, words' share right) on one batch of n clips."""
         x, ids, told = data.batch(n)
-        cut = round(n * HIGH_SHARE / 8) * 8
+        cut = round(n * self.args.high_share / 8) * 8
         drop = torch.rand(n, device=self.device) < DROPOUT
         ids = torch.where(drop[:, None], self.empty, ids)
         told = told.masked_fill(drop[:, None], -1)
