@@ -204,7 +204,7 @@ def main() -> None:
         folder = Path(name)
         changes: dict[str, dict[str, Any]] = {
             "denoiser": {
-                "tensor_parallel": 2,
+                "parallel": {"tensor": 2},
                 "threads": 1,
                 "rank": {"num_cpus": 0.2, "labels": {"pool": "gpu"}},
                 "checkpoint_s": 1,

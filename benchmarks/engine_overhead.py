@@ -140,7 +140,7 @@ def main() -> None:
     with own_ray():
         for size in options.tensor_parallel:
             stage = {
-                "tensor_parallel": size,
+                "parallel": {"tensor": size},
                 "threads": options.threads,
                 "samples_per_step": 4,
                 "resident_samples": max(64, *options.residents),

@@ -147,7 +147,7 @@ def main() -> None:
         for settings in ([*SETTINGS, *options.set], *([*SETTINGS, *other] for other in options.others)):
             name = ", ".join(settings[len(SETTINGS) :]) or "-"
             for size in options.tensor_parallel:
-                changed = sections([*settings, f"denoiser.tensor_parallel={size}"])
+                changed = sections([*settings, f"denoiser.parallel={{tensor: {size}}}"])
                 with deployed(options.config, **changed) as app:
                     for row in measure(app, options.clips, options.at_once, options.jobs):
                         print(f"| {name} | {size} | {row}", flush=True)

@@ -112,7 +112,7 @@ def main() -> None:
     if options.quick:
         options.seconds, options.rounds = 10, 1
     denoiser = {
-        "tensor_parallel": options.tensor_parallel,
+        "parallel": {"tensor": options.tensor_parallel},
         "samples_per_step": options.samples_per_step,
         # All are inside at once, so that the order is the engine's alone.
         "resident_samples": 256,

@@ -1,4 +1,4 @@
-"""Our latents against those of `diffusers.WanPipeline`, on the same folder and seeds, at several numbers of ranks.
+"""Our latents against those of `diffusers.WanPipeline`, same folder, same seeds, on every mesh of 1, 2, 4 ranks.
 
     python -m benchmarks.parity --model DIR
 
@@ -14,6 +14,7 @@ import platform
 import socket
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,22 @@ import torch
 from serve_app.config import WAN_NEGATIVE_PROMPT
 from serve_app.request import Params
 from serve_app.wan.generate import Generator
-from serve_app.wan.parallel import init_world
+from serve_app.wan.mesh import Mesh
+from serve_app.wan.world import init_world
 
-SIZES = (1, 2, 4)
-"""Ranks."""
-BOUNDS = {1: 1e-5, 2: 1e-4, 4: 1e-4}
-"""Largest relative error that counts as equal."""
+MESHES = [
+    Mesh(guidance, sequence, ranks // (guidance * sequence))
+    for ranks in (1, 2, 4)
+    for guidance in (1, 2)
+    for sequence in (1, 2, 4)
+    if ranks % (guidance * sequence) == 0
+]
+
+
+def bound(mesh: Mesh) -> float:
+    """Largest relative error that counts as equal."""
+    return 1e-5 if mesh.ranks == 1 else 1e-4
+
 
 _BASE: dict[str, Any] = {
     "prompt": "a red circle moves left on a white background",
@@ -87,15 +98,15 @@ def reference(folder: Path) -> dict[str, torch.Tensor]:
     return latents
 
 
-def ours(folder: Path, size: int) -> list[dict[str, torch.Tensor]]:
+def ours(folder: Path, mesh: Mesh, cases: Sequence[str] = tuple(CASES)) -> list[dict[str, torch.Tensor]]:
     """Our latents, for each rank by case."""
     with tempfile.TemporaryDirectory() as name:
-        run_ranks(_denoise_cases, size, folder, Path(name))
-        return [torch.load(Path(name) / f"{rank}.pt") for rank in range(size)]
+        run_ranks(_denoise_cases, mesh, folder, list(cases), Path(name))
+        return [torch.load(Path(name) / f"{rank}.pt") for rank in range(mesh.ranks)]
 
 
-def run_ranks(target: Any, size: int, *args: Any, timeout_s: float = 240) -> None:
-    """Run `target(rank, size, port, *args)` in `size` fresh processes.
+def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240) -> None:
+    """Run `target(rank, mesh, port, *args)` in as many fresh processes.
 
     Raises:
         RuntimeError: one failed or all took too long.
@@ -104,7 +115,9 @@ def run_ranks(target: Any, size: int, *args: Any, timeout_s: float = 240) -> Non
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     spawn = multiprocessing.get_context("spawn")
-    processes = [spawn.Process(target=target, args=(rank, size, port, *args), daemon=True) for rank in range(size)]
+    processes = [
+        spawn.Process(target=target, args=(rank, mesh, port, *args), daemon=True) for rank in range(mesh.ranks)
+    ]
     for process in processes:
         process.start()
     end = time.monotonic() + timeout_s
@@ -124,11 +137,11 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
-def _denoise_cases(rank: int, size: int, port: int, folder: Path, output: Path) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
-    world = init_world(rank, size, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
+def _denoise_cases(rank: int, mesh: Mesh, port: int, folder: Path, cases: list[str], output: Path) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.ranks))
+    world = init_world(rank, mesh, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
     generator = Generator(folder, world=world)
-    torch.save({name: generator.latents(params) for name, params in CASES.items()}, output / f"{rank}.pt")
+    torch.save({name: generator.latents(CASES[name]) for name in cases}, output / f"{rank}.pt")
     world.close()
 
 
@@ -137,12 +150,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint folder")
     folder = parser.parse_args().model
     theirs = reference(folder)
-    errors = {size: ours(folder, size)[0] for size in SIZES}
+    results = {mesh: ours(folder, mesh)[0] for mesh in MESHES}
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, float32\n")
-    print("| case | " + " | ".join(f"TP {size}" for size in SIZES) + " |")
-    print("|---|" + "---|" * len(SIZES))
+    print("guidance x sequence x tensor:\n")
+    print("| case | " + " | ".join(f"{m.guidance}x{m.sequence}x{m.tensor}" for m in MESHES) + " |")
+    print("|---|" + "---|" * len(MESHES))
     for name, latents in theirs.items():
-        row = " | ".join(f"{relative_error(errors[size][name], latents):.1e}" for size in SIZES)
+        row = " | ".join(f"{relative_error(results[mesh][name], latents):.1e}" for mesh in MESHES)
         print(f"| {name} | {row} |")
 
 

@@ -19,7 +19,9 @@ import torch
 
 from benchmarks.parity import run_ranks
 from serve_app.wan.checkpoint import Checkpoint
-from serve_app.wan.parallel import init_world, load_expert
+from serve_app.wan.mesh import Mesh
+from serve_app.wan.parallel import load_expert
+from serve_app.wan.world import init_world
 
 MB = 1 << 20
 SIZES = (1, 2, 4)
@@ -51,15 +53,15 @@ def measure(folder: Path, size: int, dtype: str = "float32") -> list[dict[str, i
         before loading), `held` (the same at the end) and `read` (from files).
     """
     with tempfile.TemporaryDirectory() as name:
-        run_ranks(_load, size, folder, dtype, Path(name))
+        run_ranks(_load, Mesh(tensor=size), folder, dtype, Path(name))
         return [json.loads((Path(name) / f"{rank}.json").read_text()) for rank in range(size)]
 
 
-def _load(rank: int, size: int, port: int, folder: Path, dtype: str, output: Path) -> None:
+def _load(rank: int, mesh: Mesh, port: int, folder: Path, dtype: str, output: Path) -> None:
     torch.set_num_threads(1)
     device = torch.device("cpu")
     checkpoint = Checkpoint(folder)
-    world = init_world(rank, size, "127.0.0.1", port, device, timeout_s=120)
+    world = init_world(rank, mesh, "127.0.0.1", port, device, timeout_s=120)
     with suppress(OSError):  # not allowed everywhere; the peak of the imports then counts as well
         Path("/proc/self/clear_refs").write_text("5")
     before, read = _status("VmRSS"), _bytes_read()

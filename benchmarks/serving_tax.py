@@ -52,7 +52,7 @@ def measure(file: Path, tensor_parallel: int, pairs: int) -> tuple[list[float], 
     with tempfile.TemporaryDirectory() as home:
         content = yaml.safe_load(file.read_text())
         content["applications"][0]["args"]["home"] = home
-        content["applications"][0]["args"]["denoiser"]["tensor_parallel"] = tensor_parallel
+        content["applications"][0]["args"]["denoiser"]["parallel"] = {"tensor": tensor_parallel}
         for application in content["applications"]:
             application["args"] = content["applications"][0]["args"]
         path = Path(home) / "serve.yaml"

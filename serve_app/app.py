@@ -10,9 +10,10 @@ from typing import Any
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
-from serve_app.config import Autoscaling, Config, Resources, validate
+from serve_app.config import Autoscaling, Config, Parallel, Resources, validate
 from serve_app.errors import ConfigError
 from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.mesh import Mesh, default_mesh
 
 # glibc hands each large tensor back to the kernel and asks for it again; for a VAE on CPUs, whose every layer makes
 # some, that was measured to be a seventh of the decode.
@@ -34,7 +35,7 @@ def wan(args: dict[str, Any]) -> Application:
 
     config = validate(args)
     checkpoint = Checkpoint(config.model.folder)
-    checkpoint.check_tensor_parallel(config.denoiser.tensor_parallel)
+    _check_parallel(config.denoiser.parallel, checkpoint)
     encoder = _deployment(
         Encoder,
         ray_actor_options=_actor(config.encoder.resources),
@@ -92,6 +93,16 @@ def gateway(args: dict[str, Any]) -> Application:
     ).bind(config, dispatcher)
 
 
+def _check_parallel(parallel: Parallel, checkpoint: Checkpoint) -> None:
+    """Whether the ranks of a group can share the model, before any of them starts."""
+    for expert in checkpoint.experts:
+        shape = checkpoint.expert_config(expert)
+        if parallel.ranks is None:
+            Mesh(parallel.guidance, parallel.sequence, parallel.tensor).check(shape)
+        else:
+            default_mesh(parallel.ranks, shape, weight_bytes=0, device_bytes=1)
+
+
 def _deployment(deployment: Any, **options: Any) -> Any:
     return deployment.options(**options)
 
@@ -102,11 +113,11 @@ def _denoiser(deployment: Any, config: Config) -> Any:
     rank = _bundle(stage.rank)
     labels: dict[str, Any] = {}
     if stage.rank.labels:  # the coordinator too: it stays with its ranks
-        labels["placement_group_bundle_label_selector"] = [stage.rank.labels] * (1 + stage.tensor_parallel)
+        labels["placement_group_bundle_label_selector"] = [stage.rank.labels] * (1 + stage.parallel.size)
     return _deployment(
         deployment,
         ray_actor_options={"num_cpus": stage.coordinator_cpus},
-        placement_group_bundles=[{"CPU": stage.coordinator_cpus}] + [rank] * stage.tensor_parallel,
+        placement_group_bundles=[{"CPU": stage.coordinator_cpus}] + [rank] * stage.parallel.size,
         placement_group_strategy=stage.placement,
         **labels,
         **_stage(stage),

@@ -77,8 +77,8 @@ def test_storage() -> None:
         ({"storage": {"presign_s": 604801}}, "storage.presign_s has value 604801"),
         ({"denoiser": {"batch": {"wait": 1}}}, "args: unknown option 'denoiser.batch.wait'"),
         (
-            {"denoiser": {"tensor_parallel": 0}},
-            "args: denoiser.tensor_parallel has value 0: Input should be greater than 0",
+            {"denoiser": {"parallel": {"tensor": 0}}},
+            "args: denoiser.parallel.tensor has value 0: Input should be greater than 0",
         ),
         ({"denoiser": {"placement": "NEAR"}}, "args: denoiser.placement has value 'NEAR': Input should be 'PACK'"),
         ({"model": {"dtype": "fp8"}}, "args: model.dtype has value 'fp8': Input should be 'float32' or 'bfloat16'"),

@@ -231,7 +231,7 @@ def test_up_starts_a_ray_of_its_own_and_ctrl_c_leaves_nothing(checkpoint, tmp_pa
         (lambda c: c["applications"][0].update(route_prefx="/"), "route_prefx"),
         (lambda c: c.update(proxy_locations="HeadOnly"), "proxy_locations"),
         (lambda c: c["applications"][0]["args"]["model"].update(path="/nowhere"), "/nowhere"),
-        (lambda c: c["applications"][0]["args"]["denoiser"].update(tensor_parallel=3), "denoiser.tensor_parallel"),
+        (lambda c: c["applications"][0]["args"]["denoiser"].update(parallel={"tensor": 3}), "denoiser.parallel.tensor"),
     ],
     ids=["option", "application key", "file key", "folder", "heads"],
 )

@@ -11,7 +11,7 @@ from serve_app.config.jobs import Dispatcher, Patience, Queue, Retention, Store
 from serve_app.config.model import WAN_NEGATIVE_PROMPT, Defaults, Limits, Model
 from serve_app.config.notice import Mail, Webhooks, is_mail_address
 from serve_app.config.section import Priority
-from serve_app.config.stages import Autoscaling, Decoder, Denoiser, Encoder, Pipeline, Resources
+from serve_app.config.stages import Autoscaling, Decoder, Denoiser, Encoder, Parallel, Pipeline, Resources
 from serve_app.config.storage import Storage
 from serve_app.config.tree import Config, validate
 
@@ -29,6 +29,7 @@ __all__ = [
     "Limits",
     "Mail",
     "Model",
+    "Parallel",
     "Patience",
     "Pipeline",
     "Priority",

@@ -70,11 +70,35 @@ class Encoder(Stage):
     batch: Batch = Batch(size=8, wait_s=0.02)
 
 
-class Denoiser(Stage):
-    """A group of tensor-parallel ranks that denoise."""
+class Parallel(Section):
+    """How the ranks of a group share a step; there are as many as the product. Or only how many: then the group picks,
+    by the memory of its devices, and logs what and why."""
 
-    tensor_parallel: PositiveInt = 1
-    """Ranks of a group. Must divide the number of attention heads."""
+    tensor: PositiveInt = 1
+    """Ranks that share every layer's weights. Must divide the attention heads and the feed-forward width."""
+    guidance: Literal[1, 2] = 1
+    """2: each half of classifier-free guidance has ranks of its own."""
+    sequence: PositiveInt = 1
+    """Ranks that share the tokens of a sample. Must divide the heads that tensor parallelism leaves a rank."""
+    ranks: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _either(self) -> Parallel:
+        given = {"tensor", "guidance", "sequence"} & self.model_fields_set
+        if self.ranks is not None and given:
+            raise ValueError(f"ranks is {self.ranks} and {min(given)} is given as well, expected one or the other")
+        return self
+
+    @property
+    def size(self) -> int:
+        """Ranks of a group."""
+        return self.ranks or self.tensor * self.guidance * self.sequence
+
+
+class Denoiser(Stage):
+    """A group of ranks that denoise."""
+
+    parallel: Parallel = Parallel()
     rank: Resources = Resources(num_cpus=1, num_gpus=1)
     coordinator_cpus: NonNegativeFloat = 1
     placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"

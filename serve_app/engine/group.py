@@ -17,10 +17,11 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from serve_app.config import Config
-from serve_app.engine.rank import Admitted, DeviceBroken, Order, RankActor, RankStatus, Stepped
+from serve_app.engine.rank import Admitted, DeviceBroken, Order, RankActor, RankStatus, Stepped, Survey
 from serve_app.errors import ServeAppError
 from serve_app.logs import get_logger
 from serve_app.request import Params
+from serve_app.wan.mesh import Mesh, default_mesh
 
 if TYPE_CHECKING:
     from serve_app.wan.checkpoint import Expert
@@ -50,9 +51,14 @@ class Group:
     Args:
         ranks: the actors, by rank.
         config: the deployment's configuration.
+
+    Attributes:
+        mesh: how the ranks share a step.
     """
 
     def __init__(self, ranks: list[Any], config: Config) -> None:
+        parallel = config.denoiser.parallel
+        self.mesh = Mesh(parallel.guidance, parallel.sequence, parallel.tensor)
         self._ranks = ranks
         self._config = config
         self._step_timeout_s = config.denoiser.step_timeout_s
@@ -75,7 +81,7 @@ class Group:
             GroupLost: a rank died or did not load within `denoiser.start_timeout_s`.
             ServeAppError: the configuration does not fit the model.
         """
-        need = config.denoiser.rank
+        need, parallel = config.denoiser.rank, config.denoiser.parallel
         ranks = [
             RankActor.options(
                 num_cpus=need.num_cpus,
@@ -85,14 +91,18 @@ class Group:
                     placement_group, placement_group_bundle_index=first_bundle + index
                 ),
             ).remote(config, index, experts)
-            for index in range(config.denoiser.tensor_parallel)
+            for index in range(parallel.size)
         ]
         group = cls(ranks, config)
         timeout = config.denoiser.start_timeout_s
         try:
             started = time.monotonic()
+            if parallel.ranks is not None:
+                seen: Survey = (await group._within(timeout, ranks[0].survey.remote()))[0]
+                group.mesh, why = default_mesh(parallel.ranks, seen.shape, seen.weight_bytes, seen.device_bytes)
+                log.info("mesh picked", extra={"mesh": str(group.mesh), "reason": why})
             address, port = (await group._within(timeout, ranks[0].rendezvous.remote()))[0]
-            loaded = await group._all("load", address, port, timeout_s=timeout)
+            loaded = await group._all("load", address, port, group.mesh, timeout_s=timeout)
             group._statuses = await group._all("status", timeout_s=timeout)
             if config.denoiser.warmup:
                 await group._all("warm_up", group.warm_up_params(), timeout_s=timeout)
@@ -103,6 +113,7 @@ class Group:
             "group ready",
             extra={
                 "ranks": len(ranks),
+                "mesh": str(group.mesh),
                 "seconds": round(time.monotonic() - started, 2),
                 "load_seconds": [round(rank["seconds"], 2) for rank in loaded],
                 "peak_rss_mib": [round(rank["peak_rss_mib"]) for rank in loaded],

@@ -19,6 +19,7 @@ from serve_app.config import Config
 from serve_app.errors import ServeAppError, StateError, one_line
 from serve_app.logs import get_logger
 from serve_app.request import Params
+from serve_app.wan.mesh import Mesh
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +74,16 @@ class Stepped:
 
 
 @dataclass(frozen=True)
+class Survey:
+    """What a mesh is picked by: an expert's configuration; bytes of all the weights that a rank would hold, and of its
+    device's memory."""
+
+    shape: dict[str, Any]
+    weight_bytes: float
+    device_bytes: float
+
+
+@dataclass(frozen=True)
 class RankStatus:
     """A sign of life.
 
@@ -115,14 +126,42 @@ class Rank:
             probe.bind((address, 0))
             return address, probe.getsockname()[1]
 
-    def load(self, address: str, port: int) -> dict[str, float]:
+    def survey(self) -> Survey:
+        """Look at the model and the device, without loading anything.
+
+        Raises:
+            CheckpointError: the folder is not a complete model.
+        """
+        import math
+
+        import psutil
+        import torch
+
+        from serve_app.wan.checkpoint import Checkpoint
+
+        stage, checkpoint = self._config.denoiser, Checkpoint(self._config.model.folder)
+        experts = self._wanted or checkpoint.experts
+        sizes = []
+        for expert in experts:
+            with checkpoint.weights(expert) as weights:
+                sizes.append(sum(math.prod(weights.shape(name)) for name in weights.names()))
+        held = max(sizes) if stage.experts == "swap" else sum(sizes)
+        held *= getattr(torch, self._config.model.dtype).itemsize
+        device = pick_device(stage.device)
+        if device.type == "cuda":
+            memory = float(torch.cuda.get_device_properties(device).total_memory)
+        else:  # the host's, which the ranks on it share
+            memory = psutil.virtual_memory().total / stage.parallel.size
+        return Survey(checkpoint.expert_config(experts[0]), float(held), memory)
+
+    def load(self, address: str, port: int, mesh: Mesh) -> dict[str, float]:
         """Join the group and load this rank's shard of the experts.
 
         Returns:
             `seconds` it took and `peak_rss_mib` of the process.
 
         Raises:
-            ConfigError: the tensor-parallel size does not fit the model.
+            ConfigError: the mesh does not fit the model.
             CheckpointError: the folder is not a complete model.
         """
         import resource
@@ -133,18 +172,18 @@ class Rank:
         from serve_app.storage import Storage
         from serve_app.wan.checkpoint import Checkpoint
         from serve_app.wan.experts import Experts
-        from serve_app.wan.parallel import init_world, load_expert
+        from serve_app.wan.parallel import load_expert
+        from serve_app.wan.world import init_world
 
         started = time.monotonic()
         stage = self._config.denoiser
         # The ranks of a group compute at the same moments: with all cores each, those on one host would wait for one
         # another at every operation.
-        shared = 1 if stage.placement.endswith("SPREAD") else stage.tensor_parallel
+        shared = 1 if stage.placement.endswith("SPREAD") else mesh.ranks
         set_threads(stage.threads or max(1, (os.cpu_count() or 1) // shared))
         self._device = pick_device(stage.device)
-        world = init_world(
-            self._rank, stage.tensor_parallel, address, port, self._device, timeout_s=stage.start_timeout_s
-        )
+        self._mesh = mesh
+        world = init_world(self._rank, mesh, address, port, self._device, timeout_s=stage.start_timeout_s)
         self._dtype = getattr(torch, self._config.model.dtype)
         self._checkpoint = Checkpoint(self._config.model.folder)
         experts = Experts(
@@ -212,14 +251,13 @@ class Rank:
             )
         self._samples[sample_id] = sample
         config = self._checkpoint.expert_config("transformer")
-        size = self._config.denoiser.tensor_parallel
         return Admitted(
             tokens=sample.tokens,
             step=sample.step,
             steps=sample.steps,
             boundary=sample.boundary_step,
             work=step_flops(config, sample.tokens, sample.guided),
-            step_mib=activation_bytes(config, sample.tokens, self._dtype.itemsize, size) / 2**20,
+            step_mib=activation_bytes(config, sample.tokens, self._dtype.itemsize, self._mesh) / 2**20,
             state_mib=sample.state_bytes / 2**20,
             refused=refused,
         )

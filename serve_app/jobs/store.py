@@ -110,7 +110,7 @@ class JobStore(Leases, Upkeep, Switches):
             config.patience,
             config.retention,
             announcer,
-            config.denoiser.tensor_parallel,
+            config.denoiser.parallel.size,
         )
 
     @property

@@ -9,6 +9,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
+from serve_app.wan.sequence import Tokens
 from serve_app.wan.text_memory import TextMemory
 
 
@@ -43,15 +44,19 @@ class Attention:
         group: of the ranks that share the heads; None for one rank.
         memory: of the text's keys and values, for cross-attention.
         layer: index of the block.
+        tokens: those that ranks share, for self-attention; None where each has all.
     """
 
     _attention_backend = None  # set by diffusers' `set_attention_backend`
     _parallel_config = None
 
-    def __init__(self, group: Any | None, memory: TextMemory | None = None, layer: int = 0) -> None:
+    def __init__(
+        self, group: Any | None, memory: TextMemory | None = None, layer: int = 0, tokens: Tokens | None = None
+    ) -> None:
         self.group = group
         self.memory = memory
         self.layer = layer
+        self.tokens = tokens
 
     def __call__(
         self,
@@ -75,6 +80,8 @@ class Attention:
         query = query.unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        if self.tokens is not None:
+            query, key, value = self.tokens.to_heads(query, key, value)
         hidden_states = dispatch_attention_fn(
             query,
             key,
@@ -84,6 +91,8 @@ class Attention:
             is_causal=False,
             backend=self._attention_backend,
         )
+        if self.tokens is not None:
+            hidden_states = self.tokens.to_tokens(hidden_states)
         output: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
         return output
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from serve_app.errors import CheckpointError, ConfigError
+from serve_app.errors import CheckpointError
 
 if TYPE_CHECKING:
     from serve_app.wan.weights import Weights
@@ -97,20 +97,6 @@ class Checkpoint:
         if expert not in self._experts:
             raise CheckpointError(f"{self.folder / expert}: is not part of this checkpoint, it has one expert only")
         return self._experts[expert]
-
-    def check_tensor_parallel(self, size: int) -> None:
-        """Whether the experts can be cut into `size` shards.
-
-        Raises:
-            ConfigError: they cannot; names the option, its value and what was expected.
-        """
-        for expert in self.experts:
-            for name in ("num_attention_heads", "ffn_dim"):
-                if self._experts[expert][name] % size:
-                    raise ConfigError(
-                        f"denoiser.tensor_parallel has value {size}, "
-                        f"expected a divisor of the model's {name}, {self._experts[expert][name]}"
-                    )
 
     def weights(self, component: str) -> Weights:
         """A reader of the weights of an expert or the VAE."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from serve_app.wan.checkpoint import MAX_TOKENS
+from serve_app.wan.mesh import Mesh
 
 
 def step_flops(config: dict[str, Any], tokens: int, guided: bool) -> float:
@@ -27,11 +28,11 @@ def step_flops(config: dict[str, Any], tokens: int, guided: bool) -> float:
     return float(layers * (projections + attention)) * (2 if guided else 1)
 
 
-def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int, tensor_parallel: int) -> int:
+def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int, mesh: Mesh) -> int:
     """Working memory of a forward pass over `tokens` on one rank, beside the weights.
 
     The widest moment of a block: the feed-forward's hidden features, this rank's share of them, beside six tensors of
     the model's width.
     """
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    return tokens * itemsize * (int(config["ffn_dim"]) // tensor_parallel + 6 * width)
+    return tokens * itemsize * (int(config["ffn_dim"]) // mesh.tensor + 6 * width) // mesh.sequence

@@ -11,11 +11,12 @@ from torch import nn
 
 from serve_app.request import Params
 from serve_app.wan.checkpoint import Checkpoint, Expert
-from serve_app.wan.parallel import World, load_expert
+from serve_app.wan.parallel import load_expert
 from serve_app.wan.sample import Sample
 from serve_app.wan.sampler import denoise
 from serve_app.wan.text import TextEncoder
 from serve_app.wan.vae import VideoDecoder
+from serve_app.wan.world import World
 
 
 class Generator:
@@ -40,7 +41,7 @@ class Generator:
         self.device = device
         self.dtype = dtype
         self.text = TextEncoder(self.checkpoint, device, dtype)
-        world = world or World(0, 1, None, device)
+        world = world or World.alone(device)
         self.experts: dict[Expert, nn.Module] = {
             expert: load_expert(self.checkpoint, expert, world, dtype, device) for expert in self.checkpoint.experts
         }

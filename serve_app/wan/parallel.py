@@ -1,4 +1,4 @@
-"""An expert over one or several ranks: the process group, the sharded model, and its weights read slice by slice.
+"""An expert over one or several ranks: the sharded model, and its weights read slice by slice.
 
 Tensor parallelism is DeepSpeed's inference engine: it cuts the linear layers of every block (Megatron-LM's scheme,
 https://arxiv.org/abs/1909.08053). What it does not know of Wan is added here: a query/key norm that spans all heads,
@@ -7,12 +7,6 @@ modules that stay in float32, and weights that go from the file to the shard wit
 
 from __future__ import annotations
 
-import ipaddress
-import os
-import socket
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,69 +14,16 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed, WanTransformerBlock
 from torch import nn
 
-from serve_app.errors import CheckpointError, ConfigError
+from serve_app.errors import CheckpointError
 from serve_app.wan.attention import Attention, ShardedNorm
 from serve_app.wan.checkpoint import Checkpoint, Expert
+from serve_app.wan.sequence import Tokens
 from serve_app.wan.text_memory import TextMemory
 from serve_app.wan.weights import Weights
+from serve_app.wan.world import Axis, World
 
 TEXT_MEMORY_BYTES = 2.0**30
 """Enough for one 720p sample of A14B, both halves of guidance."""
-
-
-@dataclass(frozen=True)
-class World:
-    """This process's place in its group. `group` is None for a group of one."""
-
-    rank: int
-    size: int
-    group: Any | None
-    device: torch.device
-
-    def close(self) -> None:
-        """Leave the group. The process cannot join another one afterwards."""
-        if self.group is not None and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def init_world(rank: int, size: int, address: str, port: int, device: torch.device, timeout_s: float) -> World:
-    """Join the group of ranks that share an expert; returns when all of them are there.
-
-    Args:
-        address, port: where rank 0 listens, as the other ranks reach it.
-        timeout_s: for the others to come, and for every exchange with them later.
-
-    Raises:
-        torch.distributed.DistError: the group did not come together in time.
-    """
-    if size == 1:
-        return World(rank, size, None, device)
-    cuda = device.type == "cuda"
-    os.environ["LOCAL_RANK"] = str(device.index or 0) if cuda else "0"
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(size)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")  # a CPU group may run where there is a GPU
-    if not cuda:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_towards(address, port))
-    import deepspeed  # only now: it reads DS_ACCELERATOR when imported, and a group of one does without it
-
-    accelerator = deepspeed.accelerator.get_accelerator().device_name()
-    if accelerator != device.type:
-        raise RuntimeError(f"DeepSpeed was imported earlier, for {accelerator!r}; set DS_ACCELERATOR={device.type}")
-    # DeepSpeed's own CPU all-reduce works through shared memory: it needs ranks on one host, and a C++ compiler and
-    # ninja when first used. An empty table of compatible operators leaves gloo, and saves the probing of all compilers.
-    deepspeed.ops.__compatible_ops__ = {}
-    deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_s),
-        init_method=f"tcp://{f'[{address}]' if ':' in address else address}:{port}",
-        rank=rank,
-        world_size=size,
-    )
-    if deepspeed.comm.comm.cdb.shm_comm_op is not None:
-        raise RuntimeError("DeepSpeed's shared-memory all-reduce is on although it was disabled; is its version newer?")
-    return World(rank, size, torch.distributed.group.WORLD, device)
 
 
 def load_expert(
@@ -103,42 +44,64 @@ def load_expert(
         text_memory_bytes: bound of its `text_memory`, see `TextMemory`.
 
     Raises:
-        ConfigError: the group's size does not divide the heads or the feed-forward width.
+        ConfigError: the mesh does not fit the heads or the feed-forward width.
         CheckpointError: the weights do not match the configuration.
     """
     config = checkpoint.expert_config(expert)
+    world.mesh.check(config)
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(config)
     model.eval().requires_grad_(False)
-    group = None
-    if world.size > 1:
-        checkpoint.check_tensor_parallel(world.size)
-        model, group = _shard(model, world, dtype)
+    if world.tensor.size > 1:
+        model = _shard(model, world.tensor, dtype)
     # DeepSpeed takes the model for its own: attributes are set afterwards.
+    model.guidance = world.guidance
     model.text_memory = TextMemory(text_memory_bytes, fold=device.type == "cpu" and dtype == torch.float32)
+    tokens = Tokens(world.sequence) if world.sequence.size > 1 else None
     for layer, block in enumerate(model.blocks):
-        block.attn2.set_processor(Attention(group, model.text_memory, layer))
+        if world.tensor.size > 1 or tokens is not None:
+            block.attn1.set_processor(Attention(world.tensor.group, tokens=tokens))
+        block.attn2.set_processor(Attention(world.tensor.group, model.text_memory, layer))
     with checkpoint.weights(expert) as weights:
-        _fill(model, weights, world, dtype, device)
+        _fill(model, weights, world.tensor, dtype, device)
     # Not part of a checkpoint: computed from the configuration.
     model.rope = WanRotaryPosEmbed(
         model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len
     ).to(device)
+    if tokens is not None:
+        tokens.share(model)
     return model
 
 
-def _shard(model: nn.Module, world: World, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    """Replace the blocks' linear layers by this rank's shards; parameters are allocated, not filled.
+class _Mpu:
+    """How DeepSpeed is told which ranks share the weights."""
 
-    Returns:
-        The model, and the process group that its ranks reduce over.
-    """
+    def __init__(self, tensor: Axis) -> None:
+        self._tensor = tensor
+
+    def get_model_parallel_group(self) -> Any:
+        return self._tensor.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tensor.index
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tensor.size
+
+
+def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
+    """Replace the blocks' linear layers by this rank's shards; parameters are allocated, not filled."""
     import deepspeed
 
     engine = deepspeed.init_inference(
         model,
         # The default grain of 64 cuts unevenly where the feed-forward width is no multiple of 64 times the size.
-        tensor_parallel={"tp_size": world.size, "tp_grain_size": 1},
+        tensor_parallel={
+            "tp_size": tensor.size,
+            "tp_grain_size": 1,
+            "tp_group": tensor.group,
+            "mpu": _Mpu(tensor),  # without it a group of the first ranks is made, whatever `tp_group` says
+        },
         dtype=dtype,
         replace_with_kernel_inject=False,
         # The two row-parallel layers of a block, by the last two parts of their path.
@@ -147,16 +110,14 @@ def _shard(model: nn.Module, world: World, dtype: torch.dtype) -> tuple[nn.Modul
     model = engine.module
     for module in model.modules():
         if isinstance(module, WanAttention):
-            module.heads //= world.size
+            module.heads //= tensor.size
             for name in ("norm_q", "norm_k"):
                 norm = getattr(module, name)
-                setattr(module, name, ShardedNorm(norm.normalized_shape[0], world.size, norm.eps, dtype))
-            # DeepSpeed's group rather than the world's: one NCCL communicator, with its buffers, instead of two.
-            module.set_processor(Attention(engine.mp_group))
-    return model, engine.mp_group
+                setattr(module, name, ShardedNorm(norm.normalized_shape[0], tensor.size, norm.eps, dtype))
+    return model
 
 
-def _fill(model: nn.Module, weights: Weights, world: World, dtype: torch.dtype, device: torch.device) -> None:
+def _fill(model: nn.Module, weights: Weights, axis: Axis, dtype: torch.dtype, device: torch.device) -> None:
     """Give every parameter its values: this rank's slice where the parameter is smaller than the file's tensor."""
     # Called by the name that diffusers' own loader goes by: a part of the path, not a substring.
     float32 = set(WanTransformer3DModel._keep_in_fp32_modules)
@@ -169,13 +130,13 @@ def _fill(model: nn.Module, weights: Weights, world: World, dtype: torch.dtype, 
         cut = [dim for dim, (ours, all_) in enumerate(zip(parameter.shape, whole, strict=False)) if ours != all_]
         expected = list(parameter.shape)
         if cut:
-            expected[cut[0]] *= world.size
+            expected[cut[0]] *= axis.size
         if tuple(expected) != whole:
             raise CheckpointError(
                 f"{weights.folder}: the tensor {name!r} has shape {whole}, expected {tuple(expected)}"
             )
         dim = cut[0] if cut else 0
-        start = world.rank * parameter.shape[dim] if cut else 0
+        start = axis.index * parameter.shape[dim] if cut else 0
         target = torch.float32 if float32.intersection(name.split(".")) else dtype
         tensor = weights.read(name, dim, start, start + parameter.shape[dim], target)
         # A new parameter, since those built on the meta device cannot be given memory.
@@ -185,28 +146,3 @@ def _fill(model: nn.Module, weights: Weights, world: World, dtype: torch.dtype, 
     missing = {name for name in missing if "norm_added_q" not in name}
     if missing:
         raise CheckpointError(f"{weights.folder}: the tensor {min(missing)!r} is not expected by config.json")
-
-
-def _interface_towards(address: str, port: int) -> str:
-    """The network interface whose IP address this host uses to reach `address`.
-
-    Gloo would take the one that the host's name resolves to, which on many machines is the loopback one: ranks on other
-    hosts then wait for it in vain.
-    """
-    import psutil
-
-    family, kind, protocol, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(target)  # sends nothing: it only looks up the route
-        own = ipaddress.ip_address(probe.getsockname()[0])
-    loopback = ""
-    for name, addresses in psutil.net_if_addrs().items():
-        for entry in addresses:
-            with suppress(ValueError):  # link-layer addresses
-                ip = ipaddress.ip_address(entry.address.split("%")[0])
-                if ip == own:
-                    return name
-                loopback = name if ip.is_loopback else loopback
-    if own.is_loopback and loopback:
-        return loopback  # 127.0.0.2 and the like belong to it without being listed
-    raise ConfigError(f"rank address has value {address!r}, expected one reached through an interface of this host")

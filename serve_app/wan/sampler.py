@@ -81,7 +81,7 @@ def denoise(
     return sample.latents
 
 
-def _predict(model: torch.nn.Module, samples: list[Sample], fuse_guidance_tokens: int) -> torch.Tensor:
+def _predict(model: Any, samples: list[Sample], fuse_guidance_tokens: int) -> torch.Tensor:
     """The guided noise prediction, `[samples, channels, frames, height, width]`."""
     positive = [sample.positive for sample in samples]
     latents = torch.cat([sample.latents for sample in samples]).to(positive[0].dtype)
@@ -89,7 +89,11 @@ def _predict(model: torch.nn.Module, samples: list[Sample], fuse_guidance_tokens
     if not samples[0].guided:
         return _forward(model, latents, timesteps, positive)
     negative = [sample.negative for sample in samples if sample.negative is not None]
-    if 2 * sum(sample.tokens for sample in samples) <= fuse_guidance_tokens:
+    guidance = model.guidance
+    if guidance.size == 2:  # the other half is made by other ranks at the same time
+        half = _forward(model, latents, timesteps, negative if guidance.index else positive)
+        conditional, unconditional = guidance.gather(half)
+    elif 2 * sum(sample.tokens for sample in samples) <= fuse_guidance_tokens:
         both = _forward(model, latents.repeat(2, 1, 1, 1, 1), timesteps.repeat(2), positive + negative)
         conditional, unconditional = both.chunk(2)
     else:

@@ -142,7 +142,7 @@ def test_a_group_across_two_hosts_makes_the_same_video(cluster, serve_on, servin
     across = serve_on(
         cluster,
         denoiser={
-            "tensor_parallel": 2,
+            "parallel": {"tensor": 2},
             "threads": 1,
             "rank": {"num_cpus": 5, "labels": {"pool": "gpu"}},
             "placement": "SPREAD",

@@ -10,10 +10,11 @@ import torch
 from serve_app.request import Params
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.experts import Experts
-from serve_app.wan.parallel import World, load_expert
+from serve_app.wan.parallel import load_expert
 from serve_app.wan.sample import Sample
 from serve_app.wan.sampler import denoise
 from serve_app.wan.text import Embedding
+from serve_app.wan.world import World
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PARAMS = Params(
@@ -34,7 +35,7 @@ PARAMS = Params(
 
 def experts(folder: Path, placement: str) -> Experts:
     checkpoint, device = Checkpoint(folder), torch.device("cuda", 0)
-    world = World(0, 1, None, device)
+    world = World.alone(device)
     load = lambda name: load_expert(checkpoint, name, world, torch.bfloat16, device)  # noqa: E731
     return Experts(checkpoint.experts, load, placement, device)  # type: ignore[arg-type]
 

@@ -92,7 +92,7 @@ class Run:
 def app(deploy: Any) -> Iterator[Wan]:
     yield deploy(
         denoiser={
-            "tensor_parallel": 2,
+            "parallel": {"tensor": 2},
             "samples_per_step": 1,
             "resident_samples": 3,
             "checkpoint_s": 0.1,
@@ -154,7 +154,7 @@ def test_one_of_a_class_above_gets_the_seat_of_the_least_urgent_when_all_are_tak
 def test_who_leaves_is_gone_from_every_rank_at_the_next_step(app):
     run = Run(app, app.params(num_inference_steps=2000), "leaves").at(3)
     before = app.handle("Denoiser").describe.remote().result()
-    assert [rank["samples"] for rank in before["ranks"]] == [1] * app.config.denoiser.tensor_parallel
+    assert [rank["samples"] for rank in before["ranks"]] == [1] * app.config.denoiser.parallel.size
     run.response.cancel()
 
     def gone() -> bool:
@@ -175,7 +175,7 @@ def test_latents_that_are_not_finite_fail_their_sample_only(app, alone):
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_after_a_rank_is_lost_the_sample_goes_on_from_its_last_state_to_the_same_bits(app, alone, blow):
-    prefix = f"samples/{blow.name}{app.config.denoiser.tensor_parallel}"
+    prefix = f"samples/{blow.name}{app.config.denoiser.parallel.size}"
     folder = app.path(prefix)
     run = long(app, f"first-{blow.name}", state_prefix=prefix)
     until(lambda: any(_step(file) >= 5 for file in folder.glob("*.safetensors")))
@@ -191,7 +191,7 @@ def test_after_a_rank_is_lost_the_sample_goes_on_from_its_last_state_to_the_same
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "another request's", "of another version"])
 def test_a_state_that_cannot_be_used_is_refused_and_the_sample_begins_anew(app, alone, damage):
-    prefix = f"samples/{damage.replace(' ', '').replace(chr(39), '')}{app.config.denoiser.tensor_parallel}"
+    prefix = f"samples/{damage.replace(' ', '').replace(chr(39), '')}{app.config.denoiser.parallel.size}"
     owner = Run(app, app.params(seed=1 if damage != "another request's" else 8, **LONG), "owner", state_prefix=prefix)
     folder = app.path(prefix)
     until(lambda: any(_step(file) >= 3 for file in folder.glob("*.safetensors")))
@@ -212,7 +212,7 @@ def test_a_state_that_cannot_be_used_is_refused_and_the_sample_begins_anew(app, 
 
 
 def test_states_are_replaced_by_newer_ones(app):
-    prefix = f"samples/replaced{app.config.denoiser.tensor_parallel}"
+    prefix = f"samples/replaced{app.config.denoiser.parallel.size}"
     long(app, "replaced", state_prefix=prefix).result()
     until(lambda: len(list(app.path(prefix).glob("*.safetensors"))) == 1)
 

@@ -21,7 +21,7 @@ from tests.stages.conftest import Wan, processes, until
 
 @pytest.fixture(scope="module")
 def app(deploy) -> Wan:
-    return deploy(denoiser={"tensor_parallel": 2}, limits={"num_inference_steps": 2000})
+    return deploy(denoiser={"parallel": {"tensor": 2}}, limits={"num_inference_steps": 2000})
 
 
 def ranks() -> dict[int, psutil.Process]:

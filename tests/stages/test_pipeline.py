@@ -23,7 +23,7 @@ BATCH = {"batch": {"size": 4, "wait_s": 0.3}}
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
 def app(request, deploy) -> Wan:
-    return deploy(denoiser={"tensor_parallel": request.param, **BATCH}, encoder=BATCH, decoder=BATCH)
+    return deploy(denoiser={"parallel": {"tensor": request.param}, **BATCH}, encoder=BATCH, decoder=BATCH)
 
 
 def frames(path) -> np.ndarray:
@@ -76,13 +76,13 @@ def test_a_truncated_prompt_is_said(app):
 )
 def test_latents_equal_wan_pipeline_on_the_same_folder(app, fields):
     params = app.params(**fields)
-    ours = denoise(app, f"parity-{fields['seed']}-{app.config.denoiser.tensor_parallel}", params)
+    ours = denoise(app, f"parity-{fields['seed']}-{app.config.denoiser.parallel.size}", params)
     reference = WanPipeline.from_pretrained(app.config.model.folder, torch_dtype=torch.float32)
     reference.scheduler = UniPCMultistepScheduler.from_config(reference.scheduler.config, flow_shift=params.flow_shift)
     reference.set_progress_bar_config(disable=True)
     theirs = reference(**arguments(params), output_type="latent").frames.numpy()
     error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-    assert error <= (1e-5 if app.config.denoiser.tensor_parallel == 1 else 1e-4)
+    assert error <= (1e-5 if app.config.denoiser.parallel.size == 1 else 1e-4)
 
 
 async def test_batch_mates_do_not_change_a_video(app):
@@ -130,7 +130,7 @@ async def test_encoder_and_decoder_batch_what_arrives_together(app):
         latents = np.zeros((1, 16, *params.latent_shape), dtype=np.float32)
         return await decoder.decode.remote(latents, params, f"videos/{name}/1", name)
 
-    tag = f"tp{app.config.denoiser.tensor_parallel}"
+    tag = f"tp{app.config.denoiser.parallel.size}"
     same = await asyncio.gather(decode(f"{tag}a"), decode(f"{tag}b"))
     assert len({one.timings["vae"] for one in same}) == 1
     mixed = await asyncio.gather(decode(f"{tag}c"), decode(f"{tag}d", width=32), return_exceptions=True)
@@ -142,7 +142,7 @@ async def test_a_failure_concerns_its_own_item_only(app):
     params = app.params()
     good = np.zeros((1, 16, *params.latent_shape), dtype=np.float32)
     bad = np.zeros((1, 3, *params.latent_shape), dtype=np.float32)  # no such channels
-    name = f"good{app.config.denoiser.tensor_parallel}"
+    name = f"good{app.config.denoiser.parallel.size}"
     fine, failed = await asyncio.gather(
         decoder.decode.remote(good, params, f"videos/{name}/1", name),
         decoder.decode.remote(bad, params, "videos/bad/1", "bad"),
@@ -162,4 +162,4 @@ def test_only_processes_that_do_math_hold_torch(app):
     light = processes("ray::ServeReplica:wan:Denoiser") + processes("ray::ServeReplica:wan:Pipeline")
     heavy = processes("ray::Rank") + processes("ray::ServeReplica:wan:Decoder")
     assert len(light) == 2 and not any(map(holds_torch, light))
-    assert len(heavy) == app.config.denoiser.tensor_parallel + 1 and all(map(holds_torch, heavy))
+    assert len(heavy) == app.config.denoiser.parallel.size + 1 and all(map(holds_torch, heavy))

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from serve_app.wan.generate import Generator
-from serve_app.wan.parallel import World
+from serve_app.wan.world import World
 
 
 @pytest.fixture(scope="session")
 def alone() -> World:
     """A group of one on the CPU."""
-    return World(0, 1, None, torch.device("cpu"))
+    return World.alone(torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.parity import CASES
 from serve_app.wan.generate import Generator
-from serve_app.wan.parallel import init_world
+from serve_app.wan.mesh import Mesh
+from serve_app.wan.world import init_world
 
 CASE = "64x64, 9 frames, 8 steps"
 
@@ -18,7 +19,7 @@ CASE = "64x64, 9 frames, 8 steps"
 def main(rank: int, size: int, address: str, port: int, folder: str, output: str, dtypes: list[str]) -> None:
     """Denoise one case in each dtype and save latents and parameter dtypes as `<output>/<dtype>-<rank>.pt`."""
     torch.set_num_threads(1)
-    world = init_world(rank, size, address, port, torch.device("cpu"), timeout_s=120)
+    world = init_world(rank, Mesh(tensor=size), address, port, torch.device("cpu"), timeout_s=120)
     for dtype in dtypes:
         generator = Generator(Path(folder), dtype=getattr(torch, dtype), world=world)
         result = {

@@ -8,7 +8,8 @@ import pytest
 
 from serve_app.errors import CheckpointError
 from serve_app.wan.checkpoint import Checkpoint
-from serve_app.wan.parallel import World, load_expert
+from serve_app.wan.parallel import load_expert
+from serve_app.wan.world import World
 
 
 @pytest.fixture

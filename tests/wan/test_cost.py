@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from serve_app.wan.cost import activation_bytes, step_flops
 from serve_app.wan.generate import Generator
+from serve_app.wan.mesh import Mesh
 from serve_app.wan.sampler import advance
 from tests.wan.test_sampler import BASE, Params
 
@@ -37,9 +38,9 @@ def test_a_720p_clip_of_a14b_is_13_pflop_a_step() -> None:
 
 def test_activations_of_a14b_are_near_what_was_measured() -> None:
     """35.0 GB peak with 28.6 GB of weights, 720p, one H200; 21.8 GB with 14.3 GB on two (bfloat16, DeepSpeed)."""
-    assert activation_bytes(A14B, 75_600, 2, 1) == pytest.approx(6.4e9, rel=0.15)
-    assert activation_bytes(A14B, 75_600, 2, 2) < activation_bytes(A14B, 75_600, 2, 1)
+    assert activation_bytes(A14B, 75_600, 2, Mesh()) == pytest.approx(6.4e9, rel=0.15)
+    assert activation_bytes(A14B, 75_600, 2, Mesh(tensor=2)) < activation_bytes(A14B, 75_600, 2, Mesh())
 
 
 def test_the_estimate_grows_with_the_tokens() -> None:
-    assert activation_bytes(A14B, 200, 2, 1) == 2 * activation_bytes(A14B, 100, 2, 1)
+    assert activation_bytes(A14B, 200, 2, Mesh()) == 2 * activation_bytes(A14B, 100, 2, Mesh())

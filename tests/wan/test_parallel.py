@@ -18,10 +18,10 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from benchmarks.parity import CASES, relative_error
-from serve_app.errors import ConfigError
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.generate import Generator
-from serve_app.wan.parallel import World, _interface_towards, load_expert
+from serve_app.wan.parallel import load_expert
+from serve_app.wan.world import World, _interface_towards
 from tests.wan.ranks import CASE
 
 ROOT = Path(__file__).parents[2]
@@ -120,27 +120,13 @@ def test_bfloat16_on_two_ranks(checkpoint: Path, bare: Ended, reference: dict[st
         assert 0 < relative_error(rank["latents"], reference[CASE]) < 2 * single < 0.1
 
 
-@pytest.mark.parametrize(
-    ("size", "changes", "message"),
-    [
-        (3, {}, "has value 3, expected a divisor of the model's num_attention_heads, 8"),
-        (16, {}, "has value 16, expected a divisor of the model's num_attention_heads, 8"),
-        (8, {"ffn_dim": 260}, "has value 8, expected a divisor of the model's ffn_dim, 260"),
-    ],
-)
-def test_a_size_that_does_not_divide(checkpoint: Path, size: int, changes: dict[str, int], message: str) -> None:
-    folder = Checkpoint(checkpoint)
-    folder.expert_config("transformer").update(changes)
-    with pytest.raises(ConfigError, match=f"denoiser.tensor_parallel {message}"):
-        load_expert(folder, "transformer", World(0, size, None, CPU), torch.float32, CPU)
-
-
 def test_a_group_of_one_does_without_deepspeed(checkpoint: Path) -> None:
     code = (
         "import sys, torch; from pathlib import Path\n"
-        "from serve_app.wan.parallel import init_world\n"
+        "from serve_app.wan.mesh import Mesh\n"
+        "from serve_app.wan.world import init_world\n"
         "from serve_app.wan.generate import Generator\n"
-        "world = init_world(0, 1, '', 0, torch.device('cpu'), 1)\n"
+        "world = init_world(0, Mesh(), '', 0, torch.device('cpu'), 1)\n"
         f"Generator(Path({str(checkpoint)!r}), world=world)\n"
         "assert 'deepspeed' not in sys.modules and not torch.distributed.is_initialized()"
     )
@@ -153,9 +139,10 @@ def test_ranks_that_never_come() -> None:
         port = probe.getsockname()[1]
     code = (
         "import torch\n"
-        "from serve_app.wan.parallel import init_world\n"
+        "from serve_app.wan.mesh import Mesh\n"
+        "from serve_app.wan.world import init_world\n"
         "try:\n"
-        f"    init_world(0, 2, '127.0.0.1', {port}, torch.device('cpu'), 2)\n"
+        f"    init_world(0, Mesh(tensor=2), '127.0.0.1', {port}, torch.device('cpu'), 2)\n"
         "except torch.distributed.DistError:\n"
         "    raise SystemExit(3)"
     )

@@ -16,11 +16,12 @@ from benchmarks.parity import CASES
 from serve_app.errors import StateError
 from serve_app.request import Params
 from serve_app.wan.checkpoint import Checkpoint, Expert
-from serve_app.wan.parallel import World, load_expert
+from serve_app.wan.parallel import load_expert
 from serve_app.wan.sample import Sample
 from serve_app.wan.sampler import advance, denoise
 from serve_app.wan.state import from_bytes, to_bytes
 from serve_app.wan.text import Embedding
+from serve_app.wan.world import World
 
 BASE = next(iter(CASES.values()))
 SMALL = {"width": 16, "height": 16, "num_frames": 1}

@@ -1,0 +1,137 @@
+"""How the ranks of a group share the work of a step: along three axes, and which ranks meet along each.
+
+Knows neither torch nor Ray: sizes and indices only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal, get_args
+
+from serve_app.errors import ConfigError
+
+AxisName = Literal["guidance", "sequence", "tensor"]
+AXES: tuple[AxisName, ...] = get_args(AxisName)
+"""The slowest-changing first: tensor parallelism talks most, so its ranks are neighbours."""
+
+_FREE = 0.1
+"""Share of a device that stays free."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the three axes; a group has as many ranks as their product.
+
+    Attributes:
+        guidance: 2 gives each half of classifier-free guidance to ranks of its own.
+        sequence: ranks that share the tokens of a sample (Ulysses, https://arxiv.org/abs/2309.14509).
+        tensor: ranks that share every linear layer (Megatron-LM, https://arxiv.org/abs/1909.08053).
+    """
+
+    guidance: int = 1
+    sequence: int = 1
+    tensor: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Of the whole group."""
+        return self.guidance * self.sequence * self.tensor
+
+    def size(self, axis: AxisName) -> int:
+        """Ranks along an axis."""
+        size: int = getattr(self, axis)
+        return size
+
+    def index(self, axis: AxisName, rank: int) -> int:
+        """Where a rank is along an axis, from 0."""
+        return rank // self._stride(axis) % self.size(axis)
+
+    def lines(self, axis: AxisName) -> list[list[int]]:
+        """All sets of ranks that differ along this axis only. Each rank is in one of them, at its index."""
+        steps = [self._stride(axis) * i for i in range(self.size(axis))]
+        others = [[self._stride(o) * i for i in range(self.size(o))] for o in AXES if o != axis]
+        return [[sum(corner) + step for step in steps] for corner in product(*others)]
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Whether an expert can be shared so.
+
+        Args:
+            config: of the expert.
+
+        Raises:
+            ConfigError: it cannot; names the option, its value and what was expected.
+        """
+        heads, ffn = int(config["num_attention_heads"]), int(config["ffn_dim"])
+        for name, whole in (("num_attention_heads", heads), ("ffn_dim", ffn)):
+            if whole % self.tensor:
+                raise ConfigError(
+                    f"denoiser.parallel.tensor has value {self.tensor}, "
+                    f"expected a divisor of the model's {name}, {whole}"
+                )
+        if heads // self.tensor % self.sequence:
+            raise ConfigError(
+                f"denoiser.parallel.sequence has value {self.sequence}, expected a divisor of the heads of a rank, "
+                f"{heads // self.tensor} (num_attention_heads / tensor)"
+            )
+
+    def __str__(self) -> str:
+        return " x ".join(f"{axis} {self.size(axis)}" for axis in AXES)
+
+    def _stride(self, axis: AxisName) -> int:
+        stride = 1
+        for name in reversed(AXES):
+            if name == axis:
+                break
+            stride *= self.size(name)
+        return stride
+
+
+def default_mesh(ranks: int, config: dict[str, Any], weight_bytes: float, device_bytes: float) -> tuple[Mesh, str]:
+    """The mesh for so many ranks, and why.
+
+    Guidance first, since its halves meet once a step only, over the prediction. Then as much tensor parallelism as the
+    weights need, since it alone makes them smaller. Then sequence parallelism: it sends less than tensor parallelism
+    the more ranks there are.
+
+    Args:
+        config: of an expert.
+        weight_bytes: of all that one rank would hold of the weights without tensor parallelism.
+        device_bytes: memory of each rank's device.
+
+    Raises:
+        ConfigError: so many ranks cannot share the model.
+    """
+    meshes = []
+    for guidance, sequence in product((2, 1), range(1, ranks + 1)):
+        if ranks % (guidance * sequence) == 0:
+            mesh = Mesh(guidance, sequence, ranks // (guidance * sequence))
+            try:
+                mesh.check(config)
+            except ConfigError:
+                continue
+            meshes.append(mesh)
+    if not meshes:
+        raise ConfigError(
+            f"denoiser.parallel.ranks has value {ranks}, expected one that the model's "
+            f"{config['num_attention_heads']} heads and feed-forward width {config['ffn_dim']} can be shared by"
+        )
+    room = (1 - _FREE) * device_bytes
+    fitting = [mesh for mesh in meshes if weight_bytes / mesh.tensor < room]
+    # Where none fits, the most tensor parallelism comes closest; loading then says what is missing.
+    chosen = (
+        max(fitting, key=lambda mesh: (mesh.guidance, mesh.sequence))
+        if fitting
+        else max(meshes, key=lambda mesh: mesh.tensor)
+    )
+    gib = 2**30
+    weights, held = weight_bytes / gib, weight_bytes / gib / chosen.tensor
+    parts = [f"{weights:.1f} GiB of weights on devices of {device_bytes / gib:.0f} GiB, a tenth free"]
+    if chosen.guidance == 2:
+        parts.append("guidance 2, whose ranks meet once a step only")
+    if chosen.tensor > 1:
+        need = "what the weights need" if Mesh(chosen.guidance, ranks // chosen.guidance) in meshes else "heads allow"
+        parts.append(f"tensor {chosen.tensor}, {need}: {held:.1f} GiB each")
+    if chosen.sequence > 1:
+        parts.append(f"sequence {chosen.sequence} for the rest")
+    return chosen, "; ".join(parts)

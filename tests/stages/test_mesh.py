@@ -1,0 +1,30 @@
+"""A group that shares a step along other axes than the weights', driven by the engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.parity import relative_error
+from serve_app.wan.generate import Generator
+from tests.stages.test_pipeline import denoise
+
+
+@pytest.mark.parametrize(
+    ("parallel", "mesh"),
+    [
+        ({"ranks": 2}, "guidance 2 x sequence 1 x tensor 1"),
+        ({"sequence": 2, "tensor": 2}, "guidance 1 x sequence 2 x tensor 2"),
+    ],
+    ids=["picked", "given"],
+)
+def test_samples_that_share_passes_are_those_of_one_rank(deploy, parallel, mesh):
+    app = deploy(denoiser={"parallel": parallel})
+    assert app.handle("Denoiser").describe.remote().result()["mesh"] == mesh
+    generator = Generator(app.config.model.folder)
+    # One frame of 80 x 48 is 15 tokens, which two ranks cannot share evenly.
+    for fields in ({"seed": 1}, {"seed": 2, "width": 80, "num_frames": 1}, {"seed": 3, "guidance_scale": 1.0}):
+        params = app.params(**fields)
+        ours = denoise(app, f"{mesh} {fields['seed']}", params)
+        theirs = generator.latents(params)
+        assert relative_error(torch.tensor(ours), theirs) <= 1e-4
