@@ -46,7 +46,10 @@ bench: setup ## the benchmarks that this machine can run
 	@$(BIN)/python -m benchmarks.engine_throughput
 	@$(BIN)/python -m benchmarks.mixed_trace
 	@$(BIN)/python -m benchmarks.engine_overhead
+	@$(BIN)/python -m benchmarks.cpu_vae
 	@$(BIN)/python -m benchmarks.gateway
+	@$(BIN)/python -m benchmarks.api_fuzz
+	@$(BIN)/python -m benchmarks.job_chaos
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
