@@ -125,6 +125,10 @@ class Denoiser(Stage):
     text_memory_mib: NonNegativeFloat = 1024
     """Device memory of each expert on a rank for the keys and values of the texts in the last forward pass, which the
     next one uses again if the same samples step. A batch beyond it has them made anew at every step."""
+    attention: Literal["auto", "flash4", "flash3", "cudnn", "flash", "native"] = "auto"
+    """The kernel of attention. `auto` is the fastest that works on the ranks' device; the log says which and why."""
+    compile: bool = False
+    """Compile the experts' blocks at the start: steps are faster on GPUs, and differ from others by rounding."""
     checkpoint_s: NonNegativeFloat = 30
     """A sample that was denoised for this long since it was last saved is saved again, for another group to continue if
     this one is lost. 0 is never."""

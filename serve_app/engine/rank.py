@@ -189,7 +189,14 @@ class Rank:
         experts = Experts(
             self._wanted or self._checkpoint.experts,
             lambda name: load_expert(
-                self._checkpoint, name, world, self._dtype, self._device, stage.text_memory_mib * 2**20
+                self._checkpoint,
+                name,
+                world,
+                self._dtype,
+                self._device,
+                stage.text_memory_mib * 2**20,
+                stage.attention,
+                stage.compile,
             ),
             "swap" if stage.experts == "swap" else "together",
             self._device,
@@ -204,17 +211,20 @@ class Rank:
 
     def warm_up(self, params: Params) -> None:
         """Run one step of each expert at the size of `params`, so that no request pays for first-time work."""
-        import torch
+        from serve_app.wan.warm_up import warm_up
 
-        from serve_app.wan.sampler import advance
-        from serve_app.wan.text import Embedding
-
-        text_dim = self._checkpoint.expert_config("transformer")["text_dim"]
-        empty = Embedding(torch.zeros(1, text_dim), tokens=1, truncated=False)
         assert self._experts is not None
+        stage = self._config.denoiser
         for name in self._experts.names:
-            sample = self._start(params, empty, empty if params.guided else None, "warm-up")
-            advance(self._experts.use(name), [sample], self._config.denoiser.fuse_guidance_tokens)
+            warm_up(
+                self._experts.use(name),
+                self._checkpoint,
+                params,
+                stage.samples_per_step,
+                stage.fuse_guidance_tokens,
+                self._dtype,
+                stage.compile,
+            )
 
     def admit(
         self,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
+from serve_app.wan.kernels import Kernel
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.text_memory import TextMemory
 
@@ -37,76 +37,101 @@ class ShardedNorm(nn.Module):
         return (hidden.float() * scale * self.weight.float()).type_as(hidden)
 
 
-class Attention:
-    """The counterpart of diffusers' `WanAttnProcessor`, without image tokens.
+class SelfAttention:
+    """The counterpart of diffusers' `WanAttnProcessor` in the video's own attention.
 
     Args:
+        kernel: what computes the attention itself.
         group: of the ranks that share the heads; None for one rank.
-        memory: of the text's keys and values, for cross-attention.
-        layer: index of the block.
-        tokens: those that ranks share, for self-attention; None where each has all.
+        tokens: those that ranks share; None where each has all.
     """
 
-    _attention_backend = None  # set by diffusers' `set_attention_backend`
-    _parallel_config = None
-
-    def __init__(
-        self, group: Any | None, memory: TextMemory | None = None, layer: int = 0, tokens: Tokens | None = None
-    ) -> None:
+    def __init__(self, kernel: Kernel, group: Any | None, tokens: Tokens | None) -> None:
+        self.kernel = kernel
         self.group = group
-        self.memory = memory
-        self.layer = layer
         self.tokens = tokens
 
     def __call__(
         self,
         attn: WanAttention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        encoder_hidden_states: None,
+        attention_mask: None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        query = attn.to_q(hidden_states)
-        known = None if self.memory is None else self.memory.get(self.layer)
-        if known is not None:
-            (query,) = self._normalised((attn.norm_q, query))
-            key, value = known
-        else:
-            context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            query, key = self._normalised((attn.norm_q, query), (attn.norm_k, attn.to_k(context)))
-            key, value = (one.unflatten(2, (attn.heads, -1)) for one in (key, attn.to_v(context)))
-            if self.memory is not None:
-                self.memory.put(self.layer, (key, value))
-        query = query.unflatten(2, (attn.heads, -1))
-        if rotary_emb is not None:
-            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key = _normalised(self.group, (attn.norm_q, query), (attn.norm_k, key))
+        query, key, value = (one.unflatten(2, (attn.heads, -1)) for one in (query, key, value))
+        query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
         if self.tokens is not None:
             query, key, value = self.tokens.to_heads(query, key, value)
-        hidden_states = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask if self.memory is None else self.memory.bias,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-        )
+        hidden_states = self.kernel(query, key, value, None)
         if self.tokens is not None:
             hidden_states = self.tokens.to_tokens(hidden_states)
         output: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
         return output
 
-    def _normalised(self, *parts: tuple[nn.Module, torch.Tensor]) -> list[torch.Tensor]:
-        """Each tensor through its norm. Those over several ranks share one all-reduce: a separate one each would double
-        the latency, which on a slow link is all there is to such a small message."""
-        if self.group is None:
-            return [norm(hidden) for norm, hidden in parts]
-        from deepspeed import comm
 
-        squares = torch.cat([norm.squares(hidden) for norm, hidden in parts], dim=1)  # type: ignore[operator]
-        comm.inference_all_reduce(squares, group=self.group)
-        by_part = squares.split([hidden.shape[1] for _, hidden in parts], dim=1)
-        return [norm(hidden, of_part) for (norm, hidden), of_part in zip(parts, by_part, strict=True)]
+class CrossAttention:
+    """The counterpart of diffusers' `WanAttnProcessor` in the attention to the text, whose keys and values are given.
+
+    Args:
+        kernel: what computes the attention itself.
+        group: of the ranks that share the heads; None for one rank.
+        memory: which of them are kept.
+    """
+
+    def __init__(self, kernel: Kernel, group: Any | None, memory: TextMemory) -> None:
+        self.kernel = kernel
+        self.group = group
+        self.memory = memory
+
+    def give(self, block: nn.Module, layer: int) -> None:
+        """Have a block get keys and values where its model gives it the text.
+
+        They are made outside of the block, so that what is compiled of it neither knows nor asks whether they are kept.
+        """
+
+        def replace(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden, text, *others = args
+            known = self.memory.get(layer)
+            if known is None:
+                known = self.keys_values(block.attn2, text)
+                self.memory.put(layer, known)
+            return (hidden, known, *others)
+
+        block.register_forward_pre_hook(replace)
+
+    def keys_values(self, attn: WanAttention, text: torch.Tensor) -> torch.Tensor:
+        """What cross-attention makes of a text `[batch, tokens, dim]`: `[2, batch, tokens, heads, features]`."""
+        (key,) = _normalised(self.group, (attn.norm_k, attn.to_k(text)))
+        return torch.stack([key, attn.to_v(text)]).unflatten(3, (attn.heads, -1))
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: None,
+        rotary_emb: None,
+    ) -> torch.Tensor:
+        (query,) = _normalised(self.group, (attn.norm_q, attn.to_q(hidden_states)))
+        query = query.unflatten(2, (attn.heads, -1))
+        key, value = encoder_hidden_states.unbind()
+        hidden_states = self.kernel(query, key, value, self.memory.bias)
+        output: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
+        return output
+
+
+def _normalised(group: Any | None, *parts: tuple[nn.Module, torch.Tensor]) -> list[torch.Tensor]:
+    """Each tensor through its norm. Those over several ranks share one all-reduce: a separate one each would double the
+    latency, which on a slow link is all there is to such a small message."""
+    if group is None:
+        return [norm(hidden) for norm, hidden in parts]
+    squares = torch.cat([norm.squares(hidden) for norm, hidden in parts], dim=1)  # type: ignore[operator]
+    torch.distributed.all_reduce(squares, group=group)
+    by_part = squares.split([hidden.shape[1] for _, hidden in parts], dim=1)
+    return [norm(hidden, of_part) for (norm, hidden), of_part in zip(parts, by_part, strict=True)]
 
 
 def _rotate(hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ class Generator:
         device: where everything runs.
         dtype: of text encoder and experts; the video decoder is float32.
         world: the group to share the experts with; alone if not given. All ranks make the same calls.
+        compiled: see `load_expert`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Generator:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         world: World | None = None,
+        compiled: bool = False,
     ) -> None:
         device = torch.device(device)
         self.checkpoint = Checkpoint(folder)
@@ -43,7 +45,8 @@ class Generator:
         self.text = TextEncoder(self.checkpoint, device, dtype)
         world = world or World.alone(device)
         self.experts: dict[Expert, nn.Module] = {
-            expert: load_expert(self.checkpoint, expert, world, dtype, device) for expert in self.checkpoint.experts
+            expert: load_expert(self.checkpoint, expert, world, dtype, device, compiled=compiled)
+            for expert in self.checkpoint.experts
         }
         self.decoder = VideoDecoder(self.checkpoint, device, torch.float32)
 

@@ -7,7 +7,7 @@ modules that stay in float32, and weights that go from the file to the shard wit
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -15,12 +15,17 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanRotar
 from torch import nn
 
 from serve_app.errors import CheckpointError
-from serve_app.wan.attention import Attention, ShardedNorm
+from serve_app.logs import get_logger
+from serve_app.wan.attention import CrossAttention, SelfAttention, ShardedNorm
 from serve_app.wan.checkpoint import Checkpoint, Expert
+from serve_app.wan.kernels import KernelName, pick_kernel
+from serve_app.wan.rotary import Rotary
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.text_memory import TextMemory
 from serve_app.wan.weights import Weights
 from serve_app.wan.world import Axis, World
+
+log = get_logger(__name__)
 
 TEXT_MEMORY_BYTES = 2.0**30
 """Enough for one 720p sample of A14B, both halves of guidance."""
@@ -33,6 +38,8 @@ def load_expert(
     dtype: torch.dtype,
     device: torch.device,
     text_memory_bytes: float = TEXT_MEMORY_BYTES,
+    attention: KernelName | Literal["auto"] = "auto",
+    compiled: bool = False,
 ) -> nn.Module:
     """An expert, or this rank's shard of it, ready to run.
 
@@ -42,12 +49,16 @@ def load_expert(
     Args:
         dtype: of weights and activations; the modules that diffusers keeps in float32 stay so.
         text_memory_bytes: bound of its `text_memory`, see `TextMemory`.
+        attention: see `pick_kernel`.
+        compiled: compile the blocks. What they compute changes by rounding.
 
     Raises:
         ConfigError: the mesh does not fit the heads or the feed-forward width.
         CheckpointError: the weights do not match the configuration.
     """
     config = checkpoint.expert_config(expert)
+    kernel, why = pick_kernel(attention, device, dtype, int(config["attention_head_dim"]))
+    log.info("attention", extra={"expert": expert, "kernel": why})
     world.mesh.check(config)
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(config)
@@ -56,20 +67,27 @@ def load_expert(
         model = _shard(model, world.tensor, dtype)
     # DeepSpeed takes the model for its own: attributes are set afterwards.
     model.guidance = world.guidance
-    model.text_memory = TextMemory(text_memory_bytes, fold=device.type == "cpu" and dtype == torch.float32)
+    # What is compiled wants texts of one length.
+    fold = device.type == "cpu" and dtype == torch.float32 and not compiled
+    model.text_memory = TextMemory(text_memory_bytes, fold)
     tokens = Tokens(world.sequence) if world.sequence.size > 1 else None
     for layer, block in enumerate(model.blocks):
-        if world.tensor.size > 1 or tokens is not None:
-            block.attn1.set_processor(Attention(world.tensor.group, tokens=tokens))
-        block.attn2.set_processor(Attention(world.tensor.group, model.text_memory, layer))
+        block.attn1.set_processor(SelfAttention(kernel, world.tensor.group, tokens))
+        cross = CrossAttention(kernel, world.tensor.group, model.text_memory)
+        block.attn2.set_processor(cross)
+        cross.give(block, layer)
     with checkpoint.weights(expert) as weights:
         _fill(model, weights, world.tensor, dtype, device)
     # Not part of a checkpoint: computed from the configuration.
-    model.rope = WanRotaryPosEmbed(
-        model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len
-    ).to(device)
+    rope = WanRotaryPosEmbed(model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len)
+    model.rope = Rotary(rope.to(device), tokens)
     if tokens is not None:
         tokens.share(model)
+    if compiled:
+        # One graph serves all layers: what differs between them are parameters and inputs. Sizes are fixed in the first
+        # one, and those that are seen to change are free in the next.
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward)
     return model
 
 

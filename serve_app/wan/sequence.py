@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from serve_app.wan.world import Axis
 
@@ -30,7 +29,6 @@ class Tokens:
 
     def share(self, model: Any) -> None:
         """Have a `WanTransformer3DModel` work on this rank's run between its first block and its last layer."""
-        model.rope = _Rope(model.rope, self)
         model.blocks[0].register_forward_pre_hook(lambda _, args: (self._begin(args[0]), *args[1:]))
         # After the last layer, whose features are a hundredth of the blocks'.
         model.proj_out.register_forward_hook(lambda _, __, output: self._end(output))
@@ -74,16 +72,3 @@ class Tokens:
         came = torch.empty_like(parts)
         torch.distributed.all_to_all_single(came, parts, group=self._axis.group)
         return came
-
-
-class _Rope(nn.Module):
-    """The rotary embedding of this rank's tokens."""
-
-    def __init__(self, rope: nn.Module, tokens: Tokens) -> None:
-        super().__init__()
-        self.rope = rope
-        self._tokens = tokens
-
-    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.rope(latents)
-        return self._tokens.own(cos), self._tokens.own(sin)

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-KeysValues = tuple[torch.Tensor, torch.Tensor]
-
 # The texts of a batch may come in two forward passes, one for each half of guidance.
 _HALVES = 2
 
@@ -24,18 +22,18 @@ class Prepared:
 
     `texts` are the whole ones, `[1, tokens, dim]` each. `given` is what the model gets of them, `[batch, kept, dim]`,
     one token once the keys and values are made. `bias` is added to the attention's logits, `[1, 1, 1, kept]`, None for
-    nothing. `layers` are the keys and values, `[batch, kept, heads, features]`, as far as they are made.
+    nothing. `layers` are the keys and values, `[2, batch, kept, heads, features]`, as far as they are made.
     """
 
     texts: list[torch.Tensor]
     given: torch.Tensor
     bias: torch.Tensor | None
-    layers: dict[int, KeysValues] = field(default_factory=dict)
+    layers: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
         """Memory of the keys and values."""
-        return sum(one.nbytes for pair in self.layers.values() for one in pair)
+        return sum(one.nbytes for one in self.layers.values())
 
 
 class TextMemory:
@@ -90,11 +88,11 @@ class TextMemory:
             while self._kept and self.bytes > self._limit:
                 self._kept.pop(0)
 
-    def get(self, layer: int) -> KeysValues | None:
-        """Keys and values of this pass's texts in a layer; None if not known."""
+    def get(self, layer: int) -> torch.Tensor | None:
+        """Keys and values of this pass's texts in a layer, `[2, batch, kept, heads, features]`; None if not known."""
         return None if self._current is None else self._current.layers.get(layer)
 
-    def put(self, layer: int, keys_values: KeysValues) -> None:
+    def put(self, layer: int, keys_values: torch.Tensor) -> None:
         """Keep them, if a pass is being served."""
         if self._current is not None:
             self._current.layers[layer] = keys_values

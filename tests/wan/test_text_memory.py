@@ -20,7 +20,7 @@ def serve(memory: TextMemory, texts: list[torch.Tensor]) -> bool:
         known = memory.get(0)
         assert given.shape[1] == (4 if known is None else 1)
         if known is None:
-            memory.put(0, (torch.cat(texts), torch.cat(texts)))
+            memory.put(0, torch.stack([torch.cat(texts), torch.cat(texts)]))
         else:
             assert torch.equal(known[0], torch.cat(texts))
     assert memory.get(0) is None, "what is kept belongs to a pass"
@@ -57,7 +57,7 @@ def test_beyond_the_limit_nothing_is_kept(limit: int) -> None:
 def test_a_pass_that_raises_leaves_nothing() -> None:
     memory = TextMemory(1e9, fold=False)
     with pytest.raises(RuntimeError), memory.serving(TEXTS):
-        memory.put(0, (TEXTS[0], TEXTS[0]))
+        memory.put(0, torch.stack([TEXTS[0], TEXTS[0]]))
         raise RuntimeError
     assert memory.bytes == 0 and not serve(memory, TEXTS)
 
