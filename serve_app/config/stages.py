@@ -132,7 +132,7 @@ class Decoder(Stage):
     def _devices_are_reserved(self) -> Decoder:
         reserved = self.resources.num_gpus
         if max(self.devices, reserved) > 1 and self.devices != reserved:
-            raise ValueError(f"devices is {self.devices}, expected {reserved:g} (resources.num_gpus), one for each GPU")
+            raise ValueError(f"resources.num_gpus is {reserved:g} with {self.devices} devices, expected as many")
         if self.devices > 1 and self.device == "cpu":
             raise ValueError(f"devices is {self.devices}, expected 1, because device is 'cpu'")
         return self

@@ -34,6 +34,7 @@ class TiledDecoder:
             bound on CPUs.
 
     Attributes:
+        levels: of the VAE.
         most_bytes: the same, or less once a tile has not fitted.
         tiles: those that the last decode was made of, in the order in which they were done.
     """
@@ -42,6 +43,7 @@ class TiledDecoder:
         self._streams = [Stream(vae) for vae in vaes]
         # Threads that stay, because libraries keep handles and work space for each.
         self._threads = ThreadPoolExecutor(len(vaes), "tiles") if len(vaes) > 1 else None
+        self.levels = self._streams[0].levels
         self.most_bytes = most_bytes
         self.tiles: list[Tile] = []
 
@@ -60,9 +62,7 @@ class TiledDecoder:
             MemoryError: not even the smallest tile fits.
         """
         first = self._streams[0]
-        picture = Picture(
-            first.levels, *latents.shape[-2:], samples=len(latents), itemsize=latents.element_size()
-        )
+        picture = Picture(self.levels, *latents.shape[-2:], samples=len(latents), itemsize=latents.element_size())
         job = _Job(picture, latents, raw)
         self.tiles = job.done
         bound = min([self.most_bytes, *(_free(stream.device) for stream in self._streams)])
