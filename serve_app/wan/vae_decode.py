@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -62,7 +62,8 @@ class TiledDecoder:
             MemoryError: not even the smallest tile fits.
         """
         first = self._streams[0]
-        picture = Picture(self.levels, *latents.shape[-2:], samples=len(latents), itemsize=latents.element_size())
+        height, width = latents.shape[-2:]
+        picture = Picture(self.levels, height, width, len(latents), latents.element_size())
         job = _Job(picture, latents, raw)
         self.tiles = job.done
         bound = min([self.most_bytes, *(_free(stream.device) for stream in self._streams)])
@@ -78,7 +79,10 @@ class TiledDecoder:
             if self._threads is None:
                 self._work(job, first, todo, features)
             else:
-                list(self._threads.map(lambda stream: self._work(job, stream, todo, features), self._streams))
+                futures = [self._threads.submit(self._work, job, stream, todo, features) for stream in self._streams]
+                wait(futures)  # all of them, before anything is raised: the next call wants the devices for itself
+                for future in futures:
+                    future.result()
         return job.result
 
     @torch.no_grad()  # which is a property of the thread
@@ -91,9 +95,8 @@ class TiledDecoder:
                 return
             try:
                 # The bound may have sunk since the picture was cut.
-                if job.picture.bytes(tile) > self.most_bytes and tile.halves():
-                    todo.extendleft(self._smaller(job.picture, tile))
-                elif not self._fits(job, stream, tile, features):
+                hopeless = job.picture.bytes(tile) > self.most_bytes and tile.halves() is not None
+                if hopeless or not self._fits(job, stream, tile, features):
                     todo.extendleft(self._smaller(job.picture, tile))
             except BaseException:
                 todo.clear()  # for nothing
@@ -112,9 +115,9 @@ class TiledDecoder:
         # Not in the handler: the exception keeps the tile's tensors alive.
         if stream.device.type == "cuda":
             torch.cuda.empty_cache()
-        size = job.picture.bytes(tile)
         log.warning("a tile did not fit", extra={"rows": tile.rows, "columns": tile.columns, "error": reason})
-        self.most_bytes = min(self.most_bytes, size - 1)
+        if halves := tile.halves():
+            self.most_bytes = min(self.most_bytes, max(map(job.picture.bytes, halves)))
         return False
 
     def _smaller(self, picture: Picture, tile: Tile) -> tuple[Tile, Tile]:

@@ -220,7 +220,7 @@ class Picture:
         yield start * scale, stop * scale
 
     def _widest(self, spans: list[Span], size: int) -> Span:
-        return max(spans, key=lambda span: sum(map(_length, self._axis(*span, size))))
+        return max(spans, key=lambda span: sum(_length(part) for part in self._axis(span[0], span[1], size)))
 
 
 def _cuts(size: int) -> Iterator[list[Span]]:

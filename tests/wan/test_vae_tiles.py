@@ -175,5 +175,7 @@ def test_devices_share_a_picture() -> None:
 def test_a_device_that_fails_ends_the_decode_on_all() -> None:
     good, bad = small(), small()
     bad.decoder.conv_out.weight.data = bad.decoder.conv_out.weight.data[:, :1]
+    decoder = TiledDecoder([good, bad], most_bytes=1)
     with pytest.raises(RuntimeError, match="channel"):
-        TiledDecoder([good, bad]).decode(noise(1, 16, 1, 16, 16))
+        decoder.decode(noise(1, 16, 2, 16, 64))
+    assert len(decoder.tiles) < 16, "the other device went on to the end"
