@@ -31,7 +31,7 @@ def pick_device(wanted: str) -> torch.device:
 
 
 def pick_devices(wanted: str, count: int) -> list[torch.device]:
-    """So many devices of the kind that the configuration names.
+    """So many devices of the kind that the decoder's configuration names.
 
     Raises:
         ConfigError: there are fewer.
@@ -43,7 +43,7 @@ def pick_devices(wanted: str, count: int) -> list[torch.device]:
         return [first]
     there = torch.cuda.device_count() if first.type == "cuda" else 0
     if there < count:
-        raise ConfigError(f"devices has value {count}, expected at most {there}, the GPUs that this process sees")
+        raise ConfigError(f"decoder.devices has value {count}, expected at most {there}, the GPUs it sees")
     return [torch.device("cuda", index) for index in range(count)]
 
 

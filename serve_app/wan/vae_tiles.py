@@ -152,7 +152,7 @@ class Picture:
         height, width: in latent pixels.
         samples: videos that are decoded together.
         itemsize: bytes of a number.
-        halos: how much of its surroundings a tile is given at each level; what the levels need if not given.
+        given: pixels of its surroundings that a tile gets at each level; as many as the layers look at if left out.
     """
 
     def __init__(
@@ -162,10 +162,10 @@ class Picture:
         width: int,
         samples: int = 1,
         itemsize: int = 4,
-        halos_: tuple[int, ...] | None = None,
+        given: tuple[int, ...] | None = None,
     ) -> None:
         self._levels = levels
-        self._halos = halos(levels) if halos_ is None else halos_
+        self._halos = halos(levels) if given is None else given
         self._samples = samples
         self._itemsize = itemsize
         self.whole = Tile((0, height), (0, width))

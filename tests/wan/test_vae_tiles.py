@@ -94,7 +94,7 @@ def test_a_halo_that_is_one_pixel_smaller_would_show(level: int) -> None:
     expected = chunks(picture, picture.whole)[..., 96:160, 96:160]
     noise_alone = (chunks(picture, tile) - expected).abs().max()
     assert noise_alone <= 1e-5 * expected.abs().max()
-    wrong = chunks(Picture(stream.levels, 32, 32, halos_=short), tile)
+    wrong = chunks(Picture(stream.levels, 32, 32, given=short), tile)
     # Of the outermost pixel little arrives.
     assert wrong.shape == expected.shape and (wrong - expected).abs().max() > 10 * noise_alone
 
