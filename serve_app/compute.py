@@ -8,11 +8,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from serve_app.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "status_alloc_failed", "bad_alloc")
+# All that oneDNN says when it was refused memory. It was seen to.
+_OUT_OF_MEMORY_ALONE = ("could not create a primitive", "could not execute a primitive")
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -22,6 +28,23 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
+
+
+def pick_devices(wanted: str, count: int) -> list[torch.device]:
+    """So many devices of the kind that the decoder's configuration names.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    import torch
+
+    first = pick_device(wanted)
+    if count == 1:
+        return [first]
+    there = torch.cuda.device_count() if first.type == "cuda" else 0
+    if there < count:
+        raise ConfigError(f"decoder.devices has value {count}, expected at most {there}, the GPUs it sees")
+    return [torch.device("cuda", index) for index in range(count)]
 
 
 def set_threads(threads: int) -> None:
@@ -34,6 +57,20 @@ def set_threads(threads: int) -> None:
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     torch.set_grad_enabled(False)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host.
+
+    By text as well: neither the CPU's allocator nor the libraries behind the layers have an exception of their own.
+    """
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    said = text in _OUT_OF_MEMORY_ALONE or any(words in text for words in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and said
 
 
 class MathThread:

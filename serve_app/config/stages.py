@@ -146,10 +146,24 @@ class Decoder(Stage):
     """The VAE and the video encoder."""
 
     resources: Resources = Resources(num_cpus=1, num_gpus=1)
+    devices: PositiveInt = 1
+    """GPUs of one replica, each with a copy of the VAE, among which every picture is shared out."""
+    tile_memory_mib: NonNegativeFloat = 0
+    """Working memory that a decode may take on each device, beside the weights: pictures are cut into tiles that fit.
+    0 is what is free on a GPU, and no bound on CPUs."""
     batch: Batch = Batch(size=1, wait_s=0.0)
     """One video fills a device, and alone its pixels are the same every time; batch mates change the last bits."""
     store_wait_s: NonNegativeFloat = 3600
     """How long a finished sample is kept in memory while the storage does not take its video."""
+
+    @model_validator(mode="after")
+    def _devices_are_reserved(self) -> Decoder:
+        reserved = self.resources.num_gpus
+        if max(self.devices, reserved) > 1 and self.devices != reserved:
+            raise ValueError(f"resources.num_gpus is {reserved:g} with {self.devices} devices, expected as many")
+        if self.devices > 1 and self.device == "cpu":
+            raise ValueError(f"devices is {self.devices}, expected 1, because device is 'cpu'")
+        return self
 
 
 class Pipeline(Section):

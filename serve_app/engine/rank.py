@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from serve_app.compute import pick_device, set_threads
+from serve_app.compute import is_out_of_memory, pick_device, set_threads
 from serve_app.config import Config
 from serve_app.errors import ServeAppError, StateError, one_line
 from serve_app.logs import get_logger
@@ -294,8 +294,7 @@ class Rank:
         except NotFinite as error:  # the other samples of the batch have made their step
             failed = {sample.name: str(error) for sample in error.samples}
         except (RuntimeError, MemoryError) as error:
-            # By text as well: the CPU's allocator has no exception of its own.
-            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            if is_out_of_memory(error):
                 self._experts.forget_texts()
                 raise OutOfMemory(one_line(error)) from None
             if "CUDA error" in str(error):  # a failed assertion or access in a kernel: every later call fails alike

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from ray import serve
 
-from serve_app.compute import MathThread, pick_device
+from serve_app.compute import MathThread, is_out_of_memory, pick_devices
 from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
@@ -62,9 +62,9 @@ class Decoder:
         self._model_name = config.model.name
         self._revision = checkpoint.revision
         self._math = MathThread(stage.threads)
-        self._decoder = self._math.call(
-            VideoDecoder, checkpoint, pick_device(stage.device), getattr(torch, config.model.vae_dtype)
-        )
+        device, *others = pick_devices(stage.device, stage.devices)
+        dtype, tile_bytes = getattr(torch, config.model.vae_dtype), stage.tile_memory_mib * 2**20
+        self._decoder = self._math.call(VideoDecoder, checkpoint, device, dtype, others, tile_bytes)
         self._storage = Storage(config.storage_options)
         if stage.warmup:
             params = Params(**config.defaults.model_dump(), prompt="warm-up", seed=0)
@@ -83,7 +83,9 @@ class Decoder:
             again: an earlier call may have left some of its files there.
 
         Raises:
-            JobFailed: `decode_failed`, or `store_failed`, which is retryable where the storage was away or full.
+            JobFailed: `decode_failed`; `out_of_memory` if not even the smallest tile fits, which another replica may
+                have room for, or this one later; or `store_failed`, which is retryable where the storage was away or
+                full.
         """
         result = await self._decode_batch(_Item(latents, job_id))
         if isinstance(result, Exception):
@@ -114,8 +116,9 @@ class Decoder:
                 frames = await self._math.run(self._frames, np.concatenate([items[index].latents for index in indices]))
             except Exception as error:  # of our own type, because a process without torch cannot unpickle torch's
                 log.exception("decoding failed", extra={"jobs": [items[index].job_id for index in indices]})
+                short = is_out_of_memory(error)
                 for index in indices:
-                    results[index] = JobFailed("decode_failed", one_line(error))
+                    results[index] = JobFailed("out_of_memory" if short else "decode_failed", one_line(error), short)
                 continue
             seconds = time.monotonic() - started
             for index, video in zip(indices, frames, strict=True):

@@ -34,6 +34,8 @@ _NEWEST = 0.3
 _TURNED_AWAY_S = 0.1
 # Between two tries to store a video, each of which decodes it; doubles from the first to the second.
 _STORE_AGAIN_S = (1.0, 30.0)
+# Before a decode that memory was short for is tried again, each a chance for another replica; then the attempt ends.
+_DECODE_AGAIN_S = (1.0, 5.0, 20.0)
 # With codes of their own, since what was in a process when it died may be the reason.
 _LOST = "The {} was lost with this video in it."
 
@@ -160,12 +162,13 @@ class Pipeline:
         )
 
     async def _decode(self, latents: Any, params: Params, job: dict[str, Any]) -> Decoded:
-        """Decode and store, again and again while the storage is away or full.
+        """Decode and store, again and again while the storage is away or full, and a few times if memory is short.
 
         The latents stay here meanwhile, in memory: where a video cannot be stored, no saved state could be either.
         """
         until = time.monotonic() + self._store_wait_s
         pause_s, again = _STORE_AGAIN_S[0], False
+        pauses = iter(_DECODE_AGAIN_S)
         while True:
             try:
                 decoded: Decoded = await self._decoder.decode.remote(latents, params, job["prefix"], job["id"], again)
@@ -174,9 +177,16 @@ class Pipeline:
                 raise JobFailed("decoder_lost", _LOST.format("decoder"), retryable=True) from error
             except RayTaskError as error:
                 failed = error.cause
-                if not isinstance(failed, JobFailed) or failed.code != "store_failed" or not failed.retryable:
+                if not isinstance(failed, JobFailed) or not failed.retryable:
                     raise
-                if time.monotonic() + pause_s > until:
+                if failed.code == "out_of_memory":
+                    short_s = next(pauses, None)
+                    if short_s is None:
+                        raise
+                    log.warning("not decoded, tried again", extra={"job": job["id"], "error": failed.message})
+                    await asyncio.sleep(short_s)
+                    continue
+                if failed.code != "store_failed" or time.monotonic() + pause_s > until:
                     raise
                 log.warning("not stored, tried again", extra={"job": job["id"], "error": failed.message})
             await asyncio.sleep(pause_s)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
 from serve_app.wan import cpu_vae
 from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.vae_decode import TiledDecoder
 
 
 class VideoDecoder:
@@ -17,16 +22,30 @@ class VideoDecoder:
         checkpoint: where to load from.
         device: where to run.
         dtype: of the weights. float32 is what Wan advises; bfloat16 halves time and memory.
+        others: further devices, each of which gets a copy of the weights and does its part of every picture.
+        tile_bytes: that a tile may take on a device, beside the weights. 0 is what is free on a GPU, and no bound on
+            CPUs: whole pictures, if they fit.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        others: Sequence[torch.device] = (),
+        tile_bytes: float = 0,
+    ) -> None:
         vae = AutoencoderKLWan.from_pretrained(checkpoint.folder / "vae", dtype=dtype, use_safetensors=True)
         del vae.encoder, vae.quant_conv  # never used here: a third of the weights
-        self.vae = vae.eval().requires_grad_(False).to(device)
-        if device.type == "cpu" and dtype == torch.float32:
-            cpu_vae.speed_up(self.vae)
+        vae.eval().requires_grad_(False)
+        copies = [copy.deepcopy(vae).to(other) for other in others]
+        self.vae = vae.to(device)
+        for one in (self.vae, *copies):
+            if one.device.type == "cpu" and dtype == torch.float32:
+                cpu_vae.speed_up(one)
         self.device = device
         self.dtype = dtype
+        self.tiled = TiledDecoder([self.vae, *copies], tile_bytes or math.inf)
         statistics = (vae.config.latents_mean, vae.config.latents_std)
         self._mean, self._std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(device, dtype) for values in statistics)
 
@@ -41,12 +60,10 @@ class VideoDecoder:
             `[batch, 4 * (frames - 1) + 1, 8 * height, 8 * width, 3]`, uint8 RGB. Values are rounded to the nearest
             level, as WanPipeline's `output_type="pil"` does; diffusers' `export_to_video` cuts them off instead, which
             is darker by half a level.
+
+        Raises:
+            MemoryError: not even the smallest tile fits.
         """
         latents = latents.to(self.device, self.dtype)
         # Division by the inverse, not multiplication: the last bit is that of WanPipeline.
-        latents = latents / (1.0 / self._std) + self._mean
-        video = self.vae.decode(latents, return_dict=False)[0]
-        video = (video * 0.5 + 0.5).clamp(0, 1)
-        # Levels are computed on the device and sample by sample: a quarter of the transfer, and no second float copy.
-        frames = [sample.permute(1, 2, 3, 0).float().mul(255).round().to(torch.uint8).cpu() for sample in video]
-        return torch.stack(frames).numpy()
+        return self.tiled.decode(latents / (1.0 / self._std) + self._mean).numpy()

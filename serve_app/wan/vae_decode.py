@@ -1,0 +1,198 @@
+"""Scaled latents to frames, on one device or several, in tiles that fit into their memory.
+
+A chunk's frames leave the device as bytes as soon as they are there: memory on the device does not grow with frames.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from serve_app.compute import is_out_of_memory
+from serve_app.errors import one_line
+from serve_app.logs import get_logger
+from serve_app.wan.vae_stream import Stream
+from serve_app.wan.vae_tiles import Picture, Tile
+
+log = get_logger(__name__)
+
+# Of a GPU's free memory; the work space of convolutions comes out of the rest.
+_SHARE = 0.9
+
+
+class TiledDecoder:
+    """Decodes on one or several devices, one call at a time.
+
+    Args:
+        vaes: copies of one VAE, each on the device that it shall work on.
+        most_bytes: that a tile may take on a device, beside the weights; infinity is what is free on a GPU, and no
+            bound on CPUs.
+
+    Attributes:
+        levels: of the VAE.
+        most_bytes: the same, or less once a tile has not fitted.
+        tiles: those that the last decode was made of, in the order in which they were done.
+    """
+
+    def __init__(self, vaes: Sequence[AutoencoderKLWan], most_bytes: float = math.inf) -> None:
+        self._streams = [Stream(vae) for vae in vaes]
+        # Threads that stay, because libraries keep handles and work space for each.
+        self._threads = ThreadPoolExecutor(len(vaes), "tiles") if len(vaes) > 1 else None
+        self.levels = self._streams[0].levels
+        self.most_bytes = most_bytes
+        self.tiles: list[Tile] = []
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, raw: bool = False) -> torch.Tensor:
+        """Frames of a batch of latents.
+
+        Args:
+            latents: `[samples, channels, frames, height, width]` as the VAE wants them, on the first device.
+            raw: float32 from -1 to 1, for comparisons.
+
+        Returns:
+            `[samples, 4 * (frames - 1) + 1, 8 * height, 8 * width, 3]`, uint8 or float32, in host memory.
+
+        Raises:
+            MemoryError: not even the smallest tile fits.
+        """
+        first = self._streams[0]
+        height, width = latents.shape[-2:]
+        picture = Picture(self.levels, height, width, len(latents), latents.element_size())
+        job = _Job(picture, latents, raw)
+        self.tiles = job.done
+        bound = min([self.most_bytes, *(_free(stream.device) for stream in self._streams)])
+        todo = deque(picture.tiles(bound, len(self._streams)))
+        if len(todo) == 1:
+            tile = todo.popleft()
+            if not self._fits(job, first, tile, first.features(latents)):
+                todo.extend(self._smaller(picture, tile))
+        if todo:
+            # In host memory, because they are all needed until the last tile is done.
+            features = [_to_host(feature) for feature in first.features(latents)]
+            _finish(first.device)
+            if self._threads is None:
+                self._work(job, first, todo, features)
+            else:
+                futures = [self._threads.submit(self._work, job, stream, todo, features) for stream in self._streams]
+                wait(futures)  # all of them, before anything is raised: the next call wants the devices for itself
+                for future in futures:
+                    future.result()
+        return job.result
+
+    @torch.no_grad()  # which is a property of the thread
+    def _work(self, job: _Job, stream: Stream, todo: deque[Tile], features: list[torch.Tensor]) -> None:
+        """Do tiles until none is left."""
+        while todo:
+            try:
+                tile = todo.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                # The bound may have sunk since the picture was cut.
+                hopeless = job.picture.bytes(tile) > self.most_bytes and tile.halves() is not None
+                if hopeless or not self._fits(job, stream, tile, features):
+                    todo.extendleft(self._smaller(job.picture, tile))
+            except BaseException:
+                todo.clear()  # for nothing
+                raise
+
+    def _fits(self, job: _Job, stream: Stream, tile: Tile, features: Iterable[torch.Tensor]) -> bool:
+        """Do a tile; False if memory was short."""
+        try:
+            job.run(stream, tile, features)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = one_line(error)
+        else:
+            return True
+        # Not in the handler: the exception keeps the tile's tensors alive.
+        if stream.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("a tile did not fit", extra={"rows": tile.rows, "columns": tile.columns, "error": reason})
+        if halves := tile.halves():
+            self.most_bytes = min(self.most_bytes, max(map(job.picture.bytes, halves)))
+        return False
+
+    def _smaller(self, picture: Picture, tile: Tile) -> tuple[Tile, Tile]:
+        """The halves of a tile that does not fit.
+
+        Raises:
+            MemoryError: they would be too small.
+        """
+        halves = tile.halves()
+        if halves is None:
+            raise MemoryError(
+                f"not even a tile of {tile.rows[1] - tile.rows[0]}x{tile.columns[1] - tile.columns[0]} latent pixels "
+                f"fits, which takes about {picture.bytes(tile) / 2**20:.0f} MiB"
+            )
+        return halves
+
+
+class _Job:
+    """One call: what is decoded, and where its pixels go."""
+
+    def __init__(self, picture: Picture, latents: torch.Tensor, raw: bool) -> None:
+        self.picture = picture
+        self.done: list[Tile] = []
+        self._convert = _floats if raw else _levels
+        dtype = torch.float32 if raw else torch.uint8
+        pixels = picture.spans(picture.whole)[-1]
+        shape = (len(latents), picture.frames(latents.shape[2]), pixels.rows[1], pixels.columns[1], 3)
+        self.result = _on_host(shape, dtype, latents.device)
+
+    def run(self, stream: Stream, tile: Tile, features: Iterable[torch.Tensor]) -> None:
+        """Decode one tile."""
+        spans = self.picture.spans(tile)
+        view = self.result[:, :, slice(*spans[-1].rows), slice(*spans[-1].columns)]
+        # Only into contiguous memory can a device copy without being waited for.
+        direct = stream.device.type == "cpu" or view[0].is_contiguous()
+        target = view if direct else _on_host(view.shape, view.dtype, stream.device)
+        begun = 0
+        for chunk in stream.frames(features, spans):
+            pixels = self._convert(chunk.permute(0, 2, 3, 4, 1))
+            for video, sample in zip(target, pixels, strict=True):
+                video[begun : begun + len(sample)].copy_(sample, non_blocking=True)
+            begun += pixels.shape[1]
+        _finish(stream.device)
+        if not direct:
+            view.copy_(target)
+        self.done.append(tile)
+
+
+def _levels(chunk: torch.Tensor) -> torch.Tensor:
+    """From -1 … 1 to 0 … 255, rounded to the nearest."""
+    return (chunk * 0.5 + 0.5).clamp(0, 1).float().mul(255).round().to(torch.uint8)
+
+
+def _floats(chunk: torch.Tensor) -> torch.Tensor:
+    return chunk.clamp(-1, 1).float()
+
+
+def _on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Host memory that a device can copy to and from by itself."""
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def _to_host(x: torch.Tensor) -> torch.Tensor:
+    return x if x.device.type == "cpu" else _on_host(x.shape, x.dtype, x.device).copy_(x, non_blocking=True)
+
+
+def _finish(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _free(device: torch.device) -> float:
+    """Bytes that a decode may take there, whoever else uses the device."""
+    if device.type != "cuda":
+        return math.inf
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _SHARE * (torch.cuda.mem_get_info(device)[0] + unused)

@@ -1,0 +1,83 @@
+"""A decoder whose memory is short: the latents wait in the pipeline, and are offered again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import RayTaskError
+
+from serve_app.errors import JobFailed
+from serve_app.request import Params
+from serve_app.stages import pipeline
+from serve_app.stages.decoder import Decoded
+
+DECODED = Decoded({"video": "videos/a/1/video.mp4"}, 1, {"vae": 1.0, "store": 1.0}, "0")
+PARAMS = Params(
+    prompt="a red circle",
+    negative_prompt="",
+    width=64,
+    height=48,
+    num_frames=9,
+    fps=16,
+    seed=1,
+    num_inference_steps=8,
+    guidance_scale=4,
+    guidance_scale_2=3,
+    flow_shift=5,
+    boundary_ratio=0.875,
+)
+
+
+class FakeDecoder:
+    """A handle. Fails as often as it is told to, as Serve reports it, and keeps what it was given."""
+
+    def __init__(self, failures: list[JobFailed]) -> None:
+        self.failures = failures
+        self.given: list[np.ndarray] = []
+        self.decode = self
+
+    async def remote(self, latents: np.ndarray, *_: Any) -> Decoded:
+        self.given.append(latents)
+        if self.failures:
+            raise RayTaskError("decode", "", self.failures.pop(0)).as_instanceof_cause()
+        return DECODED
+
+
+async def decode(decoder: FakeDecoder, latents: np.ndarray) -> Decoded:
+    made = pipeline.Pipeline.func_or_class(FakeHandle(), FakeHandle(), decoder)
+    decoded: Decoded = await made._decode(latents, PARAMS, {"id": "a", "prefix": "videos/a/1"})
+    return decoded
+
+
+class FakeHandle:
+    """Of a stage that is not called."""
+
+    def options(self, **_: Any) -> FakeHandle:
+        return self
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_DECODE_AGAIN_S", (0.0, 0.0))
+
+
+async def test_the_same_latents_are_decoded_again_when_memory_was_short() -> None:
+    latents = np.ones((1, 16, 3, 6, 8), dtype=np.float32)
+    decoder = FakeDecoder([JobFailed("out_of_memory", "short", retryable=True)] * 2)
+    assert await decode(decoder, latents) == DECODED
+    assert len(decoder.given) == 3 and all(given is latents for given in decoder.given)
+
+
+@pytest.mark.parametrize(
+    ("failed", "tries"),
+    [(JobFailed("out_of_memory", "short", retryable=True), 3), (JobFailed("decode_failed", "no such channels"), 1)],
+    ids=["memory stays short", "nothing that another try could help"],
+)
+async def test_it_ends(failed: JobFailed, tries: int) -> None:
+    decoder = FakeDecoder([failed] * 9)
+    with pytest.raises(RayTaskError) as error:
+        await decode(decoder, np.ones(1, dtype=np.float32))
+    assert (error.value.cause.code, error.value.cause.retryable) == (failed.code, failed.retryable)
+    assert len(decoder.given) == tries

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from serve_app.compute import is_out_of_memory, pick_devices
+from serve_app.errors import ConfigError
+
+
+def test_a_refused_allocation_is_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(error.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+
+
+def test_devices_that_are_not_there_are_one_line() -> None:
+    assert pick_devices("cpu", 1) == [torch.device("cpu")]
+    with pytest.raises(ConfigError, match=r"^decoder.devices has value 2, expected at most 0, the GPUs it sees$"):
+        pick_devices("cpu", 2)
