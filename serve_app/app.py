@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig
 from serve_app.config import Autoscaling, Config, Resources, validate
 from serve_app.errors import ConfigError
 from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.prepared import Prepared
 
 # glibc hands each large tensor back to the kernel and asks for it again; for a VAE on CPUs, whose every layer makes
 # some, that was measured to be a seventh of the decode.
@@ -25,7 +26,8 @@ def wan(args: dict[str, Any]) -> Application:
     """Pipeline and stages. Has no route: the dispatcher and other Ray jobs call it by handle.
 
     Raises:
-        ConfigError: an option that cannot work. CheckpointError: the model's folder is not complete.
+        ConfigError: an option that cannot work. CheckpointError: the model's folder is not complete, or was
+            not prepared for this deployment.
     """
     from serve_app.stages.decoder import Decoder
     from serve_app.stages.denoiser import Denoiser
@@ -35,6 +37,7 @@ def wan(args: dict[str, Any]) -> Application:
     config = validate(args)
     checkpoint = Checkpoint(config.model.folder)
     checkpoint.check_tensor_parallel(config.denoiser.tensor_parallel)
+    _check_prepared(config, checkpoint)
     encoder = _deployment(
         Encoder,
         ray_actor_options=_actor(config.encoder.resources),
@@ -90,6 +93,16 @@ def gateway(args: dict[str, Any]) -> Application:
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         max_constructor_retry_count=_STARTS,
     ).bind(config, dispatcher)
+
+
+def _check_prepared(config: Config, checkpoint: Checkpoint) -> None:
+    """Whether there is a file for every rank, before any of them starts."""
+    if config.model.prepared_folder is not None:
+        size = config.denoiser.tensor_parallel
+        prepared = Prepared(config.model.prepared_folder, checkpoint, size, config.model.dtype)
+        for expert in checkpoint.experts:
+            for rank in range(size):
+                prepared.check(expert, rank)
 
 
 def _deployment(deployment: Any, **options: Any) -> Any:

@@ -123,7 +123,7 @@ class Rank:
 
         Raises:
             ConfigError: the tensor-parallel size does not fit the model.
-            CheckpointError: the folder is not a complete model.
+            CheckpointError: the folder is not a complete model, or the prepared one does not fit or is damaged.
         """
         import resource
 
@@ -134,6 +134,7 @@ class Rank:
         from serve_app.wan.checkpoint import Checkpoint
         from serve_app.wan.experts import Experts
         from serve_app.wan.parallel import init_world, load_expert
+        from serve_app.wan.prepared import Prepared
 
         started = time.monotonic()
         stage = self._config.denoiser
@@ -147,10 +148,13 @@ class Rank:
         )
         self._dtype = getattr(torch, self._config.model.dtype)
         self._checkpoint = Checkpoint(self._config.model.folder)
+        model, prepared = self._config.model, None
+        if model.prepared_folder is not None:
+            prepared = Prepared(model.prepared_folder, self._checkpoint, world.size, model.dtype)
         experts = Experts(
             self._wanted or self._checkpoint.experts,
             lambda name: load_expert(
-                self._checkpoint, name, world, self._dtype, self._device, stage.text_memory_mib * 2**20
+                self._checkpoint, name, world, self._dtype, self._device, stage.text_memory_mib * 2**20, prepared
             ),
             "swap" if stage.experts == "swap" else "together",
             self._device,

@@ -98,8 +98,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / expert}: is not part of this checkpoint, it has one expert only")
         return self._experts[expert]
 
-    def check_tensor_parallel(self, size: int) -> None:
+    def check_tensor_parallel(self, size: int, option: str = "denoiser.tensor_parallel") -> None:
         """Whether the experts can be cut into `size` shards.
+
+        Args:
+            option: that asks for it, for the message.
 
         Raises:
             ConfigError: they cannot; names the option, its value and what was expected.
@@ -108,7 +111,7 @@ class Checkpoint:
             for name in ("num_attention_heads", "ffn_dim"):
                 if self._experts[expert][name] % size:
                     raise ConfigError(
-                        f"denoiser.tensor_parallel has value {size}, "
+                        f"{option} has value {size}, "
                         f"expected a divisor of the model's {name}, {self._experts[expert][name]}"
                     )
 

@@ -23,6 +23,8 @@ from torch import nn
 from serve_app.errors import CheckpointError, ConfigError
 from serve_app.wan.attention import Attention, ShardedNorm
 from serve_app.wan.checkpoint import Checkpoint, Expert
+from serve_app.wan.pieces import Piece, empty_expert, pieces
+from serve_app.wan.prepared import Prepared
 from serve_app.wan.text_memory import TextMemory
 from serve_app.wan.weights import Weights
 
@@ -92,6 +94,7 @@ def load_expert(
     dtype: torch.dtype,
     device: torch.device,
     text_memory_bytes: float = TEXT_MEMORY_BYTES,
+    prepared: Prepared | None = None,
 ) -> nn.Module:
     """An expert, or this rank's shard of it, ready to run.
 
@@ -101,15 +104,14 @@ def load_expert(
     Args:
         dtype: of weights and activations; the modules that diffusers keeps in float32 stay so.
         text_memory_bytes: bound of its `text_memory`, see `TextMemory`.
+        prepared: where each rank's shard is a file of its own, made for this group's size and this dtype. Without it
+            the rank reads its slices of the checkpoint's weights.
 
     Raises:
         ConfigError: the group's size does not divide the heads or the feed-forward width.
-        CheckpointError: the weights do not match the configuration.
+        CheckpointError: the weights do not match the configuration, or are damaged.
     """
-    config = checkpoint.expert_config(expert)
-    with torch.device("meta"):
-        model = WanTransformer3DModel.from_config(config)
-    model.eval().requires_grad_(False)
+    model = empty_expert(checkpoint, expert)
     group = None
     if world.size > 1:
         checkpoint.check_tensor_parallel(world.size)
@@ -118,8 +120,14 @@ def load_expert(
     model.text_memory = TextMemory(text_memory_bytes, fold=device.type == "cpu" and dtype == torch.float32)
     for layer, block in enumerate(model.blocks):
         block.attn2.set_processor(Attention(group, model.text_memory, layer))
-    with checkpoint.weights(expert) as weights:
-        _fill(model, weights, world, dtype, device)
+    with checkpoint.weights(expert) if prepared is None else prepared.weights(expert, world.rank) as weights:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if prepared is None:
+            parts = pieces(shapes, weights, world.rank, world.size, dtype)
+        else:
+            parts = pieces(shapes, weights, 0, 1, dtype)
+            _check_dtypes(parts, weights)
+        _fill(model, weights, parts, device)
     # Not part of a checkpoint: computed from the configuration.
     model.rope = WanRotaryPosEmbed(
         model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len
@@ -156,35 +164,23 @@ def _shard(model: nn.Module, world: World, dtype: torch.dtype) -> tuple[nn.Modul
     return model, engine.mp_group
 
 
-def _fill(model: nn.Module, weights: Weights, world: World, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every parameter its values: this rank's slice where the parameter is smaller than the file's tensor."""
-    # Called by the name that diffusers' own loader goes by: a part of the path, not a substring.
-    float32 = set(WanTransformer3DModel._keep_in_fp32_modules)
-    missing = weights.names()
-    for name, parameter in list(model.named_parameters()):
-        if name not in missing:
-            raise CheckpointError(f"{weights.folder}: the tensor {name!r} is missing, expected by config.json")
-        missing.remove(name)
-        whole = weights.shape(name)
-        cut = [dim for dim, (ours, all_) in enumerate(zip(parameter.shape, whole, strict=False)) if ours != all_]
-        expected = list(parameter.shape)
-        if cut:
-            expected[cut[0]] *= world.size
-        if tuple(expected) != whole:
+def _check_dtypes(parts: list[Piece], weights: Weights) -> None:
+    """Converting would hide that a file was made for other modules in float32 than this version of diffusers keeps."""
+    for part in parts:
+        if weights.dtype(part.name) != part.dtype:
             raise CheckpointError(
-                f"{weights.folder}: the tensor {name!r} has shape {whole}, expected {tuple(expected)}"
+                f"{weights.where}: the tensor {part.name!r} is {weights.dtype(part.name)}, expected {part.dtype}; "
+                "prepare the model again"
             )
-        dim = cut[0] if cut else 0
-        start = world.rank * parameter.shape[dim] if cut else 0
-        target = torch.float32 if float32.intersection(name.split(".")) else dtype
-        tensor = weights.read(name, dim, start, start + parameter.shape[dim], target)
+
+
+def _fill(model: nn.Module, weights: Weights, parts: list[Piece], device: torch.device) -> None:
+    """Give every parameter its values."""
+    for part in parts:
+        tensor = weights.read(part.name, part.dim, part.start, part.stop, part.dtype)
         # A new parameter, since those built on the meta device cannot be given memory.
-        owner, _, leaf = name.rpartition(".")
+        owner, _, leaf = part.name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device), requires_grad=False))
-    # Present in files of the image-to-video sibling, without a place in the model; diffusers ignores it as well.
-    missing = {name for name in missing if "norm_added_q" not in name}
-    if missing:
-        raise CheckpointError(f"{weights.folder}: the tensor {min(missing)!r} is not expected by config.json")
 
 
 def _interface_towards(address: str, port: int) -> str:
