@@ -28,8 +28,8 @@ class Model(Section):
     """Of the experts and the text encoder; modules that diffusers keeps in float32 stay so."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     prepared: str | None = None
-    """A folder that `wan-serve prepare` wrote from `path` for `denoiser.tensor_parallel` ranks in `dtype`. Each rank reads
-    its own file there; all but the experts' weights stays in `path`. None: each rank cuts its shard from `path`."""
+    """A folder that `wan-serve prepare` wrote from `path` for `denoiser.tensor_parallel` ranks in `dtype`: each reads
+    its own file there; all but the experts' weights stays in `path`. None: each cuts its shard from `path`."""
 
     @property
     def folder(self) -> Path:

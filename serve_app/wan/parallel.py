@@ -16,7 +16,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed, WanTransformerBlock
 from torch import nn
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import nn
 
 from serve_app.errors import CheckpointError
 from serve_app.wan.checkpoint import Checkpoint, Expert
@@ -26,8 +26,8 @@ _CUT = re.compile(
 )
 
 
-def empty_expert(checkpoint: Checkpoint, expert: Expert) -> nn.Module:
-    """The whole expert without memory for its parameters."""
+def empty_expert(checkpoint: Checkpoint, expert: Expert) -> Any:
+    """The whole expert, a `WanTransformer3DModel`, without memory for its parameters."""
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(checkpoint.expert_config(expert))
     return model.eval().requires_grad_(False)

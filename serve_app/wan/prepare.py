@@ -1,7 +1,7 @@
 """Writes a prepared folder: each rank's shard of the experts, once, so that no start has to cut and convert again.
 
-A file is written under another name, tensor by tensor, and renamed when the disk has it; then the manifest names it. What
-is killed in between leaves nothing that looks complete, and the next call goes on after the last complete file.
+A file is written under another name, tensor by tensor, and renamed when the disk has it; then the manifest names it. A
+process that is killed leaves nothing that looks complete, and the next call goes on after the last complete file.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _write(job: _Job, weights: Weights, path: Path, told: Callable[[int], None])
         told(len(job.header))
         for piece in job.pieces:
             tensor = weights.read(piece.name, piece.dim, piece.start, piece.stop, piece.dtype)
-            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
             file.write(data)
             digest.update(data)
             tensors[piece.name] = zlib.crc32(data)
