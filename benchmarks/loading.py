@@ -3,8 +3,8 @@
     python -m benchmarks.loading [--layers 3 --heads 16 --ffn 8192] [--ranks 1 2] [--device cpu]
 
 writes a random expert of A14B's shape with fewer layers, heads and a narrower feed-forward (`--layers 40 --heads 40
---ffn 13824` is all of it: 57 GB, and half of that for each entry of `--ranks`), loads it in fresh processes, and prints a
-markdown table.
+--ffn 13824` is all of it: 57 GB, and half of that for each entry of `--ranks`), loads it in fresh processes, and prints
+a markdown table.
 """
 
 from __future__ import annotations
@@ -72,26 +72,25 @@ def _load(
     torch.ones(1, device=device)  # the GPU's context is none of the load
     world = init_world(rank, size, "127.0.0.1", port, device, timeout_s=600)
 
-    def once() -> torch.nn.Module:
+    def once() -> int:
+        """Bytes of the parameters of what was loaded, and is freed again."""
         if way == "from_pretrained":
             from diffusers import WanTransformer3DModel
 
-            whole = WanTransformer3DModel.from_pretrained(folder / EXPERT, dtype=getattr(torch, dtype))
-            return whole.to(device)
-        checkpoint = Checkpoint(folder)
-        prepared = Prepared(shards, checkpoint, size, dtype) if way == "prepared" else None
-        return load_expert(checkpoint, EXPERT, world, getattr(torch, dtype), device, prepared=prepared)
+            model: Any = WanTransformer3DModel.from_pretrained(folder / EXPERT, dtype=getattr(torch, dtype))
+            model = model.to(device)
+        else:
+            checkpoint = Checkpoint(folder)
+            prepared = Prepared(shards, checkpoint, size, dtype) if way == "prepared" else None
+            model = load_expert(checkpoint, EXPERT, world, getattr(torch, dtype), device, prepared=prepared)
+        if where == "cuda":
+            torch.cuda.synchronize()
+        return sum(p.nbytes for p in model.parameters())
 
     with measured() as first:
-        model = once()
-        if where == "cuda":
-            torch.cuda.synchronize()
-    shard = sum(p.nbytes for p in model.parameters())
-    del model
+        shard = once()
     with measured() as second:
-        model = once()
-        if where == "cuda":
-            torch.cuda.synchronize()
+        once()
     (output / f"{rank}.json").write_text(json.dumps({**asdict(first), "shard": shard, "again": second.seconds}))
     world.close()
 

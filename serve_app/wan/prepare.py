@@ -148,7 +148,7 @@ class _Preparation:
         for job in self._left:
             with self._checkpoint.weights(job.expert) as weights:
                 shard = _write(job, weights, self._out / job.name, self._told(job.name))
-            self._note(files={**self._manifest.files, job.name: shard})
+            self._note(files=dict(sorted({**self._manifest.files, job.name: shard}.items())))
         return Done(len(self._left), sum(job.size for job in self._left), self._kept)
 
     def _is_there(self, job: _Job) -> bool:

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.parity import CASES
+from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.generate import Generator
-from serve_app.wan.parallel import init_world
+from serve_app.wan.parallel import init_world, load_expert
+from serve_app.wan.prepared import Prepared
 
 CASE = "64x64, 9 frames, 8 steps"
 
@@ -27,6 +29,25 @@ def main(rank: int, size: int, address: str, port: int, folder: str, output: str
             "parameters": sum(p.numel() for p in generator.experts["transformer"].parameters()),
         }
         torch.save(result, Path(output) / f"{dtype}-{rank}.pt")
+    world.close()
+
+
+def compare(rank: int, size: int, port: int, folder: Path, prepared: dict[str, Path]) -> None:
+    """Load both experts by slices and from the prepared folder of each dtype, and fail if a bit differs."""
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    world = init_world(rank, size, "127.0.0.1", port, cpu, timeout_s=120)
+    checkpoint = Checkpoint(folder)
+    for dtype, out in prepared.items():
+        for expert in checkpoint.experts:
+            ours = load_expert(
+                checkpoint, expert, world, getattr(torch, dtype), cpu, prepared=Prepared(out, checkpoint, size, dtype)
+            ).state_dict()
+            theirs = load_expert(checkpoint, expert, world, getattr(torch, dtype), cpu).state_dict()
+            assert list(ours) == list(theirs)
+            for name, tensor in theirs.items():
+                assert ours[name].dtype == tensor.dtype, name
+                assert torch.equal(ours[name], tensor), name
     world.close()
 
 
