@@ -103,7 +103,11 @@ def prepare(
         CheckpointError: the weights do not match their configuration, or `out` was prepared from something else.
     """
     checkpoint.check_tensor_parallel(tensor, "--tensor")
-    jobs = [job for expert in experts or checkpoint.experts for job in _jobs(checkpoint, expert, tensor, dtype)]
+    jobs = [
+        job
+        for expert in dict.fromkeys(experts or checkpoint.experts)
+        for job in _jobs(checkpoint, expert, tensor, dtype)
+    ]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out):

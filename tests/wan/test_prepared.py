@@ -63,6 +63,20 @@ def test_a_rank_has_the_same_bits_as_by_slices(checkpoint: Path, tmp_path: Path,
     run_ranks(compare, size, checkpoint, folders)
 
 
+def test_the_shards_make_up_the_whole(checkpoint: Path, tmp_path: Path) -> None:
+    prepare(Checkpoint(checkpoint), tmp_path, 4, "float32")
+    for expert in ("transformer", "transformer_2"):
+        shards = [load_file(tmp_path / expert / f"rank-{rank}-of-4.safetensors") for rank in range(4)]
+        cuts = set()
+        for name, whole in load_file(checkpoint / expert / STEM).items():
+            parts = [shard[name] for shard in shards]
+            cut = [dim for dim, size in enumerate(whole.shape) if parts[0].shape[dim] != size]
+            cuts.add(tuple(cut))
+            for part in parts if not cut else [torch.cat(parts, cut[0])]:
+                assert torch.equal(part, whole), name
+        assert cuts == {(), (0,), (1,)}
+
+
 def test_the_library_reads_the_files(checkpoint: Path, alone_bf16: Path) -> None:
     theirs = WanTransformer3DModel.from_pretrained(checkpoint / "transformer", dtype=torch.bfloat16).state_dict()
     ours = load_file(alone_bf16 / "transformer" / "rank-0-of-1.safetensors")
