@@ -51,13 +51,16 @@ def write_random(folder: Path, layers: int, heads: int, ffn: int) -> Path:
 
 
 def load(way: str, folder: Path, shards: Path, size: int, dtype: str, device: str = "cpu") -> list[dict[str, Any]]:
-    """Load the expert on `size` ranks, in one of the `WAYS`, first with the files out of the page cache, then again.
+    """Load the expert on `size` ranks, in one of the `WAYS`, three times: in a fresh process with the files out of
+    the page cache, with them out of it again, and from it.
 
     `from_pretrained` has the machine to itself: it knows of no ranks, and of several at once each would count only
     those pages of the memory map that no other one had brought in before.
 
     Returns:
-        For each rank the first load's `Usage` as a dictionary, and its `shard` in bytes and `again` in seconds.
+        For each rank the first load's `Usage` as a dictionary, its `shard` in bytes, and of the others the seconds
+        `cold` and `warm` and those of the processor, `cold_cpu` and `warm_cpu`: what is imported at the first load is
+        in neither.
     """
     size = 1 if way == "from_pretrained" else size
     with tempfile.TemporaryDirectory() as name:
@@ -91,11 +94,23 @@ def _load(
             torch.cuda.synchronize()
         return sum(p.nbytes for p in model.parameters())
 
+    def together() -> None:
+        if world.size > 1:
+            torch.distributed.barrier()
+
     with measured() as first:
         shard = once()
-    with measured() as second:
+    together()
+    if rank == 0:
+        _forget(folder / EXPERT, shards)
+    together()
+    with measured() as cold:
         once()
-    (output / f"{rank}.json").write_text(json.dumps({**asdict(first), "shard": shard, "again": second.seconds}))
+    together()
+    with measured() as warm:
+        once()
+    times = {"cold": cold.seconds, "cold_cpu": cold.cpu, "warm": warm.seconds, "warm_cpu": warm.cpu}
+    (output / f"{rank}.json").write_text(json.dumps({**asdict(first), "shard": shard, **times}))
     world.close()
 
 
@@ -126,8 +141,11 @@ def main() -> None:
         whole = sum(file.stat().st_size for file in (folder / EXPERT).glob("*.safetensors"))
         print(f"\n{describe()}; {options.device}, {options.dtype}, median of {options.rounds} rounds, alternated")
         print(f"Expert of {whole / _MB:.0f} MB on disk; of each group the worst rank. MB are 10^6 bytes.\n")
-        print("| ranks | by | from disk s | again, from page cache s | read MB | peak growth MB | parameters MB |")
-        print("|---|---|---|---|---|---|---|", flush=True)
+        print(
+            "| ranks | by | from the disk s | CPU s | from the page cache s | CPU s "
+            "| read by calls MB | from the disk MB | peak growth MB | parameters MB |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
         wrote = []
         for size in options.ranks:
             shards = Path(name, f"shards-{size}")
@@ -141,13 +159,10 @@ def main() -> None:
                     rounds[way].append({key: max(rank[key] for rank in ranks) for key in ranks[0]})
             for way, results in rounds.items():
                 m = {key: statistics.median(result[key] for result in results) for key in results[0]}
-                read = max(m["read"], m["faulted"])  # reading a memory map is no call; the others' reads all are
                 label = f"{way} alone" if way == "from_pretrained" else way
-                print(
-                    f"| {size} | {label} | {m['seconds']:.2f} | {m['again']:.2f} | {read / _MB:.0f} "
-                    f"| {m['growth'] / _MB:.0f} | {m['shard'] / _MB:.0f} |",
-                    flush=True,
-                )
+                seconds = " | ".join(f"{m[key]:.2f}" for key in ("cold", "cold_cpu", "warm", "warm_cpu"))
+                mb = " | ".join(f"{m[key] / _MB:.0f}" for key in ("read", "faulted", "growth", "shard"))
+                print(f"| {size} | {label} | {seconds} | {mb} |", flush=True)
         print("\nPreparing, by ranks (seconds, written, peak growth of memory): " + "; ".join(wrote))
 
 

@@ -11,11 +11,15 @@ from pathlib import Path
 
 @dataclass
 class Usage:
-    """Seconds, and bytes: `growth` is the peak of resident memory above what the process held before, `held` what is
-    left of it at the end, `read` what came from files by calls, `faulted` what came from the disk itself, which also
-    counts the pages of memory maps, but nothing that was in the page cache."""
+    """Seconds, those of the processor in `cpu`, and bytes.
+
+    `growth` is the peak of resident memory above what the process held before, `held` what is left of it at the end.
+    `read` came from files by calls. `faulted` came from the disk itself: that counts the pages of memory maps as well,
+    and what the kernel read ahead, but nothing that was in the page cache.
+    """
 
     seconds: float = 0.0
+    cpu: float = 0.0
     growth: int = 0
     held: int = 0
     read: int = 0
@@ -28,9 +32,10 @@ def measured() -> Iterator[Usage]:
     usage = Usage()
     with suppress(OSError):  # not allowed everywhere; an earlier peak then counts as well
         Path("/proc/self/clear_refs").write_text("5")
-    before, read, faulted, started = _status("VmRSS"), _io("rchar"), _io("read_bytes"), time.monotonic()
+    before, read, faulted = _status("VmRSS"), _io("rchar"), _io("read_bytes")
+    started, cpu = time.monotonic(), time.process_time()
     yield usage
-    usage.seconds = time.monotonic() - started
+    usage.seconds, usage.cpu = time.monotonic() - started, time.process_time() - cpu
     usage.growth, usage.held = _status("VmHWM") - before, _status("VmRSS") - before
     usage.read, usage.faulted = _io("rchar") - read, _io("read_bytes") - faulted
 

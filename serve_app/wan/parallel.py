@@ -175,7 +175,7 @@ def _check_dtypes(parts: list[Piece], weights: Weights) -> None:
 
 def _fill(model: nn.Module, weights: Weights, parts: list[Piece], device: torch.device) -> None:
     """Give every parameter its values."""
-    for part in parts:
+    for part in sorted(parts, key=lambda part: weights.position(part.name)):
         tensor = weights.read(part.name, part.dim, part.start, part.stop, part.dtype)
         # A new parameter, since those built on the meta device cannot be given memory.
         owner, _, leaf = part.name.rpartition(".")

@@ -279,6 +279,8 @@ def _sha256(path: Path, told: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK))
     with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             told(count)

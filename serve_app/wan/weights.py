@@ -99,6 +99,10 @@ class Weights:
         """As which the file holds the tensor."""
         return self._entries[name].dtype
 
+    def position(self, name: str) -> tuple[str, int]:
+        """Where the tensor begins: reading in this order is one pass over the files."""
+        return self._entries[name].file.name, self._entries[name].offset
+
     def read(
         self, name: str, dim: int = 0, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -157,6 +161,9 @@ class Weights:
     def _file(self, path: Path) -> int:
         if path not in self._open:
             self._open[path] = os.open(path, os.O_RDONLY)
+            if self._checksums and hasattr(os, "posix_fadvise"):
+                # All of it is wanted, so the kernel may read far ahead. Of slices that would also be what lies between.
+                os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self._open[path]
 
 
