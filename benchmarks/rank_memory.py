@@ -12,12 +12,12 @@ import json
 import os
 import platform
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from benchmarks.parity import run_ranks
+from benchmarks.usage import measured
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.mesh import Mesh
 from serve_app.wan.parallel import load_expert
@@ -62,30 +62,16 @@ def _load(rank: int, mesh: Mesh, port: int, folder: Path, dtype: str, output: Pa
     device = torch.device("cpu")
     checkpoint = Checkpoint(folder)
     world = init_world(rank, mesh, "127.0.0.1", port, device, timeout_s=120)
-    with suppress(OSError):  # not allowed everywhere; the peak of the imports then counts as well
-        Path("/proc/self/clear_refs").write_text("5")
-    before, read = _status("VmRSS"), _bytes_read()
-    model = load_expert(checkpoint, "transformer", world, getattr(torch, dtype), device)
+    with measured() as usage:
+        model = load_expert(checkpoint, "transformer", world, getattr(torch, dtype), device)
     result = {
         "shard": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "growth": _status("VmHWM") - before,
-        "held": _status("VmRSS") - before,
-        "read": _bytes_read() - read,
+        "growth": usage.growth,
+        "held": usage.held,
+        "read": usage.read,
     }
     (output / f"{rank}.json").write_text(json.dumps(result))
     world.close()
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _bytes_read() -> int:
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["rchar"])
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from serve_app.config import Autoscaling, Config, Parallel, Resources, validate
 from serve_app.errors import ConfigError
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.mesh import Mesh, default_mesh
+from serve_app.wan.prepared import Prepared
 
 # glibc hands each large tensor back to the kernel and asks for it again; for a VAE on CPUs, whose every layer makes
 # some, that was measured to be a seventh of the decode.
@@ -26,7 +27,8 @@ def wan(args: dict[str, Any]) -> Application:
     """Pipeline and stages. Has no route: the dispatcher and other Ray jobs call it by handle.
 
     Raises:
-        ConfigError: an option that cannot work. CheckpointError: the model's folder is not complete.
+        ConfigError: an option that cannot work. CheckpointError: the model's folder is not complete, or was
+            not prepared for this deployment.
     """
     from serve_app.stages.decoder import Decoder
     from serve_app.stages.denoiser import Denoiser
@@ -36,6 +38,7 @@ def wan(args: dict[str, Any]) -> Application:
     config = validate(args)
     checkpoint = Checkpoint(config.model.folder)
     _check_parallel(config.denoiser.parallel, checkpoint)
+    _check_prepared(config, checkpoint)
     encoder = _deployment(
         Encoder,
         ray_actor_options=_actor(config.encoder.resources),
@@ -101,6 +104,21 @@ def _check_parallel(parallel: Parallel, checkpoint: Checkpoint) -> None:
             Mesh(parallel.guidance, parallel.sequence, parallel.tensor).check(shape)
         else:
             default_mesh(parallel.ranks, shape, weight_bytes=0, device_bytes=1)
+
+
+def _check_prepared(config: Config, checkpoint: Checkpoint) -> None:
+    """Whether there is a file for every rank, before any of them starts."""
+    parallel = config.denoiser.parallel
+    if config.model.prepared_folder is not None:
+        if parallel.ranks is not None:
+            raise ConfigError(
+                f"denoiser.parallel.ranks has value {parallel.ranks} and model.prepared is given, expected "
+                "denoiser.parallel.tensor, the number that the shards were prepared for"
+            )
+        prepared = Prepared(config.model.prepared_folder, checkpoint, parallel.tensor, config.model.dtype)
+        for expert in checkpoint.experts:
+            for shard in range(parallel.tensor):
+                prepared.check(expert, shard)
 
 
 def _deployment(deployment: Any, **options: Any) -> Any:

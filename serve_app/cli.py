@@ -17,11 +17,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from serve_app import __version__
 from serve_app.cli_jobs import jobs
 from serve_app.cli_keys import keys
+from serve_app.cli_prepare import prepare
 from serve_app.errors import ServeAppError
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 cli.add_typer(jobs, name="jobs")
 cli.add_typer(keys, name="keys")
+cli.command()(prepare)
 console = Console(highlight=False)
 
 Url = Annotated[str, typer.Option(help="Where the server listens.")]

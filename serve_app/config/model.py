@@ -27,6 +27,9 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the experts and the text encoder; modules that diffusers keeps in float32 stay so."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    prepared: str | None = None
+    """A folder that `wan-serve prepare` wrote from `path` for `denoiser.parallel.tensor` ranks in `dtype`: each reads
+    its own file there; all but the experts' weights stays in `path`. None: each cuts its shard from `path`."""
 
     @property
     def folder(self) -> Path:
@@ -36,6 +39,11 @@ class Model(Section):
 
             return CHECKPOINT
         return Path(self.path).expanduser()
+
+    @property
+    def prepared_folder(self) -> Path | None:
+        """The folder that `prepared` names."""
+        return None if self.prepared is None else Path(self.prepared).expanduser()
 
 
 class Defaults(Section):

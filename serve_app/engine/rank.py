@@ -162,7 +162,7 @@ class Rank:
 
         Raises:
             ConfigError: the mesh does not fit the model.
-            CheckpointError: the folder is not a complete model.
+            CheckpointError: the folder is not a complete model, or the prepared one does not fit or is damaged.
         """
         import resource
 
@@ -173,6 +173,7 @@ class Rank:
         from serve_app.wan.checkpoint import Checkpoint
         from serve_app.wan.experts import Experts
         from serve_app.wan.parallel import load_expert
+        from serve_app.wan.prepared import Prepared
         from serve_app.wan.world import init_world
 
         started = time.monotonic()
@@ -186,6 +187,9 @@ class Rank:
         world = init_world(self._rank, mesh, address, port, self._device, timeout_s=stage.start_timeout_s)
         self._dtype = getattr(torch, self._config.model.dtype)
         self._checkpoint = Checkpoint(self._config.model.folder)
+        model, prepared = self._config.model, None
+        if model.prepared_folder is not None:
+            prepared = Prepared(model.prepared_folder, self._checkpoint, world.tensor.size, model.dtype)
         experts = Experts(
             self._wanted or self._checkpoint.experts,
             lambda name: load_expert(
@@ -197,6 +201,7 @@ class Rank:
                 stage.text_memory_mib * 2**20,
                 stage.attention,
                 stage.compile,
+                prepared,
             ),
             "swap" if stage.experts == "swap" else "together",
             self._device,

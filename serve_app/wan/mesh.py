@@ -53,11 +53,12 @@ class Mesh:
         others = [[self._stride(o) * i for i in range(self.size(o))] for o in AXES if o != axis]
         return [[sum(corner) + step for step in steps] for corner in product(*others)]
 
-    def check(self, config: dict[str, Any]) -> None:
+    def check(self, config: dict[str, Any], tensor_option: str = "denoiser.parallel.tensor") -> None:
         """Whether an expert can be shared so.
 
         Args:
             config: of the expert.
+            tensor_option: that asks for `tensor`, for the message.
 
         Raises:
             ConfigError: it cannot; names the option, its value and what was expected.
@@ -66,8 +67,7 @@ class Mesh:
         for name, whole in (("num_attention_heads", heads), ("ffn_dim", ffn)):
             if whole % self.tensor:
                 raise ConfigError(
-                    f"denoiser.parallel.tensor has value {self.tensor}, "
-                    f"expected a divisor of the model's {name}, {whole}"
+                    f"{tensor_option} has value {self.tensor}, expected a divisor of the model's {name}, {whole}"
                 )
         if heads // self.tensor % self.sequence:
             raise ConfigError(

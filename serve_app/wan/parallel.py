@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed, WanTransformerBlock
 from torch import nn
 
@@ -19,6 +18,8 @@ from serve_app.logs import get_logger
 from serve_app.wan.attention import CrossAttention, SelfAttention, ShardedNorm
 from serve_app.wan.checkpoint import Checkpoint, Expert
 from serve_app.wan.kernels import KernelName, pick_kernel
+from serve_app.wan.pieces import Piece, empty_expert, pieces
+from serve_app.wan.prepared import Prepared
 from serve_app.wan.rotary import Rotary
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.text_memory import TextMemory
@@ -40,6 +41,7 @@ def load_expert(
     text_memory_bytes: float = TEXT_MEMORY_BYTES,
     attention: KernelName | Literal["auto"] = "auto",
     compiled: bool = False,
+    prepared: Prepared | None = None,
 ) -> nn.Module:
     """An expert, or this rank's shard of it, ready to run.
 
@@ -51,20 +53,21 @@ def load_expert(
         text_memory_bytes: bound of its `text_memory`, see `TextMemory`.
         attention: see `pick_kernel`.
         compiled: compile the blocks. What they compute changes by rounding.
+        prepared: where each rank's shard is a file of its own, made for this tensor-parallel size and this dtype.
+            Without it the rank reads its slices of the checkpoint's weights.
 
     Raises:
         ConfigError: the mesh does not fit the heads or the feed-forward width.
-        CheckpointError: the weights do not match the configuration.
+        CheckpointError: the weights do not match the configuration, or are damaged.
     """
     config = checkpoint.expert_config(expert)
+    world.mesh.check(config)
     kernel, why = pick_kernel(attention, device, dtype, int(config["attention_head_dim"]))
     log.info("attention", extra={"expert": expert, "kernel": why})
-    world.mesh.check(config)
-    with torch.device("meta"):
-        model = WanTransformer3DModel.from_config(config)
-    model.eval().requires_grad_(False)
-    if world.tensor.size > 1:
-        model = _shard(model, world.tensor, dtype)
+    model = empty_expert(checkpoint, expert)
+    tensor = world.tensor
+    if tensor.size > 1:
+        model = _shard(model, tensor, dtype)
     # DeepSpeed takes the model for its own: attributes are set afterwards.
     model.guidance = world.guidance
     # What is compiled wants texts of one length.
@@ -72,12 +75,18 @@ def load_expert(
     model.text_memory = TextMemory(text_memory_bytes, fold)
     tokens = Tokens(world.sequence) if world.sequence.size > 1 else None
     for layer, block in enumerate(model.blocks):
-        block.attn1.set_processor(SelfAttention(kernel, world.tensor.group, tokens))
-        cross = CrossAttention(kernel, world.tensor.group, model.text_memory)
+        block.attn1.set_processor(SelfAttention(kernel, tensor.group, tokens))
+        cross = CrossAttention(kernel, tensor.group, model.text_memory)
         block.attn2.set_processor(cross)
         cross.give(block, layer)
-    with checkpoint.weights(expert) as weights:
-        _fill(model, weights, world.tensor, dtype, device)
+    with checkpoint.weights(expert) if prepared is None else prepared.weights(expert, tensor.index) as weights:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if prepared is None:
+            parts = pieces(shapes, weights, tensor.index, tensor.size, dtype)
+        else:
+            parts = pieces(shapes, weights, 0, 1, dtype)
+            _check_dtypes(parts, weights)
+        _fill(model, weights, parts, device)
     # Not part of a checkpoint: computed from the configuration.
     rope = WanRotaryPosEmbed(model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len)
     model.rope = Rotary(rope.to(device), tokens)
@@ -135,32 +144,20 @@ def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _fill(model: nn.Module, weights: Weights, axis: Axis, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every parameter its values: this rank's slice where the parameter is smaller than the file's tensor."""
-    # Called by the name that diffusers' own loader goes by: a part of the path, not a substring.
-    float32 = set(WanTransformer3DModel._keep_in_fp32_modules)
-    missing = weights.names()
-    for name, parameter in list(model.named_parameters()):
-        if name not in missing:
-            raise CheckpointError(f"{weights.folder}: the tensor {name!r} is missing, expected by config.json")
-        missing.remove(name)
-        whole = weights.shape(name)
-        cut = [dim for dim, (ours, all_) in enumerate(zip(parameter.shape, whole, strict=False)) if ours != all_]
-        expected = list(parameter.shape)
-        if cut:
-            expected[cut[0]] *= axis.size
-        if tuple(expected) != whole:
+def _check_dtypes(parts: list[Piece], weights: Weights) -> None:
+    """Converting would hide that a file was made for other modules in float32 than this version of diffusers keeps."""
+    for part in parts:
+        if weights.dtype(part.name) != part.dtype:
             raise CheckpointError(
-                f"{weights.folder}: the tensor {name!r} has shape {whole}, expected {tuple(expected)}"
+                f"{weights.where}: the tensor {part.name!r} is {weights.dtype(part.name)}, expected {part.dtype}; "
+                "prepare the model again"
             )
-        dim = cut[0] if cut else 0
-        start = axis.index * parameter.shape[dim] if cut else 0
-        target = torch.float32 if float32.intersection(name.split(".")) else dtype
-        tensor = weights.read(name, dim, start, start + parameter.shape[dim], target)
+
+
+def _fill(model: nn.Module, weights: Weights, parts: list[Piece], device: torch.device) -> None:
+    """Give every parameter its values."""
+    for part in sorted(parts, key=lambda part: weights.position(part.name)):
+        tensor = weights.read(part.name, part.dim, part.start, part.stop, part.dtype)
         # A new parameter, since those built on the meta device cannot be given memory.
-        owner, _, leaf = name.rpartition(".")
+        owner, _, leaf = part.name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device), requires_grad=False))
-    # Present in files of the image-to-video sibling, without a place in the model; diffusers ignores it as well.
-    missing = {name for name in missing if "norm_added_q" not in name}
-    if missing:
-        raise CheckpointError(f"{weights.folder}: the tensor {min(missing)!r} is not expected by config.json")

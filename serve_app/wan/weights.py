@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +20,7 @@ import torch
 from serve_app.errors import CheckpointError
 from serve_app.wan.checkpoint import weight_files
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -32,8 +34,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""By the name that headers use."""
 _MAX_HEADER = 100 << 20  # what the format's own reader accepts
-_READ = 1 << 30  # Linux returns at most 2 GiB from one read
 _BUFFER = 8 << 20  # bytes; a multiple of every element's size
 
 
@@ -51,16 +53,24 @@ class Weights:
     Reads with `pread` instead of a memory map: mapped pages stay resident until the kernel is short of memory, so each
     rank would seem to, and under a container's limit could, hold the whole expert.
 
+    Args:
+        where: the component's folder, or its only file.
+        stem: of the files in a folder, see `weight_files`.
+        checksums: CRC-32 of tensors' bytes by name. A tensor that is read as a whole is compared with it on the way.
+
     Raises:
         CheckpointError: a file is missing, truncated, or not safetensors.
     """
 
-    def __init__(self, folder: Path, stem: str = "diffusion_pytorch_model") -> None:
-        self.folder = folder
+    def __init__(
+        self, where: Path, stem: str = "diffusion_pytorch_model", checksums: Mapping[str, int] | None = None
+    ) -> None:
+        self.where = where
+        self._checksums = checksums or {}
         self._entries: dict[str, _Entry] = {}
         self._open: dict[Path, int] = {}
         self._buffer: torch.Tensor | None = None
-        for file in weight_files(folder, stem):
+        for file in [where] if where.suffix == ".safetensors" else weight_files(where, stem):
             self._entries.update(_header(file))
 
     def __enter__(self) -> Self:
@@ -85,6 +95,14 @@ class Weights:
         """The shape of the whole tensor."""
         return self._entries[name].shape
 
+    def dtype(self, name: str) -> torch.dtype:
+        """As which the file holds the tensor."""
+        return self._entries[name].dtype
+
+    def position(self, name: str) -> tuple[str, int]:
+        """Where the tensor begins: reading in this order is one pass over the files."""
+        return self._entries[name].file.name, self._entries[name].offset
+
     def read(
         self, name: str, dim: int = 0, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -95,6 +113,9 @@ class Weights:
         Args:
             dtype: of the result, that of the file if not given. Conversion goes through a buffer that all reads share,
                 so that memory holds the result alone, and is not left in holes of the size of the file's tensors.
+
+        Raises:
+            CheckpointError: the file ends too early, or the tensor is not what its checksum says.
         """
         entry = self._entries[name]
         shape = list(entry.shape) or [1]
@@ -113,18 +134,23 @@ class Weights:
         buffer = flat.view(torch.uint8) if out.dtype == entry.dtype else self._conversion_buffer()
         view = memoryview(buffer.numpy().data)
         file = self._file(entry.file)
-        filled = written = 0
+        filled = written = crc = 0
+        checksum = self._checksums.get(name) if stop - start == size else None
         for run in range(runs):
             offset = entry.offset + (run * size + start) * inner
             done = 0
             while done < length:
-                count = min(length - done, len(view) - filled)
+                count = min(length - done, len(view) - filled, _BUFFER)
                 _fill(file, view[filled : filled + count], offset + done, entry.file)
+                if checksum is not None:
+                    crc = zlib.crc32(view[filled : filled + count], crc)
                 done, filled = done + count, filled + count
                 if out.dtype != entry.dtype and (filled == len(view) or (run == runs - 1 and done == length)):
                     values = buffer[:filled].view(entry.dtype)
                     flat[written : written + len(values)] = values
                     written, filled = written + len(values), 0
+        if checksum is not None and crc != checksum:
+            raise CheckpointError(f"{entry.file}: the tensor {name!r} has checksum {crc:08x}, expected {checksum:08x}")
         return out if entry.shape else out[0]
 
     def _conversion_buffer(self) -> torch.Tensor:
@@ -135,13 +161,16 @@ class Weights:
     def _file(self, path: Path) -> int:
         if path not in self._open:
             self._open[path] = os.open(path, os.O_RDONLY)
+            if self._checksums and hasattr(os, "posix_fadvise"):
+                # All of it is wanted, so the kernel may read far ahead. Of slices that would also be what lies between.
+                os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self._open[path]
 
 
 def _fill(file: int, view: memoryview, offset: int, path: Path) -> None:
     done = 0
     while done < len(view):
-        count = os.preadv(file, [view[done : done + _READ]], offset + done)
+        count = os.preadv(file, [view[done:]], offset + done)
         if count == 0:
             raise CheckpointError(f"{path}: ended at byte {offset + done}, expected {len(view) - done} more")
         done += count
@@ -159,7 +188,7 @@ def _header(file: Path) -> dict[str, _Entry]:
             ends = [8 + length + int(tensor["data_offsets"][1]) for tensor in header.values()]
             entries = {
                 name: _Entry(
-                    file, _DTYPES[tensor["dtype"]], tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0]
+                    file, DTYPES[tensor["dtype"]], tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0]
                 )
                 for name, tensor in header.items()
             }

@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.parity import CASES
+from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.generate import Generator
 from serve_app.wan.mesh import Mesh
+from serve_app.wan.parallel import load_expert
+from serve_app.wan.prepared import Prepared
 from serve_app.wan.world import init_world
 
 CASE = "64x64, 9 frames, 8 steps"
@@ -28,6 +31,30 @@ def main(rank: int, size: int, address: str, port: int, folder: str, output: str
             "parameters": sum(p.numel() for p in generator.experts["transformer"].parameters()),
         }
         torch.save(result, Path(output) / f"{dtype}-{rank}.pt")
+    world.close()
+
+
+def compare(rank: int, mesh: Mesh, port: int, folder: Path, prepared: dict[str, Path]) -> None:
+    """Load both experts by slices and from the prepared folder of each dtype, and fail if a bit differs."""
+    torch.set_num_threads(1)
+    cpu = torch.device("cpu")
+    world = init_world(rank, mesh, "127.0.0.1", port, cpu, timeout_s=120)
+    checkpoint = Checkpoint(folder)
+    for dtype, out in prepared.items():
+        for expert in checkpoint.experts:
+            ours = load_expert(
+                checkpoint,
+                expert,
+                world,
+                getattr(torch, dtype),
+                cpu,
+                prepared=Prepared(out, checkpoint, mesh.tensor, dtype),
+            ).state_dict()
+            theirs = load_expert(checkpoint, expert, world, getattr(torch, dtype), cpu).state_dict()
+            assert list(ours) == list(theirs)
+            for name, tensor in theirs.items():
+                assert ours[name].dtype == tensor.dtype, name
+                assert torch.equal(ours[name], tensor), name
     world.close()
 
 

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.loading import load
 from benchmarks.rank_memory import MB, SIZES, measure, write_large
+from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -25,4 +28,12 @@ def test_a_rank_holds_and_reads_its_shard_only(large: Path, size: int) -> None:
 
 def test_half_the_precision_is_half_the_memory(large: Path) -> None:
     for rank in measure(large, 2, "bfloat16"):
+        assert rank["growth"] <= 1.1 * rank["shard"] + 48 * MB
+
+
+def test_a_prepared_shard_is_read_once_and_nothing_else(large: Path, tmp_path: Path) -> None:
+    prepare(Checkpoint(large), tmp_path, 2, "bfloat16", experts=("transformer",))
+    for index, rank in enumerate(load("prepared", large, tmp_path, 2, "bfloat16")):
+        size = (tmp_path / "transformer" / f"rank-{index}-of-2.safetensors").stat().st_size
+        assert rank["shard"] <= size <= rank["read"] <= size + 2 * MB
         assert rank["growth"] <= 1.1 * rank["shard"] + 48 * MB
