@@ -49,6 +49,10 @@ def export(work: Path, out: Path) -> int:
     size = sum(p.stat().st_size for p in fresh.rglob("*") if p.is_file())
     if size > LIMIT:
         raise ValueError(f"checkpoint has {size} bytes, at most {LIMIT} are allowed")
+    for path in fresh.glob("*/config.json"):  # says where the weights lay before
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for path in fresh.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     shutil.rmtree(out, ignore_errors=True)
@@ -57,26 +61,30 @@ def export(work: Path, out: Path) -> int:
 
 
 def plot(work: Path, file: Path) -> None:
-    """Loss curves of both training parts side by side."""
+    """Loss curves of the training parts that W has a log of, side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-
     def rows(name: str) -> list[dict[str, Any]]:
         path = work / f"{name}_log.json"
         return json.loads(path.read_text()) if path.exists() else []
 
-    vae, experts = rows("vae"), rows("experts")
-    quality = [r for r in vae if "psnr" in r]
-    axes[0].plot([r["step"] for r in quality], [r["psnr"] for r in quality])
-    axes[0].set(title="autoencoder, full clips", xlabel="step", ylabel="PSNR, dB")
-    for key, label in (("high", "high-noise expert"), ("low", "low-noise expert")):
-        axes[1].plot([r["step"] for r in experts], [r[key] for r in experts], label=label)
-    axes[1].set(title="flow matching loss", xlabel="step", yscale="log")
-    axes[1].legend()
+    quality, experts = [row for row in rows("vae") if "psnr" in row], rows("experts")
+    parts = [part for part in (quality, experts) if part]
+    figure, places = plt.subplots(1, len(parts), figsize=(4.5 * len(parts), 3), layout="constrained", squeeze=False)
+    axes = iter(places[0])
+    if quality:
+        axis = next(axes)
+        axis.plot([row["step"] for row in quality], [row["psnr"] for row in quality])
+        axis.set(title="autoencoder, full clips", xlabel="step", ylabel="PSNR, dB")
+    if experts:
+        axis = next(axes)
+        for key, label in (("high", "high-noise expert"), ("low", "low-noise expert")):
+            axis.plot([row["step"] for row in experts], [row[key] for row in experts], label=label)
+        axis.set(title="flow matching loss", xlabel="step", yscale="log")
+        axis.legend()
     figure.savefig(file, dpi=80)
 
 
