@@ -11,7 +11,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from serve_app.config import Autoscaling, Config, Parallel, Resources, validate
-from serve_app.errors import ConfigError
+from serve_app.errors import CheckpointError, ConfigError
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.mesh import Mesh, default_mesh
 
@@ -26,7 +26,7 @@ def wan(args: dict[str, Any]) -> Application:
     """Pipeline and stages. Has no route: the dispatcher and other Ray jobs call it by handle.
 
     Raises:
-        ConfigError: an option that cannot work. CheckpointError: the model's folder is not complete.
+        ConfigError: an option that cannot work, `model.path` too if its folder is not complete.
     """
     from serve_app.stages.decoder import Decoder
     from serve_app.stages.denoiser import Denoiser
@@ -34,7 +34,7 @@ def wan(args: dict[str, Any]) -> Application:
     from serve_app.stages.pipeline import Pipeline
 
     config = validate(args)
-    checkpoint = Checkpoint(config.model.folder)
+    checkpoint = _checkpoint(config)
     _check_parallel(config.denoiser.parallel, checkpoint)
     encoder = _deployment(
         Encoder,
@@ -91,6 +91,13 @@ def gateway(args: dict[str, Any]) -> Application:
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         max_constructor_retry_count=_STARTS,
     ).bind(config, dispatcher)
+
+
+def _checkpoint(config: Config) -> Checkpoint:
+    try:
+        return Checkpoint(config.model.folder.absolute())
+    except CheckpointError as error:
+        raise ConfigError(f"model.path has value {config.model.path!r}: {error}") from None
 
 
 def _check_parallel(parallel: Parallel, checkpoint: Checkpoint) -> None:

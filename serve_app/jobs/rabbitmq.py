@@ -71,6 +71,19 @@ class RabbitMQ:
         """Connect, as a task of the running event loop. A broker that is away is tried again for ever."""
         self._task = asyncio.create_task(self._keep(), name="rabbitmq")
 
+    async def away(self) -> str | None:
+        """Why the broker cannot be reached now; None if it can."""
+        from aio_pika import connect
+
+        try:
+            connection = await connect(self._url, timeout=_CONNECT_S)
+        except TimeoutError:
+            return f"no answer within {_CONNECT_S:g} s"
+        except Exception as error:
+            return one_line(error)
+        await _closed(connection)
+        return None
+
     async def close(self) -> None:
         """Leave. Messages in hand go to others."""
         task, self._task = self._task, None
