@@ -59,6 +59,5 @@ async def _broker(broker: RabbitMQ, config: Config) -> str | None:
     reason = await broker.away()
     if reason is None:
         return None
-    return (
-        f"queue.url: the broker is away ({reason}); jobs run all the same, found every {config.dispatcher.poll_s:g} s"
-    )
+    poll_s = config.dispatcher.poll_s
+    return f"queue.url: the broker is away ({reason}); jobs run all the same, looked for every {poll_s:g} s"
