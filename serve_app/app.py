@@ -11,7 +11,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from serve_app.config import Autoscaling, Config, Parallel, Resources, validate
-from serve_app.errors import ConfigError
+from serve_app.errors import CheckpointError, ConfigError
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.mesh import Mesh, default_mesh
 from serve_app.wan.prepared import Prepared
@@ -27,8 +27,8 @@ def wan(args: dict[str, Any]) -> Application:
     """Pipeline and stages. Has no route: the dispatcher and other Ray jobs call it by handle.
 
     Raises:
-        ConfigError: an option that cannot work. CheckpointError: the model's folder is not complete, or was
-            not prepared for this deployment.
+        ConfigError: an option that cannot work, `model.path` and `model.prepared` too if their folders are not complete
+            or do not fit.
     """
     from serve_app.stages.decoder import Decoder
     from serve_app.stages.denoiser import Denoiser
@@ -36,7 +36,7 @@ def wan(args: dict[str, Any]) -> Application:
     from serve_app.stages.pipeline import Pipeline
 
     config = validate(args)
-    checkpoint = Checkpoint(config.model.folder)
+    checkpoint = _checkpoint(config)
     _check_parallel(config.denoiser.parallel, checkpoint)
     _check_prepared(config, checkpoint)
     encoder = _deployment(
@@ -96,6 +96,13 @@ def gateway(args: dict[str, Any]) -> Application:
     ).bind(config, dispatcher)
 
 
+def _checkpoint(config: Config) -> Checkpoint:
+    try:
+        return Checkpoint(config.model.folder.absolute())
+    except CheckpointError as error:
+        raise ConfigError(f"model.path has value {config.model.path!r}: {error}") from None
+
+
 def _check_parallel(parallel: Parallel, checkpoint: Checkpoint) -> None:
     """Whether the ranks of a group can share the model, before any of them starts."""
     for expert in checkpoint.experts:
@@ -115,10 +122,13 @@ def _check_prepared(config: Config, checkpoint: Checkpoint) -> None:
                 f"denoiser.parallel.ranks has value {parallel.ranks} and model.prepared is given, expected "
                 "denoiser.parallel.tensor, the number that the shards were prepared for"
             )
-        prepared = Prepared(config.model.prepared_folder, checkpoint, parallel.tensor, config.model.dtype)
-        for expert in checkpoint.experts:
-            for shard in range(parallel.tensor):
-                prepared.check(expert, shard)
+        try:
+            prepared = Prepared(config.model.prepared_folder, checkpoint, parallel.tensor, config.model.dtype)
+            for expert in checkpoint.experts:
+                for shard in range(parallel.tensor):
+                    prepared.check(expert, shard)
+        except CheckpointError as error:
+            raise ConfigError(f"model.prepared has value {config.model.prepared!r}: {error}") from None
 
 
 def _deployment(deployment: Any, **options: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serve_app import __version__
@@ -133,7 +134,15 @@ def demo(
 def _generate(url: str, fields: dict[str, Any], out: Path, key: str | None = None) -> dict[str, Any]:
     """Create, follow and download one video. Returns its resource."""
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=url, timeout=30, headers=headers, follow_redirects=True) as http:
+    if key is not None and not key.isascii():
+        raise ServeAppError("--key has letters that no key has, expected wan_...")
+    if not out.absolute().parent.is_dir() or out.is_dir():  # before a video is made that cannot be kept
+        raise ServeAppError(f"--out has value '{out}', expected a file in a folder that is there")
+    try:
+        client = httpx.Client(base_url=url, timeout=30, headers=headers, follow_redirects=True)
+    except httpx.InvalidURL as error:
+        raise ServeAppError(f"--url has value {url!r}, expected http://host:port: {error}") from None
+    with client as http:
         try:
             video = _checked(http.post("/v1/videos", json=fields))
             video = _follow(http, video)
@@ -184,9 +193,13 @@ class _Unavailable(ServeAppError):
 def _checked(response: httpx.Response) -> dict[str, Any]:
     if response.status_code >= 500:
         raise _Unavailable(f"the server answered {response.status_code}")
-    body: dict[str, Any] = response.json()
-    if response.status_code >= 400:
-        raise ServeAppError(body.get("error", {}).get("message", f"the server answered {response.status_code}"))
+    try:
+        body: dict[str, Any] = response.json()
+        message = body["error"]["message"] if response.status_code >= 400 else None
+    except (ValueError, KeyError, TypeError):
+        raise ServeAppError(f"--url has value '{response.url}', which is no server of videos") from None
+    if message is not None:
+        raise ServeAppError(message)
     return body
 
 
@@ -203,7 +216,7 @@ class _Say:
         self._started = time.monotonic()
 
     def __call__(self, line: str) -> None:
-        console.print(f"[dim]{time.monotonic() - self._started:5.1f} s[/dim]  {line}")
+        console.print(f"[dim]{time.monotonic() - self._started:5.1f} s[/dim]  {escape(line)}", soft_wrap=True)
 
 
 def _free_port() -> int:

@@ -43,7 +43,7 @@ def create(
         raise ConfigError(f"--scopes has value {scopes!r}, expected some of create, read, admin, one of the first two")
     given = dict(zip(_NAMES, (requests_per_minute, queued_jobs, running_jobs, gpu_seconds_per_day), strict=True))
     limits: Any = {name: value or None for name, value in given.items()}
-    key, text = with_store(config, lambda store: store.keys.create(name, chosen, Limits(**limits)))
+    key, text = with_store(config, lambda store: store.keys.create(name, chosen, Limits(**limits)), make=True)
     # The key alone on stdout, for scripts.
     Console(stderr=True, highlight=False).print(f"key {key.id} of {name}; it is shown only now:", markup=False)
     print(text)

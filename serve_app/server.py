@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,12 +16,14 @@ from typing import Any
 import httpx
 import ray
 from ray import serve
+from ray.exceptions import RayTaskError
 from ray.serve.schema import ApplicationStatus
 
 from serve_app import app
-from serve_app.config import load_file
+from serve_app.config import Config, load_file
 from serve_app.errors import ConfigError, ServeAppError
 from serve_app.jobs.deployment import alive_hosts, check_hosts
+from serve_app.preflight import preflight
 
 Say = Callable[[str], None]
 
@@ -26,6 +31,8 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], serve.Application]] = {
     "serve_app.app:wan": app.wan,
     "serve_app.app:gateway": app.gateway,
 }
+# After this long a server that is not ready says why not.
+_SAY_WHY_S = 10
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
 
@@ -58,6 +65,7 @@ class Server:
         self._dashboard = dashboard
         self._say = say
         self._own_ray = own_ray
+        self._runtime_env = self._shared_environment()
         self.url = f"http://{self._http.get('host', '127.0.0.1')}:{self._http.get('port', 8000)}".replace(
             "0.0.0.0", "127.0.0.1"
         )
@@ -82,15 +90,23 @@ class Server:
         targets = self._targets()
         if not self._own_ray:
             try:
-                ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
+                ray.init(
+                    address="auto",
+                    namespace="serve",
+                    runtime_env=self._runtime_env,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                )
                 self._say("joined the running Ray cluster")
             except ConnectionError:
                 self._own_ray = True
+        self._look_around()
         if self._own_ray:
             self._say("starting Ray on this machine")
             ray.init(
                 address="local",
                 namespace="serve",
+                runtime_env=self._runtime_env,
                 include_dashboard=self._dashboard,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -110,6 +126,27 @@ class Server:
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
+
+    def _shared_environment(self) -> dict[str, Any] | None:
+        """The `runtime_env` of all applications, which is that of the Ray job here."""
+        given = [entry.get("runtime_env") or {} for entry in self._file["applications"]]
+        if any(one != given[0] for one in given):
+            raise ConfigError("the applications' `runtime_env` differ, expected the same ones (or use `serve run`)")
+        return given[0] or None
+
+    def _look_around(self) -> None:
+        """Look for the services that the file names, from where they will be used, and for a port of our own."""
+        if self._own_ray:
+            _check_port(str(self._http.get("host") or "127.0.0.1"), int(self._http.get("port", 8000)))
+            with _environment((self._runtime_env or {}).get("env_vars") or {}):
+                notes = asyncio.run(preflight(self.config))
+        else:
+            try:
+                notes = ray.get(ray.remote(num_cpus=0, max_retries=0)(_preflight).remote(self.config))
+            except RayTaskError as error:
+                raise error.cause if isinstance(error.cause, ServeAppError) else error from None
+        for note in notes:
+            self._say(note)
 
     def _targets(self) -> list[serve.RunTarget]:
         """The file's applications. Building them checks what can be checked before anything starts."""
@@ -136,17 +173,26 @@ class Server:
             ServeAppError: a deployment failed, or the time is up.
         """
         told: set[str] = set()
-        deadline = time.monotonic() + timeout_s
+        began = time.monotonic()
+        deadline = began + timeout_s
+        ours = {entry["name"] for entry in self._file["applications"]}
+        answers = any(entry["import_path"] == "serve_app.app:gateway" for entry in self._file["applications"])
         while time.monotonic() < deadline:
-            for name, state in serve.status().applications.items():
+            states = {name: state for name, state in serve.status().applications.items() if name in ours}
+            for name, state in states.items():
                 if state.status in _FAILED:
                     raise ServeAppError(f"application {name!r} did not start: {_last_line(state)}")
                 for deployment, detail in state.deployments.items():
                     if detail.status.value == "HEALTHY" and deployment not in told:
                         told.add(deployment)
                         self._say(f"{deployment} is ready")
-            if told and self._answers():
+            reason = self._not_ready() if answers else None
+            running = all(state.status == ApplicationStatus.RUNNING for state in states.values())
+            if told and reason is None and (answers or running):
                 return
+            if reason and reason not in told and time.monotonic() - began > _SAY_WHY_S:
+                told.add(reason)
+                self._say(reason)
             time.sleep(0.2)
         raise ServeAppError(f"not ready after {timeout_s:.0f} s")
 
@@ -162,11 +208,40 @@ class Server:
             serve.shutdown()
         ray.shutdown()
 
-    def _answers(self) -> bool:
+    def _not_ready(self) -> str | None:
+        """Why the gateway says that it is not, empty where it says nothing; None if it is."""
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
-        except httpx.HTTPError:
-            return False
+            answer = httpx.get(f"{self.url}/readyz", timeout=5)
+            return None if answer.status_code == 200 else str(answer.json()["error"]["message"])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return ""
+
+
+def _preflight(config: Config) -> list[str]:
+    return asyncio.run(preflight(config))
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """These too, for as long as the block runs."""
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        where = f"http_options.port has value {port} and http_options.host {host!r}"
+        raise ConfigError(f"{where}, expected an address that is free on this machine: {error.strerror}") from None
 
 
 def _last_line(state: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError, model_validator
 
@@ -16,6 +17,8 @@ from serve_app.config.section import Section
 from serve_app.config.stages import Decoder, Denoiser, Encoder, Pipeline
 from serve_app.config.storage import Storage
 from serve_app.errors import ConfigError
+
+T = TypeVar("T", bound=Section)
 
 
 class Config(Section):
@@ -60,6 +63,22 @@ class Config(Section):
         """The folder that `home` names, absolute."""
         return Path(self.home or os.environ.get("WAN_SERVE_HOME") or "data").expanduser().absolute()
 
+    def make_home(self) -> None:
+        """Make the folder `home`.
+
+        Raises:
+            ConfigError: it cannot be made, or nothing can be written to it.
+        """
+        home = self.home_path
+        name = "home" if self.home or not os.environ.get("WAN_SERVE_HOME") else "WAN_SERVE_HOME"
+        expected = f"{name} has value '{home}', expected a folder that can be written to"
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{expected}: {error.strerror}") from None
+        if not os.access(home, os.R_OK | os.W_OK | os.X_OK):
+            raise ConfigError(expected)
+
     @property
     def store_url(self) -> str:
         """The SQLAlchemy URL of the job store."""
@@ -95,16 +114,40 @@ def validate(args: dict[str, Any], where: str = "args") -> Config:
     Raises:
         ConfigError: one line for each option at fault, with its value and what was expected.
     """
+    return checked(Config, args, where)
+
+
+def checked(section: type[T], args: Any, where: str) -> T:
+    """`args` as a `section`.
+
+    Raises:
+        ConfigError: as `validate`.
+    """
     try:
-        return Config.model_validate(args)
+        return section.model_validate(args)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, where) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(section, e, where) for e in error.errors())) from None
 
 
-def _explain(error: Any, where: str) -> str:
+def _explain(section: type[Section], error: Any, where: str) -> str:
     option = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown option {option!r}"
+        return f"{where}: unknown option {option!r}{_instead(section, error['loc'])}"
     subject = f"{where}: {option}" if option else where
     value = "" if isinstance(error["input"], dict) else f" has value {error['input']!r}"
-    return f"{subject}{value}: {error['msg'].removeprefix('Value error, ')}"
+    said = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "model_type":
+        said = "Input should be a mapping"
+    if said.startswith("Input should be "):
+        return f"{subject}{value}, expected {said.removeprefix('Input should be ')}"
+    return f"{subject}{value}: {said}"
+
+
+def _instead(section: type[Section], path: tuple[Any, ...]) -> str:
+    """What may stand where an unknown option was found."""
+    for name in path[:-1]:
+        kind = section.model_fields[name].annotation
+        section = next(one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Section))
+    names = sorted(section.model_fields)
+    close = get_close_matches(str(path[-1]), names, 1)
+    return f", did you mean {close[0]!r}?" if close else f", expected one of {', '.join(names)}"

@@ -18,7 +18,7 @@ from serve_app.gateway.auth import Caller
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.schemas import Variant
 from serve_app.gateway.service import Videos
-from serve_app.jobs.deployment import alive_hosts, broker, check_hosts
+from serve_app.jobs.deployment import alive_hosts, broker, check_hosts, starting
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 
@@ -36,14 +36,15 @@ class Gateway:
     async def __init__(self, config: Config, dispatcher: DeploymentHandle) -> None:  # type: ignore[misc]
         self._config = config
         self._dispatcher = dispatcher
-        check_hosts(config, alive_hosts())
-        self._broker = broker(config)
-        self._store = JobStore.of(config, self._broker)
-        await self._store.start()
+        with starting():
+            check_hosts(config, alive_hosts())
+            self._broker = broker(config)
+            self._store = JobStore.of(config, self._broker)
+            await self._store.start()
+            self._storage = Storage(config.storage_options)
+            await self._storage.check()
         if self._broker is not None:
             self._broker.start()
-        self._storage = Storage(config.storage_options)
-        await self._storage.check()
         self._videos = Videos(config, self._store, self._storage, self._wake)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

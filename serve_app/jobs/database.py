@@ -7,6 +7,7 @@ only write lock from its first statement on.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -44,8 +45,9 @@ class Database:
     def __init__(self, url: str) -> None:
         try:
             parsed = make_url(url)
-        except ArgumentError:
-            raise ConfigError(f"store.url has value {url!r}, expected a SQLAlchemy URL") from None
+        except (ArgumentError, ValueError):  # ValueError: a port that is no number
+            shown = re.sub(r"//([^:/@]*):.*@", r"//\1:***@", url)
+            raise ConfigError(f"store.url has value {shown!r}, expected postgresql://user@host:5432/database") from None
         backend = parsed.get_backend_name()
         memory = backend == "sqlite" and parsed.database in (None, "", ":memory:")
         if backend not in _DRIVERS or memory:
@@ -57,9 +59,14 @@ class Database:
         self._turn: Any = asyncio.Lock() if self._sqlite else nullcontext()
 
     @property
+    def file(self) -> Path | None:
+        """The file of SQLite; None of PostgreSQL."""
+        return Path(self._url.database or "").absolute() if self._sqlite else None
+
+    @property
     def folder(self) -> Path | None:
         """Where the file of SQLite lies; None of PostgreSQL."""
-        return Path(self._url.database or "").absolute().parent if self._sqlite else None
+        return self.file.parent if self.file else None
 
     async def start(self) -> None:
         """Connect, and make the tables or bring them up to date.
@@ -73,6 +80,9 @@ class Database:
             self._engine = await self._open()
         except ImportError as error:
             raise ConfigError(f"store.url has value '{self._url!s}': needs the package {error.name!r}") from None
+        except TimeoutError:
+            reason = f"no answer within {_CONNECT_S} s"
+            raise ConfigError(f"store.url has value '{self._url!s}': cannot be opened: {reason}") from None
         except (SQLAlchemyError, OSError) as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             raise ConfigError(f"store.url has value '{self._url!s}': cannot be opened: {reason}") from error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -39,8 +39,11 @@ from serve_app.jobs.notice.notifier import Notifier
 from serve_app.jobs.rabbitmq import RabbitMQ
 from serve_app.jobs.run import PipelineUnavailable
 from serve_app.jobs.store import JobStore
+from serve_app.logs import get_logger
 from serve_app.stages.callers import this_process
 from serve_app.storage import Storage
+
+logger = get_logger(__name__)
 
 # What happens to a machine or a replica, not to a request: another attempt may well succeed. Each stands for its
 # subclasses too: ObjectLostError for an owner that died and for what cannot be reconstructed, RayActorError for an
@@ -161,18 +164,31 @@ def check_hosts(config: Config, hosts: int) -> None:
         )
 
 
+@contextmanager
+def starting() -> Iterator[None]:
+    """Around a constructor. Serve prints what it raises with all its causes, a hundred lines for each try, among which
+    nobody finds the one that helps."""
+    try:
+        yield
+    except ConfigError as error:
+        logger.error("cannot start", extra={"error": str(error)})
+        raise ConfigError(str(error)) from None
+
+
 @serve.deployment(name="dispatcher")
 class DispatcherDeployment:
     """One dispatcher and one notifier per replica; replicas share the jobs, and what is to be told, by the store."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
-        check_hosts(config, alive_hosts())
-        self._broker = broker(config)
-        self._store = JobStore.of(config)
-        await self._store.start()
+        with starting():
+            check_hosts(config, alive_hosts())
+            self._broker = broker(config)
+            self._store = JobStore.of(config)
+            await self._store.start()
+            storage = Storage(config.storage_options)
         if self._broker is not None:
             self._broker.start()
-        pipeline, storage = ServePipeline(config.dispatcher.pipeline), Storage(config.storage_options)
+        pipeline = ServePipeline(config.dispatcher.pipeline)
         self._dispatcher = Dispatcher(self._store, storage, pipeline, config.dispatcher, self._broker)
         self._notifier = Notifier(self._store.database, config)
         self._dispatcher.start()

@@ -11,6 +11,7 @@ Knows nothing of the store. The package aio-pika is imported when one is started
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -47,6 +48,8 @@ class RabbitMQ:
     def __init__(self, url: str, options: config.Queue) -> None:
         try:
             import aio_pika  # noqa: F401 (said before anything starts)
+
+            logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # it says at each try what is said here once
         except ImportError as error:
             raise ConfigError(f"queue.transport has value 'rabbitmq': needs the package {error.name!r}") from None
         self._url = url
@@ -70,6 +73,19 @@ class RabbitMQ:
     def start(self) -> None:
         """Connect, as a task of the running event loop. A broker that is away is tried again for ever."""
         self._task = asyncio.create_task(self._keep(), name="rabbitmq")
+
+    async def away(self) -> str | None:
+        """Why the broker cannot be reached now; None if it can."""
+        from aio_pika import connect
+
+        try:
+            connection = await connect(self._url, timeout=_CONNECT_S)
+        except TimeoutError:
+            return f"no answer within {_CONNECT_S:g} s"
+        except Exception as error:
+            return one_line(error)
+        await _closed(connection)
+        return None
 
     async def close(self) -> None:
         """Leave. Messages in hand go to others."""
@@ -162,6 +178,7 @@ class RabbitMQ:
         from aio_pika import connect
 
         pause_s = _RETRY_S[0]
+        away = None
         while True:
             connection = None
             try:
@@ -169,11 +186,13 @@ class RabbitMQ:
                 async with asyncio.timeout(_CONNECT_S):
                     await self._open(connection)
                 logger.info("broker connected", extra={"queue": self._name})
+                away = None
                 began = time.monotonic()
                 await self._lost.wait()
                 pause_s = _RETRY_S[0] if time.monotonic() - began > _RETRY_S[1] else pause_s
             except Exception as error:
-                logger.warning("broker away", extra={"error": one_line(error), "retry_in_s": pause_s})
+                if away != (away := one_line(error)):  # once, and not every few seconds for as long as it lasts
+                    logger.warning("broker away", extra={"error": away, "retries_every_s": _RETRY_S[1]})
             finally:
                 self._forget()
                 if connection is not None:

@@ -103,7 +103,13 @@ class JobStore(Leases, Upkeep, Switches):
 
     @classmethod
     def of(cls, config: Config, announcer: Announcer | None = None) -> JobStore:
-        """The store that a configuration names."""
+        """The store that a configuration names.
+
+        Raises:
+            ConfigError: it would lie in a folder that cannot be made or written to.
+        """
+        if not config.store.url:
+            config.make_home()
         return cls(
             config.store_url,
             config.dispatcher.late_outputs_s,

@@ -131,8 +131,11 @@ class Bucket(Backend):
 
     def ping(self) -> None:
         # A folder that nothing is ever stored in: the cheapest list that there is.
-        for _ in obstore.list(self._impatient, prefix="_none"):
-            break
+        try:
+            for _ in obstore.list(self._impatient, prefix="_none"):
+                break
+        except BaseError as error:
+            raise self._explain(error, min(self._options.timeout_s, _PING_S)) from error
 
     def link(self, key: str, method: Method) -> str | None:
         if self._options.proxy:
@@ -140,6 +143,9 @@ class Bucket(Backend):
         return obstore.sign(self._public, method, key, timedelta(seconds=self._options.presign_s))
 
     def explain(self, error: Exception) -> OSError:
+        return self._explain(error, self._options.timeout_s)
+
+    def _explain(self, error: Exception, within_s: float) -> OSError:
         text = str(error)
         options = self._options
         where = f"storage: {options.url}" + (f" at {options.endpoint}" if options.endpoint else "")
@@ -152,7 +158,7 @@ class Bucket(Backend):
             return (OSError if passing else Refused)(f"{where}: {told}{_hint(status[1], code)}")
         kinds = {found[1] for found in _KIND.finditer(text)}
         if "Timeout" in kinds:
-            return OSError(f"{where}: no answer within {options.timeout_s:g} s (storage.timeout_s)")
+            return OSError(f"{where}: no answer within {within_s:g} s (storage.endpoint, storage.timeout_s)")
         if "Connect" in kinds:
             return OSError(f"{where}: cannot connect (storage.endpoint)")
         return OSError(f"{where}: {text.strip().splitlines()[0]}")

@@ -20,7 +20,7 @@ from serve_app.storage.backend import CHUNK_BYTES, Backend, Method, Refused, Sta
 from serve_app.storage.bucket import Bucket
 from serve_app.storage.folder import Folder
 
-__all__ = ["CHUNK_BYTES", "Storage"]
+__all__ = ["CHUNK_BYTES", "Storage", "trouble_with"]
 
 T = TypeVar("T")
 _Keys = list[str]  # inside `Storage`, `list` is a method
@@ -77,6 +77,15 @@ class Storage:
             ConfigError: the storage says no. One that does not answer, or is full, is only logged: it may come back,
                 and `ping` tells until it does.
         """
+        if (trouble := await self.trouble()) is not None:
+            logger.warning("storage not usable yet", extra={"error": one_line(trouble)})
+
+    async def trouble(self) -> OSError | None:
+        """Why nothing can be stored now, though the storage does not say no; None if it can.
+
+        Raises:
+            ConfigError: it says no.
+        """
         key = f"_check/{secrets.token_hex(8)}"
         try:
             await self.ping()
@@ -84,9 +93,10 @@ class Storage:
                 await self.put(key, b"")
                 await self.delete(key)
         except Refused as error:
-            raise ConfigError(f"storage.url has value {self._options.url!r}: {error}") from None
+            raise trouble_with(self._options, error) from None
         except OSError as error:
-            logger.warning("storage not usable yet", extra={"error": one_line(error)})
+            return error
+        return None
 
     async def ping(self) -> None:
         """Look whether the storage would take a write, without one.
@@ -182,6 +192,12 @@ class Storage:
             raise FileNotFoundError(f"storage holds no {missing!r}") from error
         except BaseError as error:
             raise self._backend.explain(error) from error
+
+
+def trouble_with(options: config.Storage, error: OSError) -> ConfigError:
+    """What a storage said, as an error of the option that names it."""
+    told = str(error).removeprefix("storage: ").removeprefix(options.url).strip(" :")
+    return ConfigError(f"storage.url has value {options.url!r}: {told}")
 
 
 def _check(key: str) -> None:

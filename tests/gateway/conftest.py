@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,19 +122,29 @@ def held(server: Server) -> asyncio.Event:
     return server.pipeline.gate
 
 
+@asynccontextmanager
+async def listening(app: FastAPI, port: int = 0) -> AsyncIterator[str]:
+    """The application on a real socket of loopback; its URL. Port 0 is any that is free."""
+    listener = socket.create_server(("127.0.0.1", port))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+
+    async def started() -> bool:
+        return server.started
+
+    await until(started)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving
+
+
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
     """The unmodified openai SDK, and by its `base_url` a real socket for others."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    listening = uvicorn.Server(uvicorn.Config(server.app, log_level="warning", lifespan="off"))
-    serving = asyncio.create_task(listening.serve(sockets=[listener]))
-
-    async def started() -> bool:
-        return listening.started
-
-    await until(started)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=2) as client:
+    async with (
+        listening(server.app) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=2) as client,
+    ):
         yield client
-    listening.should_exit = True
-    await serving

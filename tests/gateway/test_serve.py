@@ -248,6 +248,25 @@ def test_cancel_and_delete_reach_the_pipeline(url: str) -> None:
         assert make(url, "after")["status"] == "completed"
 
 
+def test_a_gateway_that_cannot_start_says_why_in_one_line(url: str, tmp_path: Path) -> None:
+    from serve_app.config import Config, Store
+    from serve_app.gateway.ingress import Gateway
+    from serve_app.jobs.deployment import DispatcherDeployment
+
+    config = Config(home=str(tmp_path), store=Store(url="postgresql://me:secret@127.0.0.1:1/wan"))
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "max_constructor_retry_count": 1}
+    dispatcher = DispatcherDeployment.options(**options).bind(config)
+    try:
+        with pytest.raises(RuntimeError):
+            serve.run(Gateway.options(**options).bind(config, dispatcher), name="broken", route_prefix="/broken")
+        state = serve.status().applications["broken"].deployments["gateway"]
+        said = [line for line in state.message.splitlines() if "store.url has value" in line]
+        assert len(said) == 1 and "cannot be opened: [Errno 111]" in said[0], state.message
+        assert "sqlalchemy" not in state.message and "secret" not in state.message
+    finally:
+        serve.delete("broken")
+
+
 def test_handle_calls(url: str) -> None:
     gateway = serve.get_app_handle("gateway")
     stream = gateway.options(stream=True)

@@ -297,3 +297,13 @@ async def test_package_or_url_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aio_pika", None)
     with pytest.raises(ConfigError, match="'rabbitmq': needs the package 'aio_pika'"):
         RabbitMQ("amqp://broker", config.Queue())
+
+
+async def test_a_broker_that_is_away_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    rabbit = RabbitMQ("amqp://me:secret@127.0.0.1:1/", config.Queue(transport="rabbitmq"))
+    with caplog.at_level("INFO", logger="serve_app"):
+        rabbit.start()
+        await asyncio.sleep(2)  # four tries
+        await rabbit.close()
+    assert [record.message for record in caplog.records] == ["broker away"]
+    assert "secret" not in caplog.text

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.parity import run_ranks
 from serve_app.app import wan
-from serve_app.errors import CheckpointError
+from serve_app.errors import CheckpointError, ConfigError
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.mesh import Mesh
 from serve_app.wan.parallel import World, load_expert
@@ -214,11 +214,14 @@ def test_the_deployment_is_refused_before_it_starts(checkpoint: Path, out: Path)
         "denoiser": {"parallel": {"tensor": 1}},
     }
     wan(args)
-    with pytest.raises(CheckpointError, match="was prepared with tensor 1, expected 2"):
+    with pytest.raises(ConfigError, match=r"model\.prepared has value .* was prepared with tensor 1, expected 2"):
         wan({**args, "denoiser": {"parallel": {"tensor": 2}}})
     (out / "transformer_2" / "rank-0-of-1.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"transformer_2/rank-0-of-1\.safetensors: is missing"):
+    with pytest.raises(ConfigError, match=r"transformer_2/rank-0-of-1\.safetensors: is missing"):
         wan(args)
+    picked = {**args, "denoiser": {"parallel": {"ranks": 1}}}
+    with pytest.raises(ConfigError, match=r"denoiser\.parallel\.ranks has value 1 and model\.prepared is given"):
+        wan(picked)
 
 
 def test_who_checks_needs_no_torch(checkpoint: Path, alone_bf16: Path) -> None:
