@@ -4,8 +4,9 @@
 
 Runs plain diffusers.WanPipeline on the folder, reads the decoded frames with tiny_reader (which shares nothing with
 the training code) and prints Markdown tables. A clip counts as right only if all its objects are, under the pairing
-of named and drawn objects that suits it best. Columns compare the defaults with guidance 1 and with wrong negative
-prompts: both must be clearly worse, or guidance is broken. The second table splits the defaults by kind of prompt.
+of named and drawn objects that suits it best. The second table splits the defaults by kind of prompt. The third
+compares them with guidance 1 and with wrong negative prompts, from the same noise, on prompts about two objects, since
+one alone hardly needs guidance: guidance 1 must be clearly worse, or guidance is broken.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from serve_app.tiny.captions import DEFAULTS, LANGUAGES, Prompt, held_out_prompt
 
 QUESTIONS = ("colour", "shape", "direction", "count")
 KINDS = ("one object", "two alike", "two different")
+SAME = "default, on the same"
 
 
 def _read(job: tuple[np.ndarray, list[tuple[str, str, str]]]) -> tuple[dict[str, bool], list[Seen]]:
@@ -44,11 +46,12 @@ def _kind(prompt: Prompt) -> str:
 def generate(
     pipe: WanPipeline,
     prompts: list[Prompt],
+    seeds: list[int],
     args: argparse.Namespace,
     guidance: tuple[float, float],
     negative: str | list[str],
 ) -> list[np.ndarray]:
-    """Clips uint8 [T, H, W, 3]; noise is drawn on the CPU from seed + index, alike for every setting."""
+    """Clips uint8 [T, H, W, 3]; noise is drawn on the CPU."""
     clips: list[np.ndarray] = []
     for start in range(0, len(prompts), args.batch):
         part = prompts[start : start + args.batch]
@@ -63,7 +66,7 @@ def generate(
             guidance_scale=guidance[0],
             guidance_scale_2=guidance[1],
             output_type="pt",
-            generator=[torch.Generator().manual_seed(args.seed + start + i) for i in range(len(part))],
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[start : start + args.batch]],
         ).frames
         clips.extend((out.permute(0, 1, 3, 4, 2) * 255).round().byte().cpu().numpy())
     return clips
@@ -75,6 +78,18 @@ def picture(clips: list[np.ndarray], prompts: list[Prompt], file: Path, rows: in
     pairs = [np.concatenate(strips[i : i + 2], 1) for i in range(0, len(strips) - 1, 2)]
     Image.fromarray(np.concatenate(pairs)).save(file, quality=85)
     file.with_suffix(".txt").write_text("\n".join(p.text for p in prompts[: 2 * rows]), encoding="utf-8")
+
+
+def _shares(verdicts: list[dict[str, bool]]) -> dict[str, float]:
+    return {q: sum(v[q] for v in verdicts) / max(1, len(verdicts)) for q in QUESTIONS}
+
+
+def _table(results: dict[tuple[str, str], dict[str, float]], columns: list[str]) -> None:
+    heads = [(language, name) for language in LANGUAGES for name in columns]
+    print("| question | " + " | ".join(f"{language.upper()} {name}" for language, name in heads) + " |")
+    print("|---|" + "---|" * len(heads))
+    for q in QUESTIONS:
+        print(f"| {q} | " + " | ".join(f"{100 * results[head][q]:.1f} %" for head in heads) + " |")
 
 
 def main() -> None:
@@ -93,8 +108,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument(
-        "--compare", type=int, help="prompts for the comparisons (default: as --prompts; 0: no comparisons)"
+        "--compare", type=int, default=60, help="prompts about two objects for the comparisons; 0: none"
     )
+    parser.add_argument("--only", nargs="+", metavar="COLUMN", help="of the columns, by name")
     parser.add_argument("--errors", action="store_true", help="list what was read wrongly")
     parser.add_argument("--picture", type=Path, help="write frames of the default's clips here (JPEG)")
     args = parser.parse_args()
@@ -105,30 +121,35 @@ def main() -> None:
         pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=args.shift)
     guided = (args.guidance, args.guidance_2)
     settings: dict[str, tuple[tuple[float, float], Any]] = {"default": (guided, args.negative)}
-    compare = args.prompts if args.compare is None else args.compare
-    if compare:
+    if args.compare:
         settings |= {
             "guidance 1": ((1.0, 1.0), ""),
             "empty negative": (guided, ""),
             "negative = the prompt": (guided, None),
         }
+    settings = {name: setting for name, setting in settings.items() if name in (args.only or settings)}
     results: dict[tuple[str, str], dict[str, float]] = {}
     by_kind: dict[str, dict[str, list[dict[str, bool]]]] = {la: {k: [] for k in KINDS} for la in LANGUAGES}
     with ProcessPoolExecutor() as pool:
         for name, (guidance, negative) in settings.items():
             for language in LANGUAGES:
-                prompts = held_out_prompts(args.prompts, language)[: args.prompts if name == "default" else compare]
+                asked = list(enumerate(held_out_prompts(args.prompts, language), start=args.seed))
+                if name != "default":
+                    asked = [(seed, p) for seed, p in asked if len(p.things) > 1][: args.compare]
+                seeds, prompts = [seed for seed, _ in asked], [p for _, p in asked]
                 start = time.monotonic()
                 clips = generate(
-                    pipe, prompts, args, guidance, [p.text for p in prompts] if negative is None else negative
+                    pipe, prompts, seeds, args, guidance, [p.text for p in prompts] if negative is None else negative
                 )
                 jobs = [(c, [tuple(t) for t in p.things]) for c, p in zip(clips, prompts, strict=True)]
                 verdicts = list(pool.map(_read, jobs, chunksize=4))
-                results[language, name] = {q: sum(v[q] for v, _ in verdicts) / len(verdicts) for q in QUESTIONS}
+                results[language, name] = _shares([v for v, _ in verdicts])
                 print(f"  {language} {name}: {results[language, name]} ({time.monotonic() - start:.0f} s)", flush=True)
                 if name == "default":
                     for p, (v, _) in zip(prompts, verdicts, strict=True):
                         by_kind[language][_kind(p)].append(v)
+                    two = [v for p, (v, _) in zip(prompts, verdicts, strict=True) if len(p.things) > 1]
+                    results[language, SAME] = _shares(two[: args.compare])
                     if args.errors:
                         for p, (v, seen) in zip(prompts, verdicts, strict=True):
                             if not all(v.values()):
@@ -145,20 +166,12 @@ def main() -> None:
         torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
     )
     print(
-        f"\n{args.prompts} held-out prompts per language ({compare} for the comparisons), "
+        f"\n{args.prompts} held-out prompts per language, "
         f"{args.width}x{args.height}, {args.frames} frames, {args.steps} steps, "
         f"guidance {guided[0]:g}/{guided[1]:g}, negative {args.negative!r}; {machine}, torch {torch.__version__}\n"
     )
-    print(
-        "| question | " + " | ".join(f"{language.upper()} {name}" for language in LANGUAGES for name in settings) + " |"
-    )
-    print("|---|" + "---|" * (len(LANGUAGES) * len(settings)))
-    for q in QUESTIONS:
-        print(
-            f"| {q} | "
-            + " | ".join(f"{100 * results[la, name][q]:.1f} %" for la in LANGUAGES for name in settings)
-            + " |"
-        )
+    if "default" in settings:
+        _table(results, ["default"])
     print("\n| kind (prompts) | " + " | ".join(f"{la.upper()} {q}" for la in LANGUAGES for q in QUESTIONS) + " |")
     print("|---|" + "---|" * (len(LANGUAGES) * len(QUESTIONS)))
     for kind in KINDS:
@@ -169,6 +182,9 @@ def main() -> None:
         ]
         sizes = " / ".join(str(len(by_kind[la][kind])) for la in LANGUAGES)
         print(f"| {kind} ({sizes}) | " + " | ".join(shares) + " |")
+    if args.compare:
+        print(f"\nThe first {args.compare} prompts about two objects, or as many as there are:\n")
+        _table(results, [name for name in (SAME, *settings) if name != "default" and ("en", name) in results])
 
 
 if __name__ == "__main__":

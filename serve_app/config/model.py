@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from serve_app.config.section import NonNegativeFloat, Section
 
@@ -27,9 +28,22 @@ class Model(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the experts and the text encoder; modules that diffusers keeps in float32 stay so."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    weights: Literal["files", "random"] = "files"
+    """`random` draws them, of the shapes that the files have, for measurements: refused unless the environment variable
+    WAN_SERVE_BENCHMARK is 1, since videos are noise."""
     prepared: str | None = None
     """A folder that `wan-serve prepare` wrote from `path` for `denoiser.parallel.tensor` ranks in `dtype`: each reads
     its own file there; all but the experts' weights stays in `path`. None: each cuts its shard from `path`."""
+
+    @model_validator(mode="after")
+    def _no_noise(self) -> Model:
+        if self.weights == "random" and os.environ.get("WAN_SERVE_BENCHMARK") != "1":
+            raise ValueError(
+                "weights is 'random', expected 'files': only with WAN_SERVE_BENCHMARK=1 videos may be noise"
+            )
+        if self.weights == "random" and self.prepared is not None:
+            raise ValueError("weights is 'random' and prepared is given, expected one or the other")
+        return self
 
     @property
     def folder(self) -> Path:

@@ -37,6 +37,7 @@ class Checkpoint:
     Args:
         folder: holds `model_index.json`, `transformer/`, `transformer_2/`, `text_encoder/`, `tokenizer/`, `vae/` and
             `scheduler/`. A folder with one expert only (Wan2.1) works as well.
+        random: take names and shapes of the weights alone, and draw the values.
 
     Attributes:
         boundary_ratio: share of the training timesteps from which on the first expert denoises, None with one expert.
@@ -48,8 +49,9 @@ class Checkpoint:
         CheckpointError: a file is missing or not of the expected kind; the message names it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, random: bool = False) -> None:
         self.folder = Path(folder)
+        self.random = random
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"{self.folder}: is not a folder, expected a Wan2.2 checkpoint in the diffusers layout"

@@ -28,6 +28,7 @@ class Generator:
         dtype: of text encoder and experts; the video decoder is float32.
         world: the group to share the experts with; alone if not given. All ranks make the same calls.
         compiled: see `load_expert`.
+        random: draw the weights, see `Checkpoint`.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Generator:
         dtype: torch.dtype = torch.float32,
         world: World | None = None,
         compiled: bool = False,
+        random: bool = False,
     ) -> None:
         device = torch.device(device)
-        self.checkpoint = Checkpoint(folder)
+        self.checkpoint = Checkpoint(folder, random)
         self.device = device
         self.dtype = dtype
         self.text = TextEncoder(self.checkpoint, device, dtype)

@@ -20,6 +20,7 @@ from serve_app.wan.checkpoint import Checkpoint, Expert
 from serve_app.wan.kernels import KernelName, pick_kernel
 from serve_app.wan.pieces import Piece, empty_expert, pieces
 from serve_app.wan.prepared import Prepared
+from serve_app.wan.random_weights import RandomWeights
 from serve_app.wan.rotary import Rotary
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.text_memory import TextMemory
@@ -79,7 +80,7 @@ def load_expert(
         cross = CrossAttention(kernel, tensor.group, model.text_memory)
         block.attn2.set_processor(cross)
         cross.give(block, layer)
-    with checkpoint.weights(expert) if prepared is None else prepared.weights(expert, tensor.index) as weights:
+    with _source(checkpoint, expert, tensor, device, prepared) as weights:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if prepared is None:
             parts = pieces(shapes, weights, tensor.index, tensor.size, dtype)
@@ -98,6 +99,14 @@ def load_expert(
         for block in model.blocks:
             block.forward = torch.compile(block.forward)
     return model
+
+
+def _source(
+    checkpoint: Checkpoint, expert: Expert, tensor: Axis, device: torch.device, prepared: Prepared | None
+) -> Weights:
+    if checkpoint.random:
+        return RandomWeights(checkpoint.folder / expert, device)
+    return checkpoint.weights(expert) if prepared is None else prepared.weights(expert, tensor.index)
 
 
 class _Mpu:

@@ -45,7 +45,16 @@ def advance(model: torch.nn.Module, samples: list[Sample], fuse_guidance_tokens:
     """
     if len({sample.cohort for sample in samples}) != 1:
         raise ValueError(f"samples of one cohort expected, got {sorted({str(s.cohort) for s in samples})}")
-    predictions = _predict(model, samples, fuse_guidance_tokens)
+    positive = [sample.positive for sample in samples]
+    predictions = predict(
+        model,
+        torch.cat([sample.latents for sample in samples]).to(positive[0].dtype),
+        torch.tensor([sample.timestep for sample in samples], device=samples[0].latents.device),
+        positive,
+        [sample.negative for sample in samples if sample.negative is not None] if samples[0].guided else None,
+        [sample.guidance for sample in samples],
+        fuse_guidance_tokens // samples[0].tokens,
+    )
     before = [sample.snapshot() for sample in samples]
     try:
         for sample, prediction in zip(samples, predictions.split(1), strict=True):
@@ -81,19 +90,32 @@ def denoise(
     return sample.latents
 
 
-def _predict(model: Any, samples: list[Sample], fuse_guidance_tokens: int) -> torch.Tensor:
-    """The guided noise prediction, `[samples, channels, frames, height, width]`."""
-    positive = [sample.positive for sample in samples]
-    latents = torch.cat([sample.latents for sample in samples]).to(positive[0].dtype)
-    timesteps = torch.tensor([sample.timestep for sample in samples], device=latents.device)
-    if not samples[0].guided:
+def predict(
+    model: Any,
+    latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    positive: list[torch.Tensor],
+    negative: list[torch.Tensor] | None,
+    scales: list[float],
+    fuse: int,
+) -> torch.Tensor:
+    """The guided noise prediction, of the shape of the latents.
+
+    Args:
+        model: see `advance`.
+        latents: `[samples, channels, frames, height, width]` in the model's dtype.
+        timesteps: `[samples]`.
+        positive, negative: texts of each sample, `[1, tokens, dim]`; negative is None without guidance.
+        scales: of guidance, by sample.
+        fuse: both halves of guidance are one forward pass if it then holds at most so many samples.
+    """
+    if negative is None:
         return _forward(model, latents, timesteps, positive)
-    negative = [sample.negative for sample in samples if sample.negative is not None]
     guidance = model.guidance
     if guidance.size == 2:  # the other half is made by other ranks at the same time
         half = _forward(model, latents, timesteps, negative if guidance.index else positive)
         conditional, unconditional = guidance.gather(half)
-    elif 2 * sum(sample.tokens for sample in samples) <= fuse_guidance_tokens:
+    elif 2 * len(latents) <= fuse:
         both = _forward(model, latents.repeat(2, 1, 1, 1, 1), timesteps.repeat(2), positive + negative)
         conditional, unconditional = both.chunk(2)
     else:
@@ -102,8 +124,8 @@ def _predict(model: Any, samples: list[Sample], fuse_guidance_tokens: int) -> to
     # Sample by sample, so that the scale is a Python number as in WanPipeline: in bfloat16 a tensor would round it.
     return torch.cat(
         [
-            without + sample.guidance * (with_prompt - without)
-            for sample, with_prompt, without in zip(samples, conditional.split(1), unconditional.split(1), strict=True)
+            without + scale * (with_prompt - without)
+            for scale, with_prompt, without in zip(scales, conditional.split(1), unconditional.split(1), strict=True)
         ]
     )
 

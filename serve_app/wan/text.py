@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from transformers.utils import logging
 
 from serve_app.wan.checkpoint import MAX_TOKENS, Checkpoint
+from serve_app.wan.random_weights import randomise
 
 """Length of the text context that Wan was trained with; longer prompts are cut, shorter ones padded with zeros."""
 
@@ -70,6 +71,8 @@ class TextEncoder:
             if bars:
                 logging.enable_progress_bar()
         self.model.eval().requires_grad_(False).to(device)
+        if checkpoint.random:
+            randomise(self.model)
         self.device = device
 
     @torch.no_grad()

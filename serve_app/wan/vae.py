@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan
 
 from serve_app.wan import cpu_vae
 from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.random_weights import randomise
 from serve_app.wan.vae_decode import TiledDecoder
 
 
@@ -38,6 +39,8 @@ class VideoDecoder:
         vae = AutoencoderKLWan.from_pretrained(checkpoint.folder / "vae", dtype=dtype, use_safetensors=True)
         del vae.encoder, vae.quant_conv  # never used here: a third of the weights
         vae.eval().requires_grad_(False)
+        if checkpoint.random:
+            randomise(vae)
         copies = [copy.deepcopy(vae).to(other) for other in others]
         self.vae = vae.to(device)
         for one in (self.vae, *copies):

@@ -1,0 +1,241 @@
+"""One forward pass of an A14B expert through the code that serves: seconds, TFLOP/s, share of the ceiling, memory.
+
+    python -m benchmarks.a14b_forward [--sizes 832x480 1280x720] [--mesh 1x1x1] [--attention auto flash4 cudnn]
+                                      [--compile] [--diffusers] [--profile]
+
+Weights are random, of the exact configuration (`--layers` for fewer). The ceiling is a large bfloat16 matrix product,
+measured in the same run. `--mesh` is guidance x sequence x tensor: with guidance 2 the pass is one guided step. With
+--diffusers its own model runs with the same weights, eagerly, and the relative error of ours against it is printed
+beside that between two of its own attention kernels. Passes are timed by events, after one that warms up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+
+from benchmarks import hollow
+from benchmarks.machine import describe
+from benchmarks.parity import relative_error, run_ranks
+from serve_app.wan.checkpoint import MAX_TOKENS, Checkpoint
+from serve_app.wan.cost import step_flops
+from serve_app.wan.mesh import Mesh
+from serve_app.wan.parallel import load_expert
+from serve_app.wan.sampler import predict
+from serve_app.wan.world import init_world
+
+_SIDE = 8192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["832x480", "1280x720"])
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--mesh", default="1x1x1")
+    parser.add_argument("--attention", nargs="+", default=["auto"])
+    parser.add_argument("--compile", action="store_true", help="also with compiled blocks")
+    parser.add_argument("--diffusers", action="store_true")
+    parser.add_argument("--profile", type=Path, help="write the kernels of one pass at the last size here")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--narrow", action="store_true", help="a width of 96, to see it run")
+    options = parser.parse_args()
+    narrow = {"num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 192, "text_dim": 64}
+    with tempfile.TemporaryDirectory() as name:
+        folder = hollow.write(
+            Path(name) / "model", {"num_layers": options.layers, **(narrow if options.narrow else {})}
+        )
+        mesh = Mesh(*map(int, options.mesh.split("x")))
+        run_ranks(_measure, mesh, folder, options, Path(name) / "rows.json", timeout_s=3600)
+        rows = json.loads((Path(name) / "rows.json").read_text())
+    print(f"{describe()}; {rows['device']}; {options.layers} layers, bfloat16, {options.frames} frames, {mesh}")
+    print(f"\nMatrix product {_SIDE}^3 in bfloat16: {rows['ceiling'] / 1e12:.0f} TFLOP/s\n")
+    print("| size | what | seconds | lowest | highest | TFLOP/s per device | of the ceiling | peak GB | warm-up s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows["passes"]:
+        rate = row["flops"] / mesh.ranks / row["seconds"]
+        seconds = " | ".join(f"{row[key]:.3f}" for key in ("seconds", "lowest", "highest"))
+        print(
+            f"| {row['size']} | {row['what']} | {seconds} | {rate / 1e12:.1f} | {100 * rate / rows['ceiling']:.0f} % | "
+            f"{row['peak'] / 1e9:.1f} | {row['warm_up']:.1f} |"
+        )
+    for line in rows["errors"]:
+        print(f"\n{line}")
+
+
+def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.Namespace, output: Path) -> None:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    world = init_world(rank, mesh, "127.0.0.1", port, device, timeout_s=600)
+    checkpoint = Checkpoint(folder, random=True)
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "ceiling": _ceiling(device, options.repeats),
+        "passes": [],
+        "errors": [],
+    }
+    for attention in options.attention:
+        for compiled in (False, True) if options.compile else (False,):
+            torch._dynamo.reset()
+            expert = load_expert(
+                checkpoint, "transformer", world, torch.bfloat16, device, attention=attention, compiled=compiled
+            )
+            run: Callable[[], Any] = lambda: None  # noqa: E731
+            for size in options.sizes:
+                run, flops = _pass(expert, size, options.frames, mesh, device)
+                what = f"ours, attention {attention}{', compiled' if compiled else ''}"
+                _note(found, size, what, flops, run, device, options.repeats)
+                expert.text_memory.clear()  # type: ignore[operator, union-attr]
+            if options.profile and rank == 0:
+                _profile(run, options.profile)
+            if options.diffusers and mesh.ranks == 1 and not compiled and attention == options.attention[0]:
+                _compare(found, expert, options, device)
+            del expert, run
+            if cuda:
+                torch.cuda.empty_cache()
+    if rank == 0:
+        output.write_text(json.dumps(found))
+    world.close()
+
+
+def _pass(
+    expert: Any, size: str, frames: int, mesh: Mesh, device: torch.device
+) -> tuple[Callable[[], torch.Tensor], float]:
+    """A pass over one sample, guided where guidance has ranks of its own, and its floating-point operations."""
+    latents, timesteps, texts = _inputs(expert, size, frames, device)
+    negatives = [text.roll(1, 1) for text in texts] if mesh.guidance == 2 else None
+    flops = step_flops(dict(expert.config), _tokens(latents), negatives is not None)
+    return lambda: predict(expert, latents, timesteps, texts, negatives, [1.0], 0), flops
+
+
+def _compare(found: dict[str, Any], expert: Any, options: argparse.Namespace, device: torch.device) -> None:
+    """diffusers' own model with the same weights."""
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel.from_config(dict(expert.config)).eval().requires_grad_(False)
+    state = {name: value for name, value in expert.state_dict().items() if not name.startswith("rope.")}
+    theirs.load_state_dict(state, strict=False, assign=True)
+    theirs.rope = expert.rope.rope
+    for size in options.sizes:
+        latents, timesteps, texts = _inputs(expert, size, options.frames, device)
+
+        def run() -> torch.Tensor:
+            output: torch.Tensor = theirs(latents, timesteps, torch.cat(texts), return_dict=False)[0]  # noqa: B023
+            return output
+
+        _note(
+            found,
+            size,
+            "diffusers, eager",
+            step_flops(dict(expert.config), _tokens(latents), False),
+            run,
+            device,
+            options.repeats,
+        )
+        ours = predict(expert, latents, timesteps, texts, None, [1.0], 0)
+        plain = run()
+        line = f"{size}: relative error of ours against diffusers {relative_error(ours.cpu(), plain.cpu()):.1e}"
+        if device.type == "cuda":
+            theirs.set_attention_backend("_native_flash")
+            line += f", of its FlashAttention-2 against its default {relative_error(run().cpu(), plain.cpu()):.1e}"
+            theirs.reset_attention_backend()
+        found["errors"].append(line)
+
+
+def _inputs(
+    expert: Any, size: str, frames: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    width, height = map(int, size.split("x"))
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
+    latents = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+    text = torch.randn(
+        1, MAX_TOKENS, int(expert.config.text_dim), generator=generator, device=device, dtype=torch.bfloat16
+    )
+    return latents, torch.tensor([900], device=device), [text]
+
+
+def _tokens(latents: torch.Tensor) -> int:
+    return latents.shape[2] * (latents.shape[3] // 2) * (latents.shape[4] // 2)
+
+
+@torch.no_grad()
+def _note(
+    found: dict[str, Any],
+    size: str,
+    what: str,
+    flops: float,
+    run: Callable[[], torch.Tensor],
+    device: torch.device,
+    repeats: int,
+) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    run()
+    _wait(device)
+    warm_up = time.perf_counter() - started
+    seconds = [_timed(run, device) for _ in range(repeats)]
+    found["passes"].append(
+        {
+            "size": size,
+            "what": what,
+            "seconds": statistics.median(seconds),
+            "lowest": min(seconds),
+            "highest": max(seconds),
+            "flops": flops,
+            "peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            "warm_up": warm_up,
+        }
+    )
+    print(json.dumps(found["passes"][-1]), flush=True)
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type != "cuda":
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _ceiling(device: torch.device, repeats: int) -> float:
+    side = _SIDE if device.type == "cuda" else 512
+    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    left @ right
+    _wait(device)
+    return 2 * side**3 / statistics.median(_timed(lambda: left @ right, device) for _ in range(max(5, repeats)))
+
+
+@torch.no_grad()
+def _profile(run: Callable[[], Any], file: Path) -> None:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        run()
+        _wait(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    file.write_text(profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90))
+
+
+if __name__ == "__main__":
+    main()
