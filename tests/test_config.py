@@ -97,8 +97,8 @@ def test_storage() -> None:
         ({"webhooks": {"timeout_s": 600}}, "args: webhooks.timeout_s has value 600"),
         ({"webhooks": {"retries_s": []}}, "args: webhooks.retries_s has value []"),
         ({"mail": {"sender": "a@b.test"}}, "args: mail.host: Field required"),
-        ({"decoder": {"devices": 0}}, "args: decoder.devices has value 0: Input should be greater than 0"),
-        ({"decoder": {"tile_memory_mib": -1}}, "args: decoder.tile_memory_mib has value -1: Input should be greater"),
+        ({"decoder": {"devices": 0}}, "args: decoder.devices has value 0, expected greater than 0"),
+        ({"decoder": {"tile_memory_mib": -1}}, "args: decoder.tile_memory_mib has value -1, expected greater"),
         ({"decoder": {"devices": 2}}, "args: decoder: resources.num_gpus is 1 with 2 devices, expected as many"),
         (
             {"decoder": {"resources": {"num_gpus": 2}}},
