@@ -15,6 +15,8 @@ from tests.gateway.browser import PHONE, SIZE, FilmPipeline, Seen, browser
 from tests.gateway.conftest import Server, listening
 from tests.jobs.fakes import until
 
+pytestmark = pytest.mark.slow  # minutes of a browser
+
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
 

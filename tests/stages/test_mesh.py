@@ -13,10 +13,11 @@ from tests.stages.test_pipeline import denoise
 @pytest.mark.parametrize(
     ("parallel", "mesh"),
     [
-        ({"ranks": 2}, "guidance 2 x sequence 1 x tensor 1"),
-        ({"sequence": 2, "tensor": 2}, "guidance 1 x sequence 2 x tensor 2"),
+        pytest.param({"ranks": 2}, "guidance 2 x sequence 1 x tensor 1", id="picked"),
+        pytest.param(
+            {"sequence": 2, "tensor": 2}, "guidance 1 x sequence 2 x tensor 2", marks=pytest.mark.slow, id="given"
+        ),
     ],
-    ids=["picked", "given"],
 )
 def test_samples_that_share_passes_are_those_of_one_rank(deploy, parallel, mesh):
     app = deploy(denoiser={"parallel": parallel})

@@ -59,7 +59,9 @@ def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return found, told[0]
 
 
-@pytest.mark.parametrize("part", [0.1, 0.6, 0.65, 0.75, 0.9, 0.999])
+@pytest.mark.parametrize(
+    "part", [0.6, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.1, 0.65, 0.75, 0.9, 0.999))]
+)
 def test_killed(checkpoint: Path, undisturbed: tuple[dict[str, bytes], int], tmp_path: Path, part: float) -> None:
     """In the hashing, in each of the files, and before the last one has its name."""
     expected, total = undisturbed
