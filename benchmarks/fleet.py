@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -83,20 +84,22 @@ async def dispatcher(config: Config) -> None:
         notifier.check()
 
 
-class Fleet:
+class Fleet(ABC):
     """The gateways and dispatchers."""
 
     urls: list[str]
 
+    @abstractmethod
     async def start(self) -> None:
-        raise NotImplementedError
+        """Until all of them answer."""
 
+    @abstractmethod
     def kill(self, kind: str, rng: random.Random) -> None:
         """SIGKILL for one of them; LookupError if there is none at the moment."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stop(self) -> None:
-        raise NotImplementedError
+        """All of them, and none comes back."""
 
 
 class Processes(Fleet):

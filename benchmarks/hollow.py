@@ -20,6 +20,7 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from serve_app.tiny import CHECKPOINT
+from serve_app.wan.weights import header
 
 A14B: dict[str, Any] = {
     "num_attention_heads": 40,
@@ -45,7 +46,6 @@ XXL: dict[str, Any] = {
     "feed_forward_proj": "gated-gelu",
     "dropout_rate": 0.0,
 }
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def write(
@@ -84,21 +84,11 @@ def write(
 
 def hole(file: Path, model: nn.Module, dtype: torch.dtype) -> None:
     """A safetensors file of a model's parameters with a header and nothing behind it, of full length."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, parameter in model.named_parameters():
-        size = parameter.numel() * dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[dtype],
-            "shape": list(parameter.shape),
-            "data_offsets": [end, end + size],
-        }
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    parameters = dict(model.named_parameters())
+    beginning = header({name: (dtype, parameter.shape) for name, parameter in parameters.items()})
     with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        stream.truncate(8 + len(text) + end)
+        stream.write(beginning)
+        stream.truncate(len(beginning) + sum(parameter.numel() for parameter in parameters.values()) * dtype.itemsize)
 
 
 def main() -> None:

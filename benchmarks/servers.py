@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import psutil
 _STARTS_WITHIN_S = 60
 
 
-class Server:
+class Server(ABC):
     """A server process, started in a session of its own.
 
     Args:
@@ -67,8 +68,9 @@ class Server:
         psutil.wait_procs(family, timeout=10)
         self._process = None
 
+    @abstractmethod
     def _command(self) -> list[str]:
-        raise NotImplementedError
+        """What starts it."""
 
     def _environment(self) -> dict[str, str]:
         return dict(os.environ)

@@ -13,7 +13,7 @@ from ray.serve.config import AutoscalingConfig
 from serve_app.config import Autoscaling, Config, Parallel, Resources, validate
 from serve_app.errors import CheckpointError, ConfigError
 from serve_app.wan.checkpoint import Checkpoint
-from serve_app.wan.mesh import Mesh, default_mesh
+from serve_app.wan.mesh import default_mesh
 from serve_app.wan.prepared import Prepared
 
 # glibc hands each large tensor back to the kernel and asks for it again; for a VAE on CPUs, whose every layer makes
@@ -107,10 +107,10 @@ def _check_parallel(parallel: Parallel, checkpoint: Checkpoint) -> None:
     """Whether the ranks of a group can share the model, before any of them starts."""
     for expert in checkpoint.experts:
         shape = checkpoint.expert_config(expert)
-        if parallel.ranks is None:
-            Mesh(parallel.guidance, parallel.sequence, parallel.tensor).check(shape)
+        if parallel.mesh is not None:
+            parallel.mesh.check(shape)
         else:
-            default_mesh(parallel.ranks, shape, weight_bytes=0, device_bytes=1)
+            default_mesh(parallel.size, shape, weight_bytes=0, device_bytes=1)
 
 
 def _check_prepared(config: Config, checkpoint: Checkpoint) -> None:

@@ -55,6 +55,11 @@ class Model(Section):
         return Path(self.path).expanduser()
 
     @property
+    def random(self) -> bool:
+        """Whether weights are drawn instead of read."""
+        return self.weights == "random"
+
+    @property
     def prepared_folder(self) -> Path | None:
         """The folder that `prepared` names."""
         return None if self.prepared is None else Path(self.prepared).expanduser()

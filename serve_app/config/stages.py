@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from serve_app.config.section import Device, NonNegativeFloat, Section
+from serve_app.wan.mesh import Mesh
 
 
 class Resources(Section):
@@ -90,9 +91,14 @@ class Parallel(Section):
         return self
 
     @property
+    def mesh(self) -> Mesh | None:
+        """The sizes that are given; None where the group picks them."""
+        return None if self.ranks is not None else Mesh(self.guidance, self.sequence, self.tensor)
+
+    @property
     def size(self) -> int:
         """Ranks of a group."""
-        return self.ranks or self.tensor * self.guidance * self.sequence
+        return self.ranks or Mesh(self.guidance, self.sequence, self.tensor).ranks
 
 
 class Denoiser(Stage):
@@ -128,7 +134,7 @@ class Denoiser(Stage):
     attention: Literal["auto", "flash4", "flash3", "cudnn", "flash", "native"] = "auto"
     """The kernel of attention. `auto` is the fastest that works on the ranks' device; the log says which and why."""
     compile: bool = False
-    """Compile the experts' blocks at the start: steps are faster on GPUs, and differ from others by rounding."""
+    """Compile the experts' blocks at the start, for GPUs. Steps then differ from others by rounding."""
     checkpoint_s: NonNegativeFloat = 30
     """A sample that was denoised for this long since it was last saved is saved again, for another group to continue if
     this one is lost. 0 is never."""

@@ -57,8 +57,7 @@ class Group:
     """
 
     def __init__(self, ranks: list[Any], config: Config) -> None:
-        parallel = config.denoiser.parallel
-        self.mesh = Mesh(parallel.guidance, parallel.sequence, parallel.tensor)
+        self.mesh = config.denoiser.parallel.mesh or Mesh()
         self._ranks = ranks
         self._config = config
         self._step_timeout_s = config.denoiser.step_timeout_s
@@ -97,9 +96,9 @@ class Group:
         timeout = config.denoiser.start_timeout_s
         try:
             started = time.monotonic()
-            if parallel.ranks is not None:
+            if parallel.mesh is None:
                 seen: Survey = (await group._within(timeout, ranks[0].survey.remote()))[0]
-                group.mesh, why = default_mesh(parallel.ranks, seen.shape, seen.weight_bytes, seen.device_bytes)
+                group.mesh, why = default_mesh(parallel.size, seen.shape, seen.weight_bytes, seen.device_bytes)
                 log.info("mesh picked", extra={"mesh": str(group.mesh), "reason": why})
             address, port = (await group._within(timeout, ranks[0].rendezvous.remote()))[0]
             loaded = await group._all("load", address, port, group.mesh, timeout_s=timeout)

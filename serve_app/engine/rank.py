@@ -186,7 +186,7 @@ class Rank:
         self._mesh = mesh
         world = init_world(self._rank, mesh, address, port, self._device, timeout_s=stage.start_timeout_s)
         self._dtype = getattr(torch, self._config.model.dtype)
-        self._checkpoint = Checkpoint(self._config.model.folder, self._config.model.weights == "random")
+        self._checkpoint = Checkpoint(self._config.model.folder, self._config.model.random)
         model, prepared = self._config.model, None
         if model.prepared_folder is not None:
             prepared = Prepared(model.prepared_folder, self._checkpoint, world.tensor.size, model.dtype)

@@ -58,7 +58,7 @@ class Decoder:
 
         stage = config.decoder
         started = time.monotonic()
-        checkpoint = Checkpoint(config.model.folder, config.model.weights == "random")
+        checkpoint = Checkpoint(config.model.folder, config.model.random)
         self._model_name = config.model.name
         self._revision = checkpoint.revision
         self._math = MathThread(stage.threads)

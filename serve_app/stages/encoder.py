@@ -46,7 +46,7 @@ class Encoder:
         self._math = MathThread(stage.threads)
         self._encoder = self._math.call(
             TextEncoder,
-            Checkpoint(config.model.folder, config.model.weights == "random"),
+            Checkpoint(config.model.folder, config.model.random),
             pick_device(stage.device),
             getattr(torch, config.model.dtype),
         )

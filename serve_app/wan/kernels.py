@@ -20,7 +20,7 @@ logits, `[1, 1, 1, keys]`, None for nothing."""
 
 KernelName = Literal["flash4", "flash3", "cudnn", "flash", "native"]
 BY_SPEED: tuple[KernelName, ...] = get_args(KernelName)
-"""On an H200 at 75,600 tokens of 128 features: FlashAttention-4 638, cuDNN 568, FlashAttention-2 in torch 358 TFLOP/s.
+"""The fastest first, on Hopper and long clips; `python -m benchmarks.a14b_forward --attention ...` compares them.
 `native` is whatever torch picks, and works everywhere."""
 
 _TOLERANCE = 2e-2

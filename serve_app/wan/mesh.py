@@ -91,8 +91,8 @@ def default_mesh(ranks: int, config: dict[str, Any], weight_bytes: float, device
     """The mesh for so many ranks, and why.
 
     Guidance first, since its halves meet once a step only, over the prediction. Then as much tensor parallelism as the
-    weights need, since it alone makes them smaller. Then sequence parallelism: it sends less than tensor parallelism
-    the more ranks there are.
+    weights need, since it alone makes them smaller. Then sequence parallelism, whose ranks send parts of the
+    activations where those of tensor parallelism sum up all of them.
 
     Args:
         config: of an expert.
@@ -125,13 +125,9 @@ def default_mesh(ranks: int, config: dict[str, Any], weight_bytes: float, device
         else max(meshes, key=lambda mesh: mesh.tensor)
     )
     gib = 2**30
-    weights, held = weight_bytes / gib, weight_bytes / gib / chosen.tensor
-    parts = [f"{weights:.1f} GiB of weights on devices of {device_bytes / gib:.0f} GiB, a tenth free"]
-    if chosen.guidance == 2:
-        parts.append("guidance 2, whose ranks meet once a step only")
-    if chosen.tensor > 1:
-        need = "what the weights need" if Mesh(chosen.guidance, ranks // chosen.guidance) in meshes else "heads allow"
-        parts.append(f"tensor {chosen.tensor}, {need}: {held:.1f} GiB each")
-    if chosen.sequence > 1:
-        parts.append(f"sequence {chosen.sequence} for the rest")
-    return chosen, "; ".join(parts)
+    why = (
+        f"{weight_bytes / gib:.1f} GiB of weights, {weight_bytes / gib / chosen.tensor:.1f} a rank, "
+        f"{'fit' if fitting else 'do not fit'} on devices of {device_bytes / gib:.0f} GiB with a tenth free; guidance "
+        "before sequence, and as little tensor as that takes"
+    )
+    return chosen, why

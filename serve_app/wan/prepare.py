@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -28,14 +27,13 @@ from serve_app.wan.checkpoint import Checkpoint, Expert
 from serve_app.wan.mesh import Mesh
 from serve_app.wan.pieces import Piece, pieces, shard_shapes
 from serve_app.wan.prepared import FORMAT, MANIFEST, Manifest, Shard, Source, sample_of, shard_name, sources
-from serve_app.wan.weights import DTYPES, Weights
+from serve_app.wan.weights import Weights, header
 
 Watch = Callable[[str, int, int], None]
 """Told what is being done, how many more bytes of it are done, and how many there are to read and write in all."""
 
 _CHUNK = 8 << 20
 _SPARE = 4 << 20  # bytes of disk for the manifest, twice while it is replaced, and for the file system's own
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -58,19 +56,7 @@ class _Job:
     @cached_property
     def header(self) -> bytes:
         """All of the file before its tensors."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for piece in self.pieces:
-            end = offset + _nbytes(piece)
-            entries[piece.name] = {
-                "dtype": _NAMES[piece.dtype],
-                "shape": piece.shape,
-                "data_offsets": [offset, end],
-            }
-            offset = end
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight, as the format wants it
-        return len(text).to_bytes(8, "little") + text
+        return header({piece.name: (piece.dtype, piece.shape) for piece in self.pieces})
 
     @cached_property
     def size(self) -> int:

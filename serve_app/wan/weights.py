@@ -9,7 +9,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """By the name that headers use."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100 << 20  # what the format's own reader accepts
 _BUFFER = 8 << 20  # bytes; a multiple of every element's size
 
@@ -165,6 +166,19 @@ class Weights:
                 # All of it is wanted, so the kernel may read far ahead. Of slices that would also be what lies between.
                 os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return self._open[path]
+
+
+def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
+    """What a safetensors file begins with whose tensors, of these dtypes and shapes, follow one another."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight, as the format wants it
+    return len(text).to_bytes(8, "little") + text
 
 
 def _fill(file: int, view: memoryview, offset: int, path: Path) -> None:

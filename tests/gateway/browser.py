@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import pytest
 
 from serve_app.storage import download_name
 from serve_app.wan.video import thumbnail, write_mp4
+from tests.gateway.conftest import Server, listening
 from tests.jobs.fakes import FakePipeline
 
 if TYPE_CHECKING:
@@ -87,3 +89,57 @@ async def browser() -> AsyncIterator[Browser]:
         browser = await started.chromium.launch(executable_path=program, args=list(_FLAGS))
         yield browser
         await browser.close()
+
+
+@pytest.fixture
+def films(server: Server) -> FilmPipeline:
+    """The pipeline, whose files a browser can show."""
+    pipeline = FilmPipeline(server.storage, step_s=0.02)
+    server.pipeline = server.dispatcher._runner = pipeline
+    return pipeline
+
+
+@pytest.fixture
+async def url(server: Server, films: FilmPipeline) -> AsyncIterator[str]:
+    async with listening(server.app) as url:
+        yield url
+
+
+@pytest.fixture
+async def seen(url: str) -> AsyncIterator[Seen]:
+    seen = Seen()
+    yield seen
+    seen.check(url)
+
+
+@pytest.fixture
+async def page(browser: Browser, url: str, seen: Seen) -> AsyncIterator[Page]:
+    """The page, opened by somebody who reads English."""
+    context = await browser.new_context(locale="en-US")
+    page = await context.new_page()
+    seen.watch(page)
+    await page.goto(url)
+    yield page
+    await context.close()
+
+
+async def make(page: Page, prompt: str, **fields: int) -> None:
+    await page.get_by_label("What should be seen?").fill(prompt)
+    for label, value in fields.items():
+        await page.get_by_label(label).fill(str(value))
+    await page.get_by_role("button", name="Make video").click()
+
+
+async def status(page: Page, text: str) -> None:
+    await page.locator("#state", has_text=re.compile(f"^{text}$")).wait_for()
+
+
+async def video_is_shown(page: Page) -> None:
+    """It is decoded, of the size of the file, and moves."""
+    await page.wait_for_function("document.querySelector('video').readyState >= 2")
+    assert await page.evaluate("[player.videoWidth, player.videoHeight]") == list(SIZE)
+    await page.wait_for_function("player.currentTime > 0.1")
+
+
+async def picture_is_shown(page: Page, row: int = 0) -> None:
+    await page.wait_for_function(f"document.querySelectorAll('#list img')[{row}]?.naturalWidth > 0")

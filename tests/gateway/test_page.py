@@ -3,80 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from serve_app.config import Auth
-from tests.gateway.browser import PHONE, SIZE, FilmPipeline, Seen, browser
+from tests.gateway.browser import (
+    PHONE,
+    FilmPipeline,
+    Seen,
+    browser,
+    films,
+    make,
+    page,
+    picture_is_shown,
+    seen,
+    status,
+    url,
+    video_is_shown,
+)
 from tests.gateway.conftest import Server, listening
-from tests.jobs.fakes import until
-
-pytestmark = pytest.mark.slow  # minutes of a browser
 
 if TYPE_CHECKING:
     from playwright.async_api import Browser, Page
 
-__all__ = ["browser"]
+__all__ = ["browser", "films", "page", "seen", "url"]
 
+pytestmark = pytest.mark.slow  # minutes of a browser
 MARKUP = """<b>粗体</b> & "引号" 'x' <img src=x onerror="window.hacked=1"><script>window.hacked=1</script>"""
-
-
-@pytest.fixture
-def films(server: Server) -> FilmPipeline:
-    """The pipeline, whose files a browser can show."""
-    pipeline = FilmPipeline(server.storage, step_s=0.02)
-    server.pipeline = server.dispatcher._runner = pipeline
-    return pipeline
-
-
-@pytest.fixture
-async def url(server: Server, films: FilmPipeline) -> AsyncIterator[str]:
-    async with listening(server.app) as url:
-        yield url
-
-
-@pytest.fixture
-async def seen(url: str) -> AsyncIterator[Seen]:
-    seen = Seen()
-    yield seen
-    seen.check(url)
-
-
-@pytest.fixture
-async def page(browser: Browser, url: str, seen: Seen) -> AsyncIterator[Page]:
-    """The page, opened by somebody who reads English."""
-    context = await browser.new_context(locale="en-US")
-    page = await context.new_page()
-    seen.watch(page)
-    await page.goto(url)
-    yield page
-    await context.close()
-
-
-async def make(page: Page, prompt: str, **fields: int) -> None:
-    await page.get_by_label("What should be seen?").fill(prompt)
-    for label, value in fields.items():
-        await page.get_by_label(label).fill(str(value))
-    await page.get_by_role("button", name="Make video").click()
-
-
-async def status(page: Page, text: str) -> None:
-    await page.locator("#state", has_text=re.compile(f"^{text}$")).wait_for()
-
-
-async def video_is_shown(page: Page) -> None:
-    """It is decoded, of the size of the file, and moves."""
-    await page.wait_for_function("document.querySelector('video').readyState >= 2")
-    assert await page.evaluate("[player.videoWidth, player.videoHeight]") == list(SIZE)
-    await page.wait_for_function("player.currentTime > 0.1")
-
-
-async def picture_is_shown(page: Page, row: int = 0) -> None:
-    await page.wait_for_function(f"document.querySelectorAll('#list img')[{row}]?.naturalWidth > 0")
 
 
 async def test_a_video_from_a_prompt(page: Page, server: Server, films: FilmPipeline) -> None:
@@ -352,89 +306,3 @@ async def test_a_create_whose_answer_was_lost_makes_one_video(page: Page, seen: 
     await page.get_by_role("button", name="Make video").click()  # meant: another seed
     await page.locator("#list li").nth(1).wait_for()
     assert len((await server.store.list())[0]) == 2
-
-
-class TestKeys:
-    """Where the server wants an API key."""
-
-    @pytest.fixture
-    def auth(self) -> Auth:
-        return Auth(mode="keys")
-
-    async def use(self, page: Page, key: str) -> None:
-        await page.get_by_label("API key").fill(key)
-        await page.get_by_role("button", name="Use this key").click()
-
-    async def test_the_key_is_asked_for(self, page: Page, seen: Seen, server: Server) -> None:
-        seen.expected.append("status of 401")
-        key_id, headers = await server.key()
-        key = headers["authorization"].removeprefix("Bearer ")
-        await page.get_by_label("API key").wait_for()
-        assert not await page.locator("#form").is_visible() and await page.locator("#why").text_content() == ""
-        for wrong in ("wan_wrong", key + "0", "none"):
-            await self.use(page, wrong)
-            await page.locator("#why", has_text="The API key is unknown or was revoked.").wait_for()
-            assert await page.get_by_label("API key").input_value() == ""
-        await self.use(page, "钥匙")
-        assert await page.evaluate("login.checkValidity()") is False
-        await self.use(page, f" {key} ")
-        await make(page, "with a key")
-        await status(page, "Done")
-        await video_is_shown(page)
-        await picture_is_shown(page)
-        assert (await page.evaluate("player.src")).startswith("blob:")
-        await page.reload()
-        await status(page, "Done")
-        await video_is_shown(page)
-        assert not await page.locator("#login").is_visible()
-        assert not any(key in asked or "wan_" in asked for asked in seen.urls)
-        assert key not in await page.content() and key not in page.url
-        assert await page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
-        await server.store.keys.revoke(key_id)
-        await page.get_by_role("button", name="Make video").click()
-        await page.locator("#why", has_text="The API key is unknown or was revoked.").wait_for()
-        assert await page.locator("#list li").count() == 0 and not await page.locator("#player").is_visible()
-
-    async def test_forget(self, page: Page, seen: Seen, server: Server) -> None:
-        seen.expected.append("status of 401")
-        _, headers = await server.key()
-        await server.create(headers)
-        await self.use(page, headers["authorization"].removeprefix("Bearer "))
-        await page.locator("#list li").wait_for()
-        await page.get_by_role("button", name="Forget the key").click()
-        await page.get_by_label("API key").wait_for()
-        assert await page.locator("#list li").count() == 0
-        assert await page.evaluate("sessionStorage.getItem('key')") is None
-        _, other = await server.key()
-        await self.use(page, other["authorization"].removeprefix("Bearer "))
-        await make(page, "of another")
-        await status(page, "Done")
-        assert await page.locator("#list li").count() == 1
-
-    async def test_a_key_that_may_only_look(self, page: Page, seen: Seen, server: Server) -> None:
-        seen.expected.extend(["status of 401", "status of 403"])
-        _, headers = await server.key("read")
-        await self.use(page, headers["authorization"].removeprefix("Bearer "))
-        await make(page, "not allowed")
-        await page.locator("#error", has_text="The API key lacks the scope 'create'.").wait_for()
-
-    async def test_a_key_with_few_requests_a_minute(
-        self, page: Page, seen: Seen, server: Server, films: FilmPipeline
-    ) -> None:
-        seen.expected.extend(["status of 401", "status of 429"])
-        key_id, headers = await server.key(requests_per_minute=12)
-        films.gate = asyncio.Event()
-        await self.use(page, headers["authorization"].removeprefix("Bearer "))
-        await make(page, "slowly")
-        await status(page, "Working")
-
-        async def refused() -> bool:  # also how the page looks at its video
-            return bool((await server.http.get("/v1/models", headers=headers)).status_code == 429)
-
-        await until(refused)
-        await page.get_by_role("button", name="Make video").click()
-        await page.locator("#error", has_text="This key made 12 requests within a minute, its limit.").wait_for()
-        assert await page.locator("#state").text_content() == "Working"
-        await server.store.keys.limit(key_id, {"requests_per_minute": None})
-        films.gate.set()
-        await status(page, "Done")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from serve_app.request import Params
+from benchmarks.parity import CASES
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.experts import Experts
 from serve_app.wan.parallel import load_expert
@@ -17,20 +17,7 @@ from serve_app.wan.text import Embedding
 from serve_app.wan.world import World
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-PARAMS = Params(
-    prompt="a red circle",
-    negative_prompt="",
-    width=64,
-    height=48,
-    num_frames=9,
-    fps=16,
-    seed=1,
-    num_inference_steps=8,
-    guidance_scale=4,
-    guidance_scale_2=3,
-    flow_shift=5,
-    boundary_ratio=0.875,
-)
+PARAMS = next(iter(CASES.values()))
 
 
 def experts(folder: Path, placement: str) -> Experts:

@@ -8,26 +8,13 @@ import numpy as np
 import pytest
 from ray.exceptions import RayTaskError
 
+from benchmarks.parity import CASES
 from serve_app.errors import JobFailed
-from serve_app.request import Params
 from serve_app.stages import pipeline
 from serve_app.stages.decoder import Decoded
 
 DECODED = Decoded({"video": "videos/a/1/video.mp4"}, 1, {"vae": 1.0, "store": 1.0}, "0")
-PARAMS = Params(
-    prompt="a red circle",
-    negative_prompt="",
-    width=64,
-    height=48,
-    num_frames=9,
-    fps=16,
-    seed=1,
-    num_inference_steps=8,
-    guidance_scale=4,
-    guidance_scale_2=3,
-    flow_shift=5,
-    boundary_ratio=0.875,
-)
+PARAMS = next(iter(CASES.values()))
 
 
 class FakeDecoder:

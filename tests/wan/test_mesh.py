@@ -61,7 +61,8 @@ def test_a_mesh_that_does_not_fit(mesh: Mesh, changes: dict[str, Any], message: 
 def test_the_mesh_that_is_picked(ranks: int, weights_gib: float, device_gib: float, expected: Mesh) -> None:
     mesh, why = default_mesh(ranks, A14B, weights_gib * GIB, device_gib * GIB)
     assert mesh == expected, why
-    assert f"{weights_gib:.1f} GiB of weights" in why
+    assert f"{weights_gib:.1f} GiB of weights, {weights_gib / expected.tensor:.1f} a rank, " in why
+    assert ("do not fit" in why) == (weights_gib / expected.tensor > device_gib)
 
 
 def test_ranks_that_cannot_share_the_model() -> None:
