@@ -24,7 +24,7 @@ def warm_up(
     batch: int,
     fuse_guidance_tokens: int,
     dtype: torch.dtype,
-    compiled: bool = True,
+    compiled: bool,
 ) -> None:
     """Run an expert at the size of `params`, and where it is compiled at others as well.
 
@@ -36,6 +36,7 @@ def warm_up(
         batch: samples that a forward pass may hold.
         fuse_guidance_tokens: see `advance`.
         dtype: of the model's activations.
+        compiled: whether its blocks are.
     """
     device = next(model.parameters()).device
     text = Embedding(torch.zeros(1, int(model.config.text_dim)), tokens=1, truncated=False)

@@ -48,7 +48,7 @@ def test_a_step_is_the_step_without(compiled: Generator, generator: Generator) -
 def test_after_the_warm_up_nothing_is_compiled_any_more(compiled: Generator) -> None:
     counters.clear()
     for expert in compiled.experts.values():
-        warm_up(expert, compiled.checkpoint, BASE, batch=3, fuse_guidance_tokens=8192, dtype=torch.float32)
+        warm_up(expert, compiled.checkpoint, BASE, 3, 8192, torch.float32, compiled=True)
     made = graphs()
     assert 0 < made <= 4, "as many for all layers of both experts"
     requests = [
