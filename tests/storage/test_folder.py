@@ -105,7 +105,7 @@ def read_only(small_disk: Path) -> Storage:
 
 
 async def test_a_disk_that_cannot_be_written_to(read_only: Storage) -> None:
-    with pytest.raises(ConfigError, match=r"^storage.url has value .*videos cannot be written to$"):
+    with pytest.raises(ConfigError, match=r"^storage.url has value '.*videos': cannot be written to$"):
         await read_only.check()
 
 
