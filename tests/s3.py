@@ -54,6 +54,8 @@ devices = {folder}/devices
 mount_check = false
 fallocate_reserve = 0
 workers = 0
+# A listing is of the moment, however busy the machine: an update that gives up would come later, or never.
+container_update_timeout = 30
 """
 _BACKEND = """
 [pipeline:main]
