@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,20 @@ def pick_devices(wanted: str, count: int) -> list[torch.device]:
     if there < count:
         raise ConfigError(f"decoder.devices has value {count}, expected at most {there}, the GPUs it sees")
     return [torch.device("cuda", index) for index in range(count)]
+
+
+def limit_memory(device: torch.device, fraction: float) -> float:
+    """Let this process take so much of a device's memory, and fail as if it had no more.
+
+    Returns:
+        Bytes that it may take; infinite on a CPU.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return math.inf
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    return fraction * torch.cuda.get_device_properties(device).total_memory
 
 
 def set_threads(threads: int) -> None:

@@ -11,8 +11,9 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 HEADS = 8
 
 
-def write(folder: Path, seed: int = 0) -> Path:
-    """Write a checkpoint into `folder`. Its videos are noise, but depend on every input.
+def write(folder: Path, seed: int = 0, layers: int = 2) -> Path:
+    """Write a checkpoint into `folder`, with experts of so many layers. Its videos are noise, but depend on every
+    input.
 
     Returns:
         `folder`.
@@ -25,7 +26,7 @@ def write(folder: Path, seed: int = 0) -> Path:
                 vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0
             )
         )
-        experts = [_expert() for _ in range(2)]
+        experts = [_expert(layers) for _ in range(2)]
         vae = AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     WanPipeline(
@@ -40,14 +41,14 @@ def write(folder: Path, seed: int = 0) -> Path:
     return Path(folder)
 
 
-def _expert() -> WanTransformer3DModel:
+def _expert(layers: int) -> WanTransformer3DModel:
     model = WanTransformer3DModel(
         num_attention_heads=HEADS,
         attention_head_dim=24,
         text_dim=64,
         freq_dim=64,
         ffn_dim=384,
-        num_layers=2,
+        num_layers=layers,
         rope_max_seq_len=128,
     ).eval()
     for name, parameter in model.named_parameters():

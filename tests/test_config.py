@@ -112,6 +112,19 @@ def test_storage() -> None:
             {"decoder": {"devices": 2, "device": "cpu", "resources": {"num_gpus": 2}}},
             "args: decoder: devices is 2, expected 1, because device is 'cpu'",
         ),
+        (
+            {"denoiser": {"offload": "cpu"}},
+            "args: denoiser: experts is 'together' with offload 'cpu', expected 'swap' or 'split'",
+        ),
+        (
+            {"denoiser": {"experts": "swap", "resident_blocks": 3}},
+            "args: denoiser: resident_blocks is 3, expected with offload 'cpu' or 'disk' only",
+        ),
+        (
+            {"denoiser": {"experts": "swap", "offload": "disk"}},
+            "args: denoiser: offload is 'disk', expected with model.prepared, from whose files it reads",
+        ),
+        ({"encoder": {"memory_fraction": 1.2}}, "args: encoder.memory_fraction has value 1.2, expected less than or"),
         ({"defaults": {"num_frames": 200}}, "args: defaults: num_frames is 200, expected at most limits' 161"),
     ],
 )

@@ -55,6 +55,11 @@ class Model(Section):
         return Path(self.path).expanduser()
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number in `dtype`."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def random(self) -> bool:
         """Whether weights are drawn instead of read."""
         return self.weights == "random"
@@ -96,3 +101,8 @@ class Limits(Section):
     """Waiting jobs beyond this many are answered 429."""
     body_bytes: PositiveInt = 1 << 20
     """Size of a request's body."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the largest sample: one for 16x16 pixels of four frames, and of the first one."""
+        return -(-self.pixels // 256) * ((self.num_frames - 1) // 4 + 1)

@@ -54,6 +54,8 @@ class Stage(Section):
     """What the three stages have in common."""
 
     device: Device = "auto"
+    memory_fraction: float = Field(0.9, gt=0, le=1)
+    """Share of a GPU's memory that each process of the stage may take; less where stages share a GPU."""
     threads: int = Field(0, ge=0)
     """CPU threads of the stage's math in one process; 0 is all cores, shared among the ranks of a group."""
     autoscaling: Autoscaling = Autoscaling()
@@ -114,6 +116,13 @@ class Denoiser(Stage):
     experts: Literal["together", "swap", "split"] = "together"
     """`together`: every rank holds both. `swap`: both in host memory, the one in use on the device as well.
     `split`: two deployments with one expert each, which hand samples over at the boundary."""
+    offload: Literal["none", "cpu", "disk"] = "none"
+    """For devices smaller than an expert, with `experts` `swap` or `split`: where those of its blocks wait that do not
+    stay on the device. `cpu`: in pinned host memory. `disk`: in the files of `model.prepared`, and host memory holds
+    two blocks."""
+    resident_blocks: int | None = Field(None, ge=0)
+    """With `offload`, blocks that stay on the device; two more pass through it. None is as many as leave room for the
+    largest request that `limits` allow."""
     low_noise_autoscaling: Autoscaling | None = None
     """With `experts: split`, of the low-noise expert's replicas; `autoscaling` is then that of the high-noise ones, and
     of both if this is not given."""
@@ -146,6 +155,14 @@ class Denoiser(Stage):
     """Time for the ranks to start and load."""
     shutdown_timeout_s: PositiveFloat = 3600
     """How long a replica that is scaled down or replaced may go on with its samples; at least the longest job."""
+
+    @model_validator(mode="after")
+    def _offload_of_one_expert(self) -> Denoiser:
+        if self.offload != "none" and self.experts == "together":
+            raise ValueError(f"experts is 'together' with offload {self.offload!r}, expected 'swap' or 'split'")
+        if self.resident_blocks is not None and self.offload == "none":
+            raise ValueError(f"resident_blocks is {self.resident_blocks}, expected with offload 'cpu' or 'disk' only")
+        return self
 
 
 class Decoder(Stage):

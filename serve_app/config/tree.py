@@ -58,6 +58,18 @@ class Config(Section):
                 raise ValueError(f"defaults: {option} is {value}, expected at most limits' {most}")
         return self
 
+    @model_validator(mode="after")
+    def _disk_offload_has_files(self) -> Config:
+        if self.denoiser.offload == "disk" and self.model.prepared is None:
+            raise ValueError("denoiser: offload is 'disk', expected with model.prepared, from whose files it reads")
+        return self
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a forward pass."""
+        shared = self.denoiser.tokens_per_step if self.denoiser.samples_per_step > 1 else 0
+        return max(self.limits.tokens, shared, self.denoiser.fuse_guidance_tokens)
+
     @property
     def home_path(self) -> Path:
         """The folder that `home` names, absolute."""

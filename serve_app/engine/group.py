@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from serve_app.engine.rank import Admitted, DeviceBroken, Order, RankActor, Rank
 from serve_app.errors import ServeAppError
 from serve_app.logs import get_logger
 from serve_app.request import Params
+from serve_app.wan.cost import activation_bytes
 from serve_app.wan.mesh import Mesh, default_mesh
 
 if TYPE_CHECKING:
@@ -98,7 +100,8 @@ class Group:
             started = time.monotonic()
             if parallel.mesh is None:
                 seen: Survey = (await group._within(timeout, ranks[0].survey.remote()))[0]
-                group.mesh, why = default_mesh(parallel.size, seen.shape, seen.weight_bytes, seen.device_bytes)
+                work = functools.partial(activation_bytes, seen.shape, config.most_tokens, config.model.itemsize)
+                group.mesh, why = default_mesh(parallel.size, seen.shape, seen.weight_bytes, seen.device_bytes, work)
                 log.info("mesh picked", extra={"mesh": str(group.mesh), "reason": why})
             address, port = (await group._within(timeout, ranks[0].rendezvous.remote()))[0]
             loaded = await group._all("load", address, port, group.mesh, timeout_s=timeout)

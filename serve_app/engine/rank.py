@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from serve_app.compute import is_out_of_memory, pick_device, set_threads
+from serve_app.compute import is_out_of_memory, limit_memory, pick_device, set_threads
 from serve_app.config import Config
 from serve_app.errors import ServeAppError, StateError, one_line
 from serve_app.logs import get_logger
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from serve_app.wan.checkpoint import Expert
     from serve_app.wan.experts import Experts
+    from serve_app.wan.prepared import Prepared
     from serve_app.wan.sample import Sample
+    from serve_app.wan.slots import Slots
 
 log = get_logger(__name__)
 
@@ -76,7 +78,7 @@ class Stepped:
 @dataclass(frozen=True)
 class Survey:
     """What a mesh is picked by: an expert's configuration; bytes of all the weights that a rank would hold, and of its
-    device's memory."""
+    device's memory, as much as it may take."""
 
     shape: dict[str, Any]
     weight_bytes: float
@@ -135,7 +137,6 @@ class Rank:
         import math
 
         import psutil
-        import torch
 
         from serve_app.wan.checkpoint import Checkpoint
 
@@ -146,12 +147,12 @@ class Rank:
             with checkpoint.weights(expert) as weights:
                 sizes.append(sum(math.prod(weights.shape(name)) for name in weights.names()))
         held = max(sizes) if stage.experts == "swap" else sum(sizes)
-        held *= getattr(torch, self._config.model.dtype).itemsize
+        held *= 0 if stage.offload != "none" else self._config.model.itemsize
         device = pick_device(stage.device)
         if device.type == "cuda":
-            memory = float(torch.cuda.get_device_properties(device).total_memory)
+            memory = limit_memory(device, stage.memory_fraction)
         else:  # the host's, which the ranks on it share
-            memory = psutil.virtual_memory().total / stage.parallel.size
+            memory = stage.memory_fraction * psutil.virtual_memory().total / stage.parallel.size
         return Survey(checkpoint.expert_config(experts[0]), float(held), memory)
 
     def load(self, address: str, port: int, mesh: Mesh) -> dict[str, float]:
@@ -187,11 +188,14 @@ class Rank:
         world = init_world(self._rank, mesh, address, port, self._device, timeout_s=stage.start_timeout_s)
         self._dtype = getattr(torch, self._config.model.dtype)
         self._checkpoint = Checkpoint(self._config.model.folder, self._config.model.random)
+        room = limit_memory(self._device, stage.memory_fraction)
         model, prepared = self._config.model, None
         if model.prepared_folder is not None:
             prepared = Prepared(model.prepared_folder, self._checkpoint, world.tensor.size, model.dtype)
+        names = self._wanted or self._checkpoint.experts
+        slots = self._slots(names, room, prepared)
         experts = Experts(
-            self._wanted or self._checkpoint.experts,
+            names,
             lambda name: load_expert(
                 self._checkpoint,
                 name,
@@ -202,9 +206,9 @@ class Rank:
                 stage.attention,
                 stage.compile,
                 prepared,
+                slots,
             ),
-            "swap" if stage.experts == "swap" else "together",
-            self._device,
+            slots,
         )
         self._experts = experts
         # All ranks hold the same samples, so one of them saves.
@@ -346,6 +350,31 @@ class Rank:
             device_mib=device_mib,
             weights_mib=0.0 if self._experts is None else self._experts.device_bytes / 2**20,
         )
+
+    def _slots(self, names: tuple[Expert, ...], room: float, prepared: Prepared | None) -> Slots | None:
+        """Where blocks take turns on the device; None where all of them stay there.
+
+        Args:
+            room: bytes that this process may take of the device.
+        """
+        from serve_app.wan.block_store import FileBlocks, HostBlocks
+        from serve_app.wan.cost import activation_bytes
+        from serve_app.wan.pieces import outside_bytes
+        from serve_app.wan.slots import Slots
+
+        stage = self._config.denoiser
+        if stage.offload == "none":
+            # Both experts of a CPU are in host memory anyway.
+            swap = stage.experts == "swap" and self._device.type != "cpu"
+            return Slots(self._device, HostBlocks(self._device)) if swap else None
+        config, tokens = self._checkpoint.expert_config(names[0]), self._config.most_tokens
+        work: float = activation_bytes(config, tokens, self._dtype.itemsize, self._mesh)
+        work += (stage.parked_memory_mib + stage.text_memory_mib * len(names)) * 2**20
+        for name in names:
+            with self._checkpoint.weights(name) as weights:
+                work += outside_bytes(weights, self._dtype)
+        store = FileBlocks(self._device) if stage.offload == "disk" else HostBlocks(self._device)
+        return Slots(self._device, store, stage.resident_blocks, room - work)
 
     def _start(self, params: Params, positive: Any, negative: Any, name: str) -> Sample:
         from serve_app.wan.sample import Sample

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from ray import serve
 
-from serve_app.compute import MathThread, is_out_of_memory, pick_devices
+from serve_app.compute import MathThread, is_out_of_memory, limit_memory, pick_devices
 from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
@@ -63,6 +63,8 @@ class Decoder:
         self._revision = checkpoint.revision
         self._math = MathThread(stage.threads)
         device, *others = pick_devices(stage.device, stage.devices)
+        for one in (device, *others):
+            limit_memory(one, stage.memory_fraction)
         dtype, tile_bytes = getattr(torch, config.model.vae_dtype), stage.tile_memory_mib * 2**20
         self._decoder = self._math.call(VideoDecoder, checkpoint, device, dtype, others, tile_bytes)
         self._storage = Storage(config.storage_options)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from ray import serve
 
-from serve_app.compute import MathThread, pick_device
+from serve_app.compute import MathThread, limit_memory, pick_device
 from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
@@ -44,10 +44,12 @@ class Encoder:
         stage = config.encoder
         started = time.monotonic()
         self._math = MathThread(stage.threads)
+        device = pick_device(stage.device)
+        limit_memory(device, stage.memory_fraction)
         self._encoder = self._math.call(
             TextEncoder,
             Checkpoint(config.model.folder, config.model.random),
-            pick_device(stage.device),
+            device,
             getattr(torch, config.model.dtype),
         )
         if stage.warmup:

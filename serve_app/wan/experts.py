@@ -1,4 +1,4 @@
-"""The experts of one rank, and where their weights are while they are not in use.
+"""The experts of one rank, by name, and which one is at hand.
 
 Knows nothing of samples.
 """
@@ -6,41 +6,27 @@ Knows nothing of samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
 
-import torch
 from torch import nn
 
 from serve_app.wan.checkpoint import Expert
+from serve_app.wan.slots import Slots
 
 
 class Experts:
-    """Loaded experts by name.
+    """Loaded experts.
 
     Args:
         names: which ones.
-        load: makes one, on the device.
-        placement: `together`: all stay on the device. `swap`: all are kept in pinned host memory, and the one in use
-            has a copy on the device. On a CPU, whose memory is the host's, both are the same.
+        load: makes one, its blocks in `slots` if there are any.
+        slots: device memory that the blocks take turns in; None where all of them stay there.
     """
 
     def __init__(
-        self,
-        names: Iterable[Expert],
-        load: Callable[[Expert], nn.Module],
-        placement: Literal["together", "swap"],
-        device: torch.device,
+        self, names: Iterable[Expert], load: Callable[[Expert], nn.Module], slots: Slots | None = None
     ) -> None:
-        self._device = device
-        self._models: dict[Expert, nn.Module] = {}
-        self._host: dict[Expert, list[torch.Tensor]] = {}
-        self._current: Expert | None = None
-        self._swap = placement == "swap" and device.type != "cpu"
-        for name in names:
-            self._models[name] = load(name)
-            if self._swap:
-                self._host[name] = [p.data.cpu().pin_memory() for p in self._models[name].parameters()]
-                self._release(name)
+        self._slots = slots
+        self._models: dict[Expert, nn.Module] = {name: load(name) for name in names}
 
     @property
     def names(self) -> tuple[Expert, ...]:
@@ -49,26 +35,18 @@ class Experts:
 
     @property
     def device_bytes(self) -> int:
-        """Memory of all parameters that are on the device."""
-        parameters = (p for model in self._models.values() for p in model.parameters())
-        return sum(p.nbytes for p in parameters if p.device.type == self._device.type)
+        """Memory of all weights on the device."""
+        storages = (p.untyped_storage() for model in self._models.values() for p in model.parameters())
+        # Blocks that take turns have the same memory.
+        return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
     def use(self, name: Expert) -> nn.Module:
-        """An expert, ready on the device."""
-        if self._swap and name != self._current:
-            if self._current is not None:
-                self._release(self._current)
-            for parameter, host in zip(self._models[name].parameters(), self._host[name], strict=True):
-                parameter.data = host.to(self._device, non_blocking=True)
-            self._current = name
+        """An expert, whose blocks are on the device by the time they run."""
+        if self._slots is not None:
+            self._slots.use(name)
         return self._models[name]
 
     def forget_texts(self) -> None:
         """Free what is kept of the texts of the last steps."""
         for model in self._models.values():
             model.text_memory.clear()  # type: ignore[operator, union-attr]
-
-    def _release(self, name: Expert) -> None:
-        """Free the device's copy. The host's is the original: weights do not change."""
-        for parameter, host in zip(self._models[name].parameters(), self._host[name], strict=True):
-            parameter.data = host

@@ -5,6 +5,7 @@ Knows neither torch nor Ray: sizes and indices only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, get_args
@@ -14,9 +15,6 @@ from serve_app.errors import ConfigError
 AxisName = Literal["guidance", "sequence", "tensor"]
 AXES: tuple[AxisName, ...] = get_args(AxisName)
 """The slowest-changing first: tensor parallelism talks most, so its ranks are neighbours."""
-
-_FREE = 0.1
-"""Share of a device that stays free."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,13 @@ class Mesh:
         return stride
 
 
-def default_mesh(ranks: int, config: dict[str, Any], weight_bytes: float, device_bytes: float) -> tuple[Mesh, str]:
+def default_mesh(
+    ranks: int,
+    config: dict[str, Any],
+    weight_bytes: float,
+    device_bytes: float,
+    work_bytes: Callable[[Mesh], float] = lambda mesh: 0.0,
+) -> tuple[Mesh, str]:
     """The mesh for so many ranks, and why.
 
     Guidance first, since its halves meet once a step only, over the prediction. Then as much tensor parallelism as the
@@ -97,7 +101,8 @@ def default_mesh(ranks: int, config: dict[str, Any], weight_bytes: float, device
     Args:
         config: of an expert.
         weight_bytes: of all that one rank would hold of the weights without tensor parallelism.
-        device_bytes: memory of each rank's device.
+        device_bytes: of each rank's device, as much as the rank may take.
+        work_bytes: what a step takes beside the weights on a rank of a mesh.
 
     Raises:
         ConfigError: so many ranks cannot share the model.
@@ -116,8 +121,7 @@ def default_mesh(ranks: int, config: dict[str, Any], weight_bytes: float, device
             f"denoiser.parallel.ranks has value {ranks}, expected one that the model's "
             f"{config['num_attention_heads']} heads and feed-forward width {config['ffn_dim']} can be shared by"
         )
-    room = (1 - _FREE) * device_bytes
-    fitting = [mesh for mesh in meshes if weight_bytes / mesh.tensor < room]
+    fitting = [mesh for mesh in meshes if weight_bytes / mesh.tensor + work_bytes(mesh) < device_bytes]
     # Where none fits, the most tensor parallelism comes closest; loading then says what is missing.
     chosen = (
         max(fitting, key=lambda mesh: (mesh.guidance, mesh.sequence))
@@ -126,8 +130,9 @@ def default_mesh(ranks: int, config: dict[str, Any], weight_bytes: float, device
     )
     gib = 2**30
     why = (
-        f"{weight_bytes / gib:.1f} GiB of weights, {weight_bytes / gib / chosen.tensor:.1f} a rank, "
-        f"{'fit' if fitting else 'do not fit'} on devices of {device_bytes / gib:.0f} GiB with a tenth free; guidance "
-        "before sequence, and as little tensor as that takes"
+        f"{weight_bytes / gib:.1f} GiB of weights, {weight_bytes / gib / chosen.tensor:.1f} a rank, beside "
+        f"{work_bytes(chosen) / gib:.1f} for a step, "
+        f"{'fit' if fitting else 'do not fit'} into the {device_bytes / gib:.1f} GiB of a device that it may take; "
+        "guidance before sequence, and as little tensor as that takes"
     )
     return chosen, why

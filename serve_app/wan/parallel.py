@@ -23,6 +23,7 @@ from serve_app.wan.prepared import Prepared
 from serve_app.wan.random_weights import RandomWeights
 from serve_app.wan.rotary import Rotary
 from serve_app.wan.sequence import Tokens
+from serve_app.wan.slots import Slots
 from serve_app.wan.text_memory import TextMemory
 from serve_app.wan.weights import Weights
 from serve_app.wan.world import Axis, World
@@ -43,6 +44,7 @@ def load_expert(
     attention: KernelName | Literal["auto"] = "auto",
     compiled: bool = False,
     prepared: Prepared | None = None,
+    slots: Slots | None = None,
 ) -> nn.Module:
     """An expert, or this rank's shard of it, ready to run.
 
@@ -56,6 +58,7 @@ def load_expert(
         compiled: compile the blocks. What they compute changes by rounding.
         prepared: where each rank's shard is a file of its own, made for this tensor-parallel size and this dtype.
             Without it the rank reads its slices of the checkpoint's weights.
+        slots: where the blocks take turns on the device; not given, all of them stay there.
 
     Raises:
         ConfigError: the mesh does not fit the heads or the feed-forward width.
@@ -87,6 +90,10 @@ def load_expert(
         else:
             parts = pieces(shapes, weights, 0, 1, dtype)
             _check_dtypes(parts, weights)
+        if slots is not None:
+            blocks = [part for part in parts if part.name.startswith("blocks.")]
+            slots.take(expert, list(model.blocks), blocks, weights)
+            parts = [part for part in parts if not part.name.startswith("blocks.")]
         _fill(model, weights, parts, device)
     # Not part of a checkpoint: computed from the configuration.
     rope = WanRotaryPosEmbed(model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len)

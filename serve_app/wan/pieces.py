@@ -5,6 +5,7 @@ Knows the model and the scheme by which DeepSpeed cuts it, but needs no group: `
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ class Piece:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Of it."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def pieces(
     shapes: Mapping[str, tuple[int, ...]], weights: Weights, rank: int, size: int, dtype: torch.dtype
@@ -76,8 +82,6 @@ def pieces(
     Raises:
         CheckpointError: the weights are not those of such a model.
     """
-    # Called by the name that diffusers' own loader goes by: a part of the path, not a substring.
-    float32 = set(WanTransformer3DModel._keep_in_fp32_modules)
     missing = weights.names()
     found = []
     for name, shape in shapes.items():
@@ -92,10 +96,22 @@ def pieces(
                 f"{weights.where}: the tensor {name!r} has shape {weights.shape(name)}, expected {tuple(expected)}"
             )
         start = 0 if dim is None else rank * shape[dim]
-        target = torch.float32 if float32.intersection(name.split(".")) else dtype
-        found.append(Piece(name, dim or 0, start, start + shape[dim or 0], shape, target))
+        found.append(Piece(name, dim or 0, start, start + shape[dim or 0], shape, _dtype_of(name, dtype)))
     # Present in files of the image-to-video sibling, without a place in the model; diffusers ignores it as well.
     missing = {name for name in missing if "norm_added_q" not in name}
     if missing:
         raise CheckpointError(f"{weights.where}: the tensor {min(missing)!r} is not expected by config.json")
     return found
+
+
+def outside_bytes(weights: Weights, dtype: torch.dtype) -> int:
+    """Memory of an expert's parameters that are not in blocks, which each rank has all of."""
+    names = (name for name in weights.names() if not name.startswith("blocks."))
+    return sum(math.prod(weights.shape(name)) * _dtype_of(name, dtype).itemsize for name in names)
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """That of a parameter in a model whose others are `dtype`."""
+    # Called by the name that diffusers' own loader goes by: a part of the path, not a substring.
+    float32 = set(WanTransformer3DModel._keep_in_fp32_modules)
+    return torch.float32 if float32.intersection(name.split(".")) else dtype

@@ -31,13 +31,19 @@ class RandomWeights(Weights):
         self._device = device
 
     def read(
-        self, name: str, dim: int = 0, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None
+        self,
+        name: str,
+        dim: int = 0,
+        start: int = 0,
+        stop: int | None = None,
+        dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
+        check: bool = True,
     ) -> torch.Tensor:
-        """The slice `start:stop` of a tensor along `dim`, on the device."""
+        """The slice `start:stop` of a tensor along `dim`, on the device, or in `out`."""
         whole = _draw(name, torch.empty(self.shape(name), device=self._device))
-        return whole.narrow(dim, start, (whole.shape[dim] if stop is None else stop) - start).to(
-            dtype or self.dtype(name), copy=True
-        )
+        part = whole.narrow(dim, start, (whole.shape[dim] if stop is None else stop) - start)
+        return part.to(dtype or self.dtype(name), copy=True) if out is None else out.copy_(part)
 
 
 def randomise(module: nn.Module) -> None:

@@ -194,5 +194,7 @@ def _free(device: torch.device) -> float:
     """Bytes that a decode may take there, whoever else uses the device."""
     if device.type != "cuda":
         return math.inf
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return _SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - reserved
+    return _SHARE * (min(free, allowed) + reserved - torch.cuda.memory_allocated(device))

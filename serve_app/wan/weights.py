@@ -105,7 +105,14 @@ class Weights:
         return self._entries[name].file.name, self._entries[name].offset
 
     def read(
-        self, name: str, dim: int = 0, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None
+        self,
+        name: str,
+        dim: int = 0,
+        start: int = 0,
+        stop: int | None = None,
+        dtype: torch.dtype | None = None,
+        out: torch.Tensor | None = None,
+        check: bool = True,
     ) -> torch.Tensor:
         """The slice `start:stop` of a tensor along `dim`, on the CPU.
 
@@ -114,6 +121,8 @@ class Weights:
         Args:
             dtype: of the result, that of the file if not given. Conversion goes through a buffer that all reads share,
                 so that memory holds the result alone, and is not left in holes of the size of the file's tensors.
+            out: where to; contiguous, of the result's shape and dtype.
+            check: whether to compare the checksum, where there is one.
 
         Raises:
             CheckpointError: the file ends too early, or the tensor is not what its checksum says.
@@ -129,14 +138,15 @@ class Weights:
         # A whole tensor is one run of bytes, a slice has one run for each index of the dimensions before it.
         runs = math.prod(shape[:dim]) if stop - start < size else 1
         length = math.prod(shape) * entry.dtype.itemsize // max(1, runs)
-        out = torch.empty(shape, dtype=dtype or entry.dtype)
+        if out is None:
+            out = torch.empty(shape, dtype=dtype or entry.dtype)
         flat = out.view(-1)
         # Without a conversion the result itself is the buffer.
         buffer = flat.view(torch.uint8) if out.dtype == entry.dtype else self._conversion_buffer()
         view = memoryview(buffer.numpy().data)
         file = self._file(entry.file)
         filled = written = crc = 0
-        checksum = self._checksums.get(name) if stop - start == size else None
+        checksum = self._checksums.get(name) if check and stop - start == size else None
         for run in range(runs):
             offset = entry.offset + (run * size + start) * inner
             done = 0
@@ -152,7 +162,7 @@ class Weights:
                     written, filled = written + len(values), 0
         if checksum is not None and crc != checksum:
             raise CheckpointError(f"{entry.file}: the tensor {name!r} has checksum {crc:08x}, expected {checksum:08x}")
-        return out if entry.shape else out[0]
+        return out if entry.shape else out.view(())
 
     def _conversion_buffer(self) -> torch.Tensor:
         if self._buffer is None:

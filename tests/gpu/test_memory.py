@@ -8,23 +8,34 @@ import pytest
 import torch
 
 from benchmarks.parity import CASES
-from serve_app.wan.checkpoint import Checkpoint
+from serve_app.compute import limit_memory
+from serve_app.wan.block_store import FileBlocks, HostBlocks, host_memory
+from serve_app.wan.checkpoint import Checkpoint, Expert
 from serve_app.wan.experts import Experts
 from serve_app.wan.parallel import load_expert
+from serve_app.wan.prepare import prepare
+from serve_app.wan.prepared import Prepared
 from serve_app.wan.sample import Sample
 from serve_app.wan.sampler import denoise
+from serve_app.wan.slots import Slots
 from serve_app.wan.text import Embedding
 from serve_app.wan.world import World
+from tests import random_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PARAMS = next(iter(CASES.values()))
 
 
-def experts(folder: Path, placement: str) -> Experts:
-    checkpoint, device = Checkpoint(folder), torch.device("cuda", 0)
-    world = World.alone(device)
-    load = lambda name: load_expert(checkpoint, name, world, torch.bfloat16, device)  # noqa: E731
-    return Experts(checkpoint.experts, load, placement, device)  # type: ignore[arg-type]
+DEVICE = torch.device("cuda", 0)
+
+
+def experts(folder: Path, slots: Slots | None = None, prepared: Prepared | None = None) -> Experts:
+    checkpoint, world = Checkpoint(folder), World.alone(DEVICE)
+
+    def load(name: Expert) -> torch.nn.Module:
+        return load_expert(checkpoint, name, world, torch.bfloat16, DEVICE, prepared=prepared, slots=slots)
+
+    return Experts(checkpoint.experts, load, slots)
 
 
 def sample(folder: Path) -> Sample:
@@ -43,7 +54,7 @@ class Using(dict[str, torch.nn.Module]):
 
 
 def test_a_sample_that_leaves_the_device_and_comes_back_after_each_step_is_the_same(checkpoint: Path) -> None:
-    both = Using(experts(checkpoint, "together"))
+    both = Using(experts(checkpoint))
     expected = denoise(both, sample(checkpoint))
 
     def away_and_back(one: Sample) -> None:
@@ -55,10 +66,44 @@ def test_a_sample_that_leaves_the_device_and_comes_back_after_each_step_is_the_s
     assert torch.equal(denoise(both, sample(checkpoint), away_and_back), expected)
 
 
-def test_experts_that_take_turns_hold_half_and_give_the_same(checkpoint: Path) -> None:
-    together = experts(checkpoint, "together")
-    expected = denoise(Using(together), sample(checkpoint))
-    swap = experts(checkpoint, "swap")
-    assert swap.device_bytes == 0
-    assert torch.equal(denoise(Using(swap), sample(checkpoint)), expected)
-    assert swap.device_bytes == together.device_bytes // 2
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with more layers than pass through at once."""
+    return random_checkpoint.write(tmp_path_factory.mktemp("deep"), layers=9)
+
+
+@pytest.mark.parametrize("staying", [None, 0, 4])
+def test_blocks_in_host_memory_that_take_turns(deep: Path, staying: int | None) -> None:
+    expected = denoise(Using(experts(deep)), sample(deep))
+    slots = Slots(DEVICE, HostBlocks(DEVICE), staying)
+    those = Using(experts(deep, slots))
+    assert slots.device_bytes < experts(deep).device_bytes * 0.55
+    for _ in range(3):
+        assert torch.equal(denoise(those, sample(deep)), expected)
+
+
+def test_blocks_in_files_that_take_turns(deep: Path, tmp_path: Path) -> None:
+    expected = denoise(Using(experts(deep)), sample(deep))
+    checkpoint = Checkpoint(deep)
+    prepare(checkpoint, tmp_path / "out", 1, "bfloat16")
+    prepared = Prepared(tmp_path / "out", checkpoint, 1, "bfloat16")
+    those = Using(experts(deep, Slots(DEVICE, FileBlocks(DEVICE), 2), prepared))
+    for _ in range(3):
+        assert torch.equal(denoise(those, sample(deep)), expected)
+
+
+def test_memory_for_blocks_is_pinned_and_no_larger_than_they_are() -> None:
+    memory = host_memory(12345, DEVICE)
+    assert memory.is_pinned()
+    assert memory.untyped_storage().nbytes() == 12345
+
+
+def test_a_process_stays_within_its_share_of_the_device() -> None:
+    whole = torch.cuda.get_device_properties(DEVICE).total_memory
+    try:
+        allowed = limit_memory(DEVICE, 0.1)
+        assert allowed == pytest.approx(0.1 * whole)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(int(0.2 * whole), dtype=torch.uint8, device=DEVICE)
+    finally:
+        limit_memory(DEVICE, 1.0)

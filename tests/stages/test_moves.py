@@ -64,8 +64,9 @@ def test_all_placements_of_the_experts_give_the_same_video_and_split_halves_the_
         return min(rank["weights_mib"] for rank in ranks)
 
     videos, memory = {}, {}
-    for placement in ("together", "swap", "split"):
-        app = deploy(denoiser={"experts": placement})
+    turns = {"offload": "cpu", "resident_blocks": 0}
+    for placement, more in {"together": {}, "swap": turns, "split": {}}.items():
+        app = deploy(denoiser={"experts": placement, **more})
         names = ["Denoiser"] if placement != "split" else ["HighNoiseDenoiser", "LowNoiseDenoiser"]
         memory[placement] = [weights(name) for name in names]
         video = Video(app, seed=1)
@@ -75,6 +76,7 @@ def test_all_placements_of_the_experts_give_the_same_video_and_split_halves_the_
         steps = [app.handle(name).describe.remote().result()["steps"] for name in names]
         assert sum(steps) == 6 and all(steps), "both experts had something to do"
     assert videos["together"] == videos["swap"] == videos["split"]
+    assert memory["swap"][0] < 0.7 * memory["together"][0]
     assert memory["split"][0] == pytest.approx(memory["together"][0] / 2)
     assert memory["split"][1] == pytest.approx(memory["together"][0] / 2)
 

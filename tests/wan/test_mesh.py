@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.errors import ConfigError
+from serve_app.wan.cost import activation_bytes
 from serve_app.wan.mesh import AXES, Mesh, default_mesh
 
 A14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
@@ -49,7 +51,7 @@ def test_a_mesh_that_does_not_fit(mesh: Mesh, changes: dict[str, Any], message: 
     [
         (1, 57, 140, Mesh()),
         (2, 57, 140, Mesh(guidance=2)),
-        (2, 57, 60, Mesh(tensor=2)),  # both halves of guidance would need all weights
+        (2, 57, 54, Mesh(tensor=2)),  # both halves of guidance would need all weights
         (4, 57, 140, Mesh(guidance=2, sequence=2)),
         (4, 57, 48, Mesh(guidance=2, tensor=2)),
         (4, 57, 24, Mesh(tensor=4)),
@@ -65,6 +67,14 @@ def test_the_mesh_that_is_picked(ranks: int, weights_gib: float, device_gib: flo
     assert ("do not fit" in why) == (weights_gib / expected.tensor > device_gib)
 
 
+def test_a_step_needs_room_beside_the_weights() -> None:
+    work = functools.partial(activation_bytes, A14B, 75_600, 2)
+    mesh, why = default_mesh(2, A14B, 57 * GIB, 60 * GIB, work)
+    assert mesh == Mesh(tensor=2)
+    assert "57.0 GiB of weights, 28.5 a rank, beside 5.3 for a step, fit into the 60.0 GiB" in why
+    assert default_mesh(2, A14B, 57 * GIB, 64 * GIB, work)[0] == Mesh(guidance=2)
+
+
 def test_ranks_that_cannot_share_the_model() -> None:
     with pytest.raises(ConfigError, match=r"denoiser\.parallel\.ranks has value 3, expected one that the model's 40"):
         default_mesh(3, A14B, 57 * GIB, 140 * GIB)
@@ -75,6 +85,6 @@ def test_a_picked_mesh_has_the_ranks_and_fits_where_one_does(ranks: int, weights
     mesh, _ = default_mesh(ranks, A14B, weights * GIB, device * GIB)
     mesh.check(A14B)
     assert mesh.ranks == ranks
-    if weights / mesh.tensor >= 0.9 * device:  # then no other would have: all the others have less of it
+    if weights / mesh.tensor >= device:  # then no other would have: all the others have less of it
         smallest = max(t for t in range(1, ranks + 1) if ranks % t == 0 and 40 % t == 0 and 13824 % t == 0)
-        assert weights / smallest >= 0.9 * device
+        assert weights / smallest >= device
