@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,19 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
-from benchmarks.parity import CASES
+from benchmarks.parity import CASES, run_ranks
 from serve_app.errors import CheckpointError, ConfigError
 from serve_app.wan.block_store import BlockStore, FileBlocks, HostBlocks
 from serve_app.wan.checkpoint import Checkpoint, Expert
 from serve_app.wan.experts import Experts
 from serve_app.wan.generate import Generator
+from serve_app.wan.mesh import Mesh
 from serve_app.wan.parallel import load_expert
 from serve_app.wan.prepare import prepare
 from serve_app.wan.prepared import Prepared
 from serve_app.wan.sampler import advance
 from serve_app.wan.slots import PASSING, Slots
-from serve_app.wan.world import World
+from serve_app.wan.world import World, init_world
 from tests import random_checkpoint
 
 CPU = torch.device("cpu")
@@ -89,11 +92,15 @@ def storage(block: Any) -> int:
     return next(iter(block.parameters())).untyped_storage().data_ptr()
 
 
-def experts(folder: Path, slots: Slots, prepared: Prepared | None = None) -> Experts:
-    checkpoint, alone = Checkpoint(folder), World.alone(CPU)
+def experts(
+    folder: Path, slots: Slots, prepared: Prepared | None = None, world: World | None = None, compiled: bool = False
+) -> Experts:
+    checkpoint, place = Checkpoint(folder), world or World.alone(CPU)
 
     def load(name: Expert) -> torch.nn.Module:
-        return load_expert(checkpoint, name, alone, torch.float32, CPU, prepared=prepared, slots=slots)
+        return load_expert(
+            checkpoint, name, place, torch.float32, CPU, compiled=compiled, prepared=prepared, slots=slots
+        )
 
     return Experts(checkpoint.experts, load, slots)
 
@@ -213,3 +220,31 @@ def test_no_room_for_blocks_to_pass_through(deep: Path) -> None:
         ConfigError, match=r"^denoiser.memory_fraction leaves 0 MiB for blocks .*, expected [1-9]\d* MiB or more, for 2"
     ):
         experts(deep, Slots(CPU, HostBlocks(CPU), room=-1e9))
+
+
+def test_shards_take_turns_as_well(deep: Path) -> None:
+    run_ranks(_compare, Mesh(tensor=2), deep)
+
+
+def _compare(rank: int, mesh: Mesh, port: int, folder: Path) -> None:
+    """Denoise with and without slots on one group, and fail if a bit differs."""
+    torch.set_num_threads(1)
+    world = init_world(rank, mesh, "127.0.0.1", port, CPU, timeout_s=120)
+    generator = Generator(folder, world=world)
+    those = experts(folder, Slots(CPU, HostBlocks(CPU), 1), world=world)
+    assert torch.equal(denoise(those, generator), generator.latents(CASE))
+    world.close()
+
+
+def test_compiled_blocks_take_turns_without_being_compiled_again(
+    deep: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    try:
+        stay = denoise(experts(deep, Slots(CPU, HostBlocks(CPU)), compiled=True), generator)
+        counters.clear()
+        assert torch.equal(denoise(experts(deep, Slots(CPU, HostBlocks(CPU), 1), compiled=True), generator), stay)
+        assert counters["stats"]["unique_graphs"] == 0
+    finally:
+        torch._dynamo.reset()
