@@ -23,6 +23,8 @@ log = get_logger(__name__)
 
 # Of a GPU's free memory; the work space of convolutions comes out of the rest.
 _SHARE = 0.9
+MORE_AFTER = 16
+"""Decodes in a row that fit, after which larger tiles are tried again: what was short may be there now."""
 
 
 class TiledDecoder:
@@ -35,7 +37,7 @@ class TiledDecoder:
 
     Attributes:
         levels: of the VAE.
-        most_bytes: the same, or less once a tile has not fitted.
+        most_bytes: the same, or less since a tile has not fitted.
         tiles: those that the last decode was made of, in the order in which they were done.
     """
 
@@ -44,7 +46,8 @@ class TiledDecoder:
         # Threads that stay, because libraries keep handles and work space for each.
         self._threads = ThreadPoolExecutor(len(vaes), "tiles") if len(vaes) > 1 else None
         self.levels = self._streams[0].levels
-        self.most_bytes = most_bytes
+        self.most_bytes = self._given = most_bytes
+        self._fitted = 0
         self.tiles: list[Tile] = []
 
     @torch.no_grad()
@@ -66,6 +69,8 @@ class TiledDecoder:
         picture = Picture(self.levels, height, width, len(latents), latents.element_size())
         job = _Job(picture, latents, raw)
         self.tiles = job.done
+        if self._fitted >= MORE_AFTER:
+            self.most_bytes, self._fitted = min(self._given, 2 * self.most_bytes), 0
         bound = min([self.most_bytes, *(_free(stream.device) for stream in self._streams)])
         todo = deque(picture.tiles(bound, len(self._streams)))
         if len(todo) == 1:
@@ -83,6 +88,7 @@ class TiledDecoder:
                 wait(futures)  # all of them, before anything is raised: the next call wants the devices for itself
                 for future in futures:
                     future.result()
+        self._fitted += 1
         return job.result
 
     @torch.no_grad()  # which is a property of the thread
@@ -115,6 +121,7 @@ class TiledDecoder:
         # Not in the handler: the exception keeps the tile's tensors alive.
         if stream.device.type == "cuda":
             torch.cuda.empty_cache()
+        self._fitted = -1  # this decode does not count
         log.warning("a tile did not fit", extra={"rows": tile.rows, "columns": tile.columns, "error": reason})
         if halves := tile.halves():
             self.most_bytes = min(self.most_bytes, max(map(job.picture.bytes, halves)))

@@ -3,7 +3,8 @@
     python -m tests.wan.short_memory MIB
 
 prints, as JSON, for each of two decodes under that limit how many tiles there were in the end, how many did not fit and
-how far the frames are from those made without a limit; or `error`.
+how far the frames are from those made without a limit; and after how many without it tiles are `whole` again. Or
+`error`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from diffusers import AutoencoderKLWan
 
 from serve_app.compute import is_out_of_memory
 from serve_app.wan import cpu_vae
-from serve_app.wan.vae_decode import TiledDecoder
+from serve_app.wan.vae_decode import MORE_AFTER, TiledDecoder
 
 SHAPE = (1, 16, 2, 24, 32)
 
@@ -67,9 +68,15 @@ def main() -> None:
         return
     resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     expected = TiledDecoder([vae()]).decode(latents()).int()
+    whole = 0
+    while len(decoder.tiles) > 1 or not whole:
+        for _ in range(MORE_AFTER):
+            decoder.decode(latents()[..., :8, :8])
+        decoder.decode(latents())
+        whole += MORE_AFTER + 1
     for video, one in zip(videos, told, strict=True):
         one["off"] = int((video.int() - expected).abs().max())
-    print(json.dumps({"decodes": told, "levels": int(expected.max() - expected.min())}))
+    print(json.dumps({"decodes": told, "levels": int(expected.max() - expected.min()), "whole": whole}))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def test_what_does_not_fit_is_cut_and_the_next_decode_begins_with_what_did() -> 
     first, second = told["decodes"]
     assert first["failed"] > 0, "memory was not short"
     assert first["tiles"] > 1
+    assert 0 < told["whole"] <= 100, "larger tiles were not tried again"
     assert (second["failed"], second["tiles"]) == (0, first["tiles"])
     assert max(first["off"], second["off"]) <= 1 and told["levels"] > 100
 
