@@ -125,7 +125,7 @@ class Weights:
             check: whether to compare the checksum, where there is one.
 
         Raises:
-            CheckpointError: the file ends too early, or the tensor is not what its checksum says.
+            CheckpointError: the file cannot be read or ends too early, or the tensor is not what its checksum says.
         """
         entry = self._entries[name]
         shape = list(entry.shape) or [1]
@@ -194,7 +194,10 @@ def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
 def _fill(file: int, view: memoryview, offset: int, path: Path) -> None:
     done = 0
     while done < len(view):
-        count = os.preadv(file, [view[done:]], offset + done)
+        try:
+            count = os.preadv(file, [view[done:]], offset + done)
+        except OSError as error:  # a disk that is broken, a share that is gone
+            raise CheckpointError(f"{path}: cannot be read at byte {offset + done}: {error.strerror}") from None
         if count == 0:
             raise CheckpointError(f"{path}: ended at byte {offset + done}, expected {len(view) - done} more")
         done += count

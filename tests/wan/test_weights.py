@@ -96,6 +96,27 @@ def test_the_checkpoint_as_safetensors_reads_it(checkpoint: Path) -> None:
         assert all(torch.equal(weights.read(name), tensor) for name, tensor in expected.items())
 
 
+def test_what_is_read_into_given_memory(weights: Weights, tensors: dict[str, torch.Tensor]) -> None:
+    for name, dtype in (("matrix", torch.float32), ("matrix", torch.bfloat16), ("half", torch.bfloat16)):
+        out = torch.full((2, tensors[name].shape[1]), 7.0, dtype=dtype)
+        assert weights.read(name, 0, 1, 3, dtype, out=out).data_ptr() == out.data_ptr()
+        assert torch.equal(out, tensors[name][1:3].to(dtype))
+
+
+def test_files_that_change_or_cannot_be_read_are_named(weights: Weights, tmp_path: Path) -> None:
+    file = tmp_path / f"{STEM}.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    with pytest.raises(CheckpointError, match=rf"^{file}: ended at byte {len(whole) - 8}, expected 8 more"):
+        for name in weights.names():
+            weights.read(name)
+    weights.close()
+    file.unlink()
+    file.mkdir()  # can be opened, not read
+    with pytest.raises(CheckpointError, match=rf"^{file}: cannot be read at byte \d+: Is a directory"):
+        weights.read("matrix")
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", (1 << 60).to_bytes(8, "little") + b"{}"])
 def test_not_safetensors(tmp_path: Path, content: bytes) -> None:
     (tmp_path / f"{STEM}.safetensors").write_bytes(content)
