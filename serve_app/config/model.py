@@ -87,6 +87,11 @@ class Defaults(Section):
     """Share of the training timesteps from which on the high-noise expert denoises."""
     negative_prompt: str = WAN_NEGATIVE_PROMPT
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sample of this size."""
+        return _tokens(self.width * self.height, self.num_frames)
+
 
 class Limits(Section):
     """What a request may ask for at most."""
@@ -104,5 +109,10 @@ class Limits(Section):
 
     @property
     def tokens(self) -> int:
-        """Tokens of the largest sample: one for 16x16 pixels of four frames, and of the first one."""
-        return -(-self.pixels // 256) * ((self.num_frames - 1) // 4 + 1)
+        """Tokens of the largest sample."""
+        return _tokens(self.pixels, self.num_frames)
+
+
+def _tokens(pixels: int, frames: int) -> int:
+    """One for 16x16 pixels of four frames, and of the first one."""
+    return -(-pixels // 256) * ((frames - 1) // 4 + 1)

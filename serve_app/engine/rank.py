@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 
     from serve_app.wan.checkpoint import Expert
     from serve_app.wan.experts import Experts
-    from serve_app.wan.prepared import Prepared
     from serve_app.wan.sample import Sample
-    from serve_app.wan.slots import Slots
 
 log = get_logger(__name__)
 
@@ -134,26 +132,21 @@ class Rank:
         Raises:
             CheckpointError: the folder is not a complete model.
         """
-        import math
-
         import psutil
 
+        from serve_app.engine.room import Room
         from serve_app.wan.checkpoint import Checkpoint
 
         stage, checkpoint = self._config.denoiser, Checkpoint(self._config.model.folder)
         experts = self._wanted or checkpoint.experts
-        sizes = []
-        for expert in experts:
-            with checkpoint.weights(expert) as weights:
-                sizes.append(sum(math.prod(weights.shape(name)) for name in weights.names()))
-        held = max(sizes) if stage.experts == "swap" else sum(sizes)
-        held *= 0 if stage.offload != "none" else self._config.model.itemsize
+        # Blocks that pass through leave as much room as there is.
+        held = Room(self._config, checkpoint, experts, Mesh()).weight_bytes if stage.offload == "none" else 0.0
         device = pick_device(stage.device)
         if device.type == "cuda":
             memory = limit_memory(device, stage.memory_fraction)
         else:  # the host's, which the ranks on it share
             memory = stage.memory_fraction * psutil.virtual_memory().total / stage.parallel.size
-        return Survey(checkpoint.expert_config(experts[0]), float(held), memory)
+        return Survey(checkpoint.expert_config(experts[0]), held, memory)
 
     def load(self, address: str, port: int, mesh: Mesh) -> dict[str, float]:
         """Join the group and load this rank's shard of the experts.
@@ -162,13 +155,14 @@ class Rank:
             `seconds` it took and `peak_rss_mib` of the process.
 
         Raises:
-            ConfigError: the mesh does not fit the model.
+            ConfigError: the mesh does not fit the model, or the model not the device.
             CheckpointError: the folder is not a complete model, or the prepared one does not fit or is damaged.
         """
         import resource
 
         import torch
 
+        from serve_app.engine.room import Room
         from serve_app.engine.saver import Saver
         from serve_app.storage import Storage
         from serve_app.wan.checkpoint import Checkpoint
@@ -188,12 +182,12 @@ class Rank:
         world = init_world(self._rank, mesh, address, port, self._device, timeout_s=stage.start_timeout_s)
         self._dtype = getattr(torch, self._config.model.dtype)
         self._checkpoint = Checkpoint(self._config.model.folder, self._config.model.random)
-        room = limit_memory(self._device, stage.memory_fraction)
+        limit = limit_memory(self._device, stage.memory_fraction)
         model, prepared = self._config.model, None
         if model.prepared_folder is not None:
             prepared = Prepared(model.prepared_folder, self._checkpoint, world.tensor.size, model.dtype)
         names = self._wanted or self._checkpoint.experts
-        slots = self._slots(names, room, prepared)
+        slots = Room(self._config, self._checkpoint, names, mesh).slots(limit, self._device)
         experts = Experts(
             names,
             lambda name: load_expert(
@@ -350,31 +344,6 @@ class Rank:
             device_mib=device_mib,
             weights_mib=0.0 if self._experts is None else self._experts.device_bytes / 2**20,
         )
-
-    def _slots(self, names: tuple[Expert, ...], room: float, prepared: Prepared | None) -> Slots | None:
-        """Where blocks take turns on the device; None where all of them stay there.
-
-        Args:
-            room: bytes that this process may take of the device.
-        """
-        from serve_app.wan.block_store import FileBlocks, HostBlocks
-        from serve_app.wan.cost import activation_bytes
-        from serve_app.wan.pieces import outside_bytes
-        from serve_app.wan.slots import Slots
-
-        stage = self._config.denoiser
-        if stage.offload == "none":
-            # Both experts of a CPU are in host memory anyway.
-            swap = stage.experts == "swap" and self._device.type != "cpu"
-            return Slots(self._device, HostBlocks(self._device)) if swap else None
-        config, tokens = self._checkpoint.expert_config(names[0]), self._config.most_tokens
-        work: float = activation_bytes(config, tokens, self._dtype.itemsize, self._mesh)
-        work += (stage.parked_memory_mib + stage.text_memory_mib * len(names)) * 2**20
-        for name in names:
-            with self._checkpoint.weights(name) as weights:
-                work += outside_bytes(weights, self._dtype)
-        store = FileBlocks(self._device) if stage.offload == "disk" else HostBlocks(self._device)
-        return Slots(self._device, store, stage.resident_blocks, room - work)
 
     def _start(self, params: Params, positive: Any, negative: Any, name: str) -> Sample:
         from serve_app.wan.sample import Sample

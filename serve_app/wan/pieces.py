@@ -104,10 +104,14 @@ def pieces(
     return found
 
 
-def outside_bytes(weights: Weights, dtype: torch.dtype) -> int:
-    """Memory of an expert's parameters that are not in blocks, which each rank has all of."""
-    names = (name for name in weights.names() if not name.startswith("blocks."))
-    return sum(math.prod(weights.shape(name)) * _dtype_of(name, dtype).itemsize for name in names)
+def held_bytes(weights: Weights, dtype: torch.dtype, tensor: int) -> dict[str, float]:
+    """Memory of an expert's parameters on one of `tensor` ranks, by name."""
+    return {
+        name: math.prod(weights.shape(name))
+        * _dtype_of(name, dtype).itemsize
+        / (1 if cut_dim(name) is None else tensor)
+        for name in weights.names()
+    }
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import hollow
+from serve_app.config import Config
+from serve_app.engine.room import Room
+from serve_app.errors import ConfigError
+from serve_app.wan.block_store import FileBlocks, HostBlocks
+from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.mesh import Mesh
+from serve_app.wan.slots import Slots
+
+CPU, GPU = torch.device("cpu"), torch.device("meta")  # any that is not a CPU will do
+GB = 1e9
+
+
+@pytest.fixture(scope="module")
+def a14b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hollow.write(tmp_path_factory.mktemp("hollow") / "a14b")
+
+
+ONE = Mesh()
+
+
+def room(folder: Path, mesh: Mesh = ONE, **denoiser: Any) -> Room:
+    size = {"width": 832, "height": 480}
+    config = Config.model_validate(
+        {"model": {"path": str(folder), "prepared": "/x"}, "defaults": size, "denoiser": denoiser}
+    )
+    checkpoint = Checkpoint(folder)
+    experts = checkpoint.experts[:1] if config.denoiser.experts == "split" else checkpoint.experts
+    return Room(config, checkpoint, experts, mesh)
+
+
+def test_weights_of_a14b(a14b: Path) -> None:
+    """14.29 billion parameters in bfloat16 each, of which 0.24 billion are not in blocks."""
+    assert room(a14b).weight_bytes == pytest.approx(57.2 * GB, rel=0.01)
+    assert room(a14b, experts="split").weight_bytes == pytest.approx(28.6 * GB, rel=0.01)
+    assert room(a14b, experts="swap").weight_bytes == pytest.approx(29.1 * GB, rel=0.01)
+    halves = room(a14b, Mesh(tensor=2)).weight_bytes
+    assert 57.2 * GB / 2 < halves < 57.2 * GB / 2 + 1 * GB  # what is outside of blocks is on both
+    assert room(a14b, Mesh(guidance=2, sequence=2)).weight_bytes == room(a14b).weight_bytes
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(a14b: Path) -> None:
+    everything = room(a14b)
+    everything.check(61 * GB)
+    with pytest.raises(
+        ConfigError,
+        match=r"^denoiser\.memory_fraction has value 0\.9, 46\.6 GiB of this GPU, expected 5\d\.\d GiB for weights "
+        r"\(53\.\d\) and a step of 832x480, 81 frames; denoiser\.experts, \.offload and \.parallel\.tensor",
+    ):
+        everything.slots(50 * GB, GPU)
+    room(a14b, Mesh(tensor=2)).check(50 * GB)
+    room(a14b, experts="swap").check(50 * GB)
+    with pytest.raises(ConfigError, match=r"18\.6 GiB of this GPU, expected 29\.9"):
+        room(a14b, experts="swap").check(20 * GB)
+
+
+def test_where_blocks_wait(a14b: Path) -> None:
+    assert room(a14b).slots(float("inf"), GPU) is None
+    assert room(a14b, experts="split").slots(float("inf"), GPU) is None
+    assert room(a14b, experts="swap").slots(float("inf"), CPU) is None
+    for offload, store in (("cpu", HostBlocks), ("disk", FileBlocks)):
+        slots = room(a14b, experts="swap", offload=offload).slots(40 * GB, CPU)
+        assert isinstance(slots, Slots) and isinstance(slots._store, store)
+        # Of 40 GB: less the largest request (720p, 161 frames), texts, waiting samples and what is not in blocks.
+        left = 40 - 13.2 - 2 * 1.07 - 4.29 - 0.97
+        assert slots._room / GB == pytest.approx(left, abs=0.3)
