@@ -23,13 +23,26 @@ from serve_app.jobs.keys import Limits as KeyLimits
 from serve_app.jobs.keys import Scope
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
+from tests.gateway.sites import sdk, site
 from tests.jobs.databases import postgres_url, store, store_url
 from tests.jobs.disks import small_disk
 from tests.jobs.fakes import FakePipeline, until
 from tests.jobs.links import link_to
 from tests.shapes import A14B
 
-__all__ = ["Server", "client", "held", "link_to", "postgres_url", "server", "small_disk", "store", "store_url"]
+__all__ = [
+    "Server",
+    "client",
+    "held",
+    "link_to",
+    "postgres_url",
+    "sdk",
+    "server",
+    "site",
+    "small_disk",
+    "store",
+    "store_url",
+]
 
 
 @dataclass
