@@ -12,7 +12,7 @@ from serve_app.jobs.notice.outbox import Outbox
 from serve_app.jobs.notice.outcome import Outcome
 from serve_app.jobs.notice.tables import Delivery, Event
 from serve_app.jobs.store import JobStore
-from tests.jobs.fakes import PARAMS
+from tests.jobs.fakes import PARAMS, until
 from tests.jobs.notice.receiver import Receiver, receiving
 from tests.jobs.notice.sending import Notify, completed, deliveries, ended, events, failed, listen
 from tests.jobs.running import OPTIONS
@@ -135,6 +135,11 @@ async def test_what_is_old_is_forgotten(store: JobStore, endpoints: Endpoints, n
         notifier = notify()
         await completed(store)
         await completed(store, owner="nobody listens")
+
+        async def distributed() -> bool:
+            return all(event.distributed for event in await events(store))
+
+        await until(distributed)
         await ended(store)
         outbox = Outbox(store.database, [0])
         assert await outbox.forget(3600) == 0
