@@ -72,7 +72,7 @@ def wan(args: dict[str, Any]) -> Application:
 
 
 def gateway(args: dict[str, Any]) -> Application:
-    """HTTP ingress and dispatcher.
+    """HTTP ingress and dispatcher. Of the model they need no more than its shape, and that for estimates alone.
 
     Raises:
         ConfigError: an option that cannot work.
@@ -93,7 +93,15 @@ def gateway(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         max_constructor_retry_count=_STARTS,
-    ).bind(config, dispatcher)
+    ).bind(config, dispatcher, _expert(config))
+
+
+def _expert(config: Config) -> dict[str, Any] | None:
+    """The configuration of the model's experts; None where its folder cannot be read, which `wan` refuses."""
+    try:
+        return _checkpoint(config).expert_config("transformer")
+    except ConfigError:
+        return None
 
 
 def _checkpoint(config: Config) -> Checkpoint:

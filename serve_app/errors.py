@@ -1,4 +1,6 @@
-"""The few exception types that cross modules. Every message is one line that a user can act on."""
+"""The few exception types that cross modules. Every message is one line that a user can act on, without passwords."""
+
+import re
 
 
 class ServeAppError(Exception):
@@ -36,6 +38,13 @@ class CheckpointError(ServeAppError):
 
 class StateError(ServeAppError):
     """A saved sample cannot be continued here. The message names what was found and what was expected."""
+
+
+def without_password(url: str) -> str:
+    """A URL for people, with `***` for whatever may be a password: in front of the host, also where it holds signs that
+    it should not and ends elsewhere for a parser, and in the query."""
+    shown = re.sub(r"(//[^:/]*):.*@" if "//" in url else r"^([^:@]*):.*@", r"\1:***@", url, flags=re.DOTALL)
+    return re.sub(r"([?&]pass\w*=)[^&]*", r"\1***", shown, flags=re.IGNORECASE)
 
 
 def one_line(error: BaseException) -> str:

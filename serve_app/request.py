@@ -84,11 +84,6 @@ class Params(BaseModel):
         return ((self.num_frames - 1) // 4 + 1, self.height // 8, self.width // 8)
 
     @property
-    def work(self) -> float:
-        """Pixels that are denoised, over all frames, steps and halves of guidance: a coarse measure of its cost."""
-        return float(self.width * self.height * self.num_frames * self.num_inference_steps * (1 + self.guided))
-
-    @property
     def seconds(self) -> float:
         """Length of the video."""
         return self.num_frames / self.fps

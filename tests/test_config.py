@@ -70,6 +70,10 @@ def test_storage() -> None:
         ({"denoiser": {"parallel": {"tensr": 1}}}, "unknown option 'denoiser.parallel.tensr', did you mean 'tensor'?"),
         ({"mail": {"host": "h", "sender": "a@b.test", "prot": 1}}, "unknown option 'mail.prot', did you mean 'port'?"),
         ({"storage": "s3://bucket"}, "args: storage has value 's3://bucket', expected a mapping"),
+        (
+            {"store": "postgresql://me:secret@db/wan"},
+            "args: store has value 'postgresql://me:***@db/wan', expected a m",
+        ),
         ({"storage": None}, "args: storage has value None, expected a mapping"),
         ({"storage": {"url": "gs://b"}}, "storage: url has value 'gs://b', expected a folder or s3://bucket/prefix"),
         ({"storage": {"url": "s3://"}}, "storage: url has value 's3://', expected s3://bucket or s3://bucket/prefix"),

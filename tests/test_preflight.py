@@ -18,14 +18,19 @@ import psutil
 import pytest
 import yaml
 
+from serve_app import config
 from serve_app.config import Config, Storage, Store, validate
+from serve_app.errors import without_password
 from serve_app.preflight import preflight
+from tests.jobs.brokers import SERVER as BROKER
+from tests.jobs.brokers import queue_options
 from tests.jobs.databases import SERVER, postgres_url
 from tests.jobs.disks import Disk, small_disk
+from tests.jobs.private_postgres import PASSWORD, USER, strict_postgres
 from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server
 from tests.test_deployment import BIN, REPOSITORY, free_port
 
-__all__ = ["postgres_url", "small_disk"]
+__all__ = ["postgres_url", "queue_options", "small_disk", "strict_postgres"]
 
 Args = dict[str, Any]
 Change = Callable[[Args, Args], object]
@@ -93,10 +98,24 @@ def test_postgresql(file: Callable[[Change], Path], postgres_url: str, silent: i
         (f"{SERVER.rpartition('/')[0]}/no_such_database", 'cannot be opened: database "no_such_database" does not'),
         ("postgres//me:secret@db/wan", "has value 'postgres//me:***@db/wan', expected postgresql://"),
         ("postgresql://me:secret@db:port/wan", "has value 'postgresql://me:***@db:port/wan', expected postgresql://"),
+        ("postgresql://me:se@secret@127.0.0.1:1/wan", "has value 'postgresql://me:***@127.0.0.1:1/wan': cannot be"),
+        ("postgresql://127.0.0.1:1/wan?password=secret", "has value 'postgresql://127.0.0.1:1/wan?password=***': "),
     ):
         path = file(lambda _, args, url=url: args.update(store={"url": url}))
         line = refused("up", path, "--own-ray")
         assert line.startswith("store.url has value '") and said in line, line
+
+
+async def test_a_password_that_postgresql_refuses(
+    file: Callable[[Change], Path], tmp_path: Path, strict_postgres: int
+) -> None:
+    server = f"127.0.0.1:{strict_postgres}/postgres"
+    path = file(lambda _, args: args.update(store={"url": f"postgresql://{USER}:secret@{server}"}))
+    said = f'cannot be opened: password authentication failed for user "{USER}"'
+    for command in (("up", path, "--own-ray"), ("jobs", "status", "--config", path)):
+        assert refused(*command) == f"store.url has value 'postgresql://{USER}:***@{server}': {said}"
+    right = Store(url=f"postgresql://{USER}:{PASSWORD}@{server}")
+    assert await preflight(Config(home=str(tmp_path), store=right, storage=Storage(min_free_mib=0))) == []
 
 
 def test_s3(file: Callable[[Change], Path], s3_server: S3Server, silent: int) -> None:
@@ -135,6 +154,17 @@ def test_rabbitmq(file: Callable[[Change], Path]) -> None:
     assert refused("up", path, "--own-ray") == "queue.url has value '', expected amqp://user:password@host:5672/vhost"
     line = refused("up", path, "--own-ray", WAN_SERVE_QUEUE_URL="http://me:secret@mq")
     assert line == "queue.url has no URL of RabbitMQ, expected amqp://user:password@host:5672/vhost"
+
+
+async def test_a_password_that_rabbitmq_refuses(
+    file: Callable[[Change], Path], tmp_path: Path, queue_options: config.Queue
+) -> None:
+    """Unlike one that is away, which comes back: this one never would."""
+    url = BROKER.replace(":guest@", ":secret@")
+    path = file(lambda _, args: args.update(queue={"transport": "rabbitmq"}))
+    line = refused("up", path, "--own-ray", WAN_SERVE_QUEUE_URL=url)
+    assert line == f"queue.url has value '{without_password(url)}': the broker refused this user and password"
+    assert await preflight(Config(home=str(tmp_path), queue=queue_options, storage=Storage(min_free_mib=0))) == []
 
 
 async def test_a_broker_that_is_away_keeps_nobody_from_starting(tmp_path: Path, silent: int) -> None:

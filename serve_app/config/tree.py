@@ -16,7 +16,7 @@ from serve_app.config.notice import Mail, Webhooks
 from serve_app.config.section import Section
 from serve_app.config.stages import Decoder, Denoiser, Encoder, Pipeline
 from serve_app.config.storage import Storage
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, without_password
 
 T = TypeVar("T", bound=Section)
 
@@ -146,7 +146,7 @@ def _explain(section: type[Section], error: Any, where: str) -> str:
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown option {option!r}{_instead(section, error['loc'])}"
     subject = f"{where}: {option}" if option else where
-    value = "" if isinstance(error["input"], dict) else f" has value {error['input']!r}"
+    value = "" if isinstance(error["input"], dict) else f" has value {without_password(repr(error['input']))}"
     said = error["msg"].removeprefix("Value error, ")
     if error["type"] == "model_type":
         said = "Input should be a mapping"

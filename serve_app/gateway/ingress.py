@@ -20,7 +20,10 @@ from serve_app.gateway.schemas import Variant
 from serve_app.gateway.service import Videos
 from serve_app.jobs.deployment import alive_hosts, broker, check_hosts, starting
 from serve_app.jobs.store import JobStore
+from serve_app.logs import get_logger
 from serve_app.storage import Storage
+
+logger = get_logger(__name__)
 
 
 @serve.deployment(name="gateway")
@@ -31,20 +34,26 @@ class Gateway:
     Args:
         config: all options.
         dispatcher: has `wake()`.
+        expert: the configuration of the experts that are served. Without it nothing is said of how long jobs wait.
     """
 
-    async def __init__(self, config: Config, dispatcher: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: Config, dispatcher: DeploymentHandle, expert: dict[str, Any] | None = None
+    ) -> None:
         self._config = config
         self._dispatcher = dispatcher
         with starting():
             check_hosts(config, alive_hosts())
             self._broker = broker(config)
-            self._store = JobStore.of(config, self._broker)
+            self._store = JobStore.of(config, self._broker, expert)
             await self._store.start()
             self._storage = Storage(config.storage_options)
             await self._storage.check()
         if self._broker is not None:
             self._broker.start()
+        if expert is None:
+            where = f"model.path has value {config.model.path!r}, which could not be read where this was deployed"
+            logger.warning("no estimates of jobs that wait", extra={"reason": where})
         self._videos = Videos(config, self._store, self._storage, self._wake)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

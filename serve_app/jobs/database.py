@@ -7,7 +7,6 @@ only write lock from its first statement on.
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -19,7 +18,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, without_password
 from serve_app.jobs.schema import migrate
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
@@ -43,15 +42,15 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
+        self._said = said = f"store.url has value {without_password(url)!r}"
         try:
             parsed = make_url(url)
         except (ArgumentError, ValueError):  # ValueError: a port that is no number
-            shown = re.sub(r"//([^:/@]*):.*@", r"//\1:***@", url)
-            raise ConfigError(f"store.url has value {shown!r}, expected postgresql://user@host:5432/database") from None
+            raise ConfigError(f"{said}, expected postgresql://user@host:5432/database") from None
         backend = parsed.get_backend_name()
         memory = backend == "sqlite" and parsed.database in (None, "", ":memory:")
         if backend not in _DRIVERS or memory:
-            raise ConfigError(f"store.url has value '{parsed!s}', expected a file of SQLite or a PostgreSQL database")
+            raise ConfigError(f"{said}, expected a file of SQLite or a PostgreSQL database")
         self._url = parsed.set(drivername=_DRIVERS[backend])
         self._sqlite = backend == "sqlite"
         self._engine: AsyncEngine | None = None
@@ -79,13 +78,13 @@ class Database:
         try:
             self._engine = await self._open()
         except ImportError as error:
-            raise ConfigError(f"store.url has value '{self._url!s}': needs the package {error.name!r}") from None
+            raise ConfigError(f"{self._said}: needs the package {error.name!r}") from None
         except TimeoutError:
             reason = f"no answer within {_CONNECT_S} s"
-            raise ConfigError(f"store.url has value '{self._url!s}': cannot be opened: {reason}") from None
+            raise ConfigError(f"{self._said}: cannot be opened: {reason}") from None
         except (SQLAlchemyError, OSError) as error:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-            raise ConfigError(f"store.url has value '{self._url!s}': cannot be opened: {reason}") from error
+            raise ConfigError(f"{self._said}: cannot be opened: {reason}") from error
 
     async def _open(self) -> AsyncEngine:
         if self._sqlite:

@@ -1,7 +1,8 @@
 """How long jobs take, from what the last ones took. Nothing is said where nothing was measured.
 
-Work is counted in `Params.work`. It leaves out that attention grows faster than the number of pixels, so a job's own
-time is taken from jobs of like size where there are any.
+Work is TFLOP, as `serve_app.wan.cost` counts them for the model that is served. A job's time has parts that do not
+grow with it (encoding, decoding, the wait for a group), so its own is taken from jobs of like size where there are any.
+A job whose work is not known is taken for an average one of those that were measured.
 """
 
 from __future__ import annotations
@@ -45,10 +46,15 @@ class Pace:
         return sum(job.work for job in self.finished) / busy if busy > 0 else None
 
     @property
+    def typical_work(self) -> float:
+        """Of a job; 0 if none is known."""
+        return sum(job.work for job in self.finished) / max(len(self.finished), 1)
+
+    @property
     def seconds_per_job(self) -> float | None:
         """How often a job ends while there is work; None if it is not known."""
         work_per_s = self.work_per_s
-        return sum(job.work for job in self.finished) / len(self.finished) / work_per_s if work_per_s else None
+        return self.typical_work / work_per_s if work_per_s else None
 
     def seconds_left(self, ahead: float, work: float, begins_in_s: float = 0.0) -> float | None:
         """Until a job is done that waits.
@@ -67,27 +73,37 @@ class Pace:
 
 
 async def measure(session: AsyncSession) -> Pace:
-    """From the jobs that completed last, without those that needed several attempts."""
+    """From the jobs that completed last, without those that needed several attempts or whose work is not known."""
     rows = await session.execute(
         select(Job.work, Job.started_at, Job.completed_at)
-        .where(Job.status == "completed", Job.attempt == 1, Job.work > 0)
+        .where(Job.status == "completed", Job.attempt == 1)
         .order_by(Job.completed_at.desc())
         .limit(_RECENT)
     )
+    # Unknown work is left out here: the database might read its whole history to find as many that are known.
     return Pace(
-        [Finished(work, began, ended) for work, began, ended in rows if began is not None and ended is not None]
+        [
+            Finished(work, began, ended)
+            for work, began, ended in rows
+            if work is not None and began is not None and ended is not None
+        ]
     )
 
 
-async def work_ahead(session: AsyncSession, job: Job) -> float:
-    """Of the jobs that run, what is left, and of those that wait in front of this one, counted as in `position`."""
-    running = select(func.sum(Job.work * (100 - Job.progress) / 100.0)).where(Job.status == "in_progress")
+async def work_ahead(session: AsyncSession, job: Job, typical: float) -> float:
+    """Of the jobs that run, what is left, and of those that wait in front of this one, counted as in `position`.
+
+    Args:
+        typical: work of a job whose own is not known.
+    """
+    work = func.coalesce(Job.work, typical)
+    running = select(func.sum(work * (100 - Job.progress) / 100.0)).where(Job.status == "in_progress")
     waits = Job.status == "queued"
-    before = select(func.count(), func.sum(Job.work)).where(
+    before = select(func.count(), func.sum(work)).where(
         waits, Job.owner == job.owner, tuple_(Job.turn, Job.id) < (job.turn, job.id)
     )
     count, own = (await session.execute(before)).one()
     nth = func.row_number().over(partition_by=Job.owner, order_by=(Job.turn, Job.id)).label("nth")
-    others = select(Job.work, nth).where(waits, or_(Job.owner < job.owner, Job.owner > job.owner)).subquery()
+    others = select(work.label("work"), nth).where(waits, or_(Job.owner < job.owner, Job.owner > job.owner)).subquery()
     theirs = select(func.sum(others.c.work)).where(others.c.nth <= count + 1)
     return (await session.scalar(running) or 0.0) + (own or 0.0) + (await session.scalar(theirs) or 0.0)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from serve_app import config
-from serve_app.errors import ConfigError, one_line
+from serve_app.errors import ConfigError, one_line, without_password
 from serve_app.jobs.tables import id_time
 from serve_app.logs import get_logger
 
@@ -38,7 +38,7 @@ class RabbitMQ:
     """One connection to the broker, made anew whenever it is lost.
 
     Args:
-        url: of the broker. It is not shown anywhere, for it holds a password.
+        url: of the broker. It is not shown anywhere but without its password.
         options: the name of the queue, and how long an announcement may take.
 
     Raises:
@@ -75,13 +75,21 @@ class RabbitMQ:
         self._task = asyncio.create_task(self._keep(), name="rabbitmq")
 
     async def away(self) -> str | None:
-        """Why the broker cannot be reached now; None if it can."""
+        """Why the broker cannot be reached now; None if it can.
+
+        Raises:
+            ConfigError: it refuses the user or the password, which will be no better later.
+        """
         from aio_pika import connect
+        from aio_pika.exceptions import AuthenticationError, ProbableAuthenticationError
 
         try:
             connection = await connect(self._url, timeout=_CONNECT_S)
         except TimeoutError:
             return f"no answer within {_CONNECT_S:g} s"
+        except (AuthenticationError, ProbableAuthenticationError):
+            said = f"queue.url has value {without_password(self._url)!r}"
+            raise ConfigError(f"{said}: the broker refused this user and password") from None
         except Exception as error:
             return one_line(error)
         await _closed(connection)

@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect
 
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, without_password
 
 _FOLDER = Path(__file__).parent / "migrations"
 # The table that every version has had, also those from before there were revisions.
@@ -37,7 +37,7 @@ def migrate(connection: Connection) -> None:
     scripts = ScriptDirectory.from_config(config)
     heads = MigrationContext.configure(connection).get_current_heads()
     known = {script.revision for script in scripts.walk_revisions()}
-    url = connection.engine.url.render_as_string()  # without the password
+    url = without_password(str(connection.engine.url))
     unknown = [revision for revision in heads if revision not in known]
     if unknown:
         newest = scripts.get_current_head()

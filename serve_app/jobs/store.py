@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from sqlalchemy import func, or_, select, text, tuple_
 from sqlalchemy.exc import IntegrityError
@@ -26,6 +26,7 @@ from serve_app.jobs.switches import Switches
 from serve_app.jobs.tables import Job, id_time, new_id
 from serve_app.jobs.upkeep import Upkeep
 from serve_app.request import Params, Urgency
+from serve_app.wan.cost import video_tflop
 
 _WHENEVER = Urgency()
 # Between two looks at the jobs that ended last, in seconds.
@@ -79,6 +80,8 @@ class JobStore(Leases, Upkeep, Switches):
         retention: of jobs that end here; the defaults if None.
         announcer: told of jobs that are created here. Without one, dispatchers find them when they next look.
         ranks: of the groups that they are made for, for GPU-seconds.
+        expert: the configuration of the experts that they are made for, for estimates. Without it the jobs that are
+            created here have no known work.
 
     Raises:
         ConfigError: the URL cannot be read, or names another kind of database.
@@ -92,17 +95,19 @@ class JobStore(Leases, Upkeep, Switches):
         retention: Retention | None = None,
         announcer: Announcer | None = None,
         ranks: int = 1,
+        expert: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(Database(url), late_outputs_s, retention or Retention())
         self.keys = Keys(self._db)
         self._patience = patience or Patience()
         self._announcer = announcer
         self._ranks = ranks
+        self._expert = expert
         self._pace = Pace()
         self._pace_at = float("-inf")
 
     @classmethod
-    def of(cls, config: Config, announcer: Announcer | None = None) -> JobStore:
+    def of(cls, config: Config, announcer: Announcer | None = None, expert: dict[str, Any] | None = None) -> JobStore:
         """The store that a configuration names.
 
         Raises:
@@ -117,6 +122,7 @@ class JobStore(Leases, Upkeep, Switches):
             config.retention,
             announcer,
             config.denoiser.parallel.size,
+            expert,
         )
 
     @property
@@ -171,7 +177,7 @@ class JobStore(Leases, Upkeep, Switches):
             owner=owner,
             model=model,
             params=params.model_dump(),
-            work=params.work,
+            work=None if self._expert is None else video_tflop(self._expert, params),
             ranks=self._ranks,
             idempotency_key=None if idempotency is None else idempotency.key,
             request_digest=None if idempotency is None else idempotency.digest,
@@ -315,7 +321,8 @@ class JobStore(Leases, Upkeep, Switches):
             return None
         async with self._db.read() as session:
             begins_in_s = job.not_before - await self._db.clock(session)
-            return pace.seconds_left(await work_ahead(session, job), job.work, begins_in_s)
+            ahead = await work_ahead(session, job, pace.typical_work)
+            return pace.seconds_left(ahead, job.work or pace.typical_work, begins_in_s)
 
     async def pace(self) -> Pace:
         """How fast jobs are done at the moment, looked up every few seconds however many ask."""

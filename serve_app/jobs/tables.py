@@ -59,8 +59,8 @@ class Job(Base):
     model: Mapped[str]
     params: Mapped[dict[str, Any]]
     """A `serve_app.request.Params` as JSON."""
-    work: Mapped[float] = mapped_column(default=0.0)
-    """`Params.work`: what estimates count in."""
+    work: Mapped[float | None]
+    """TFLOP of its denoising (`serve_app.wan.cost.video_tflop`); empty if whoever created it did not know the model."""
     ranks: Mapped[int] = mapped_column(default=1)
     """Of the groups it is made for: a second of denoising is as many GPU-seconds."""
     remixed_from: Mapped[str | None] = mapped_column(String(64))

@@ -1,14 +1,40 @@
-"""What a denoising step costs, from the shape of the model alone: floating-point operations and bytes.
+"""What denoising costs, from the shape of the model alone: floating-point operations and bytes.
 
 Knows neither devices nor what was measured on them. Needs no torch.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from serve_app.request import Params
 from serve_app.wan.checkpoint import MAX_TOKENS
 from serve_app.wan.mesh import Mesh
+
+
+def latent_tokens(config: dict[str, Any], latent_shape: Sequence[int]) -> int:
+    """Tokens of one sample after patching.
+
+    Args:
+        config: of an expert.
+        latent_shape: frames, height and width.
+    """
+    return math.prod(side // patch for side, patch in zip(latent_shape, config["patch_size"], strict=True))
+
+
+def video_tflop(config: dict[str, Any], params: Params) -> float:
+    """TFLOP, 10^12 floating-point operations, of all denoising steps of a video, with both halves of its guidance.
+
+    Both experts of a checkpoint are taken to be of one shape. The text encoder, whose part is the same for every video,
+    and the VAE are left out.
+
+    Args:
+        config: of an expert.
+    """
+    tokens = latent_tokens(config, params.latent_shape)
+    return params.num_inference_steps * step_flops(config, tokens, params.guided) / 1e12
 
 
 def step_flops(config: dict[str, Any], tokens: int, guided: bool) -> float:

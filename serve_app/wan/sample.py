@@ -15,6 +15,7 @@ from diffusers import UniPCMultistepScheduler
 
 from serve_app.request import Params
 from serve_app.wan.checkpoint import Checkpoint, Expert
+from serve_app.wan.cost import latent_tokens
 from serve_app.wan.text import Embedding, pad
 
 
@@ -78,7 +79,6 @@ class Sample:
         # Timesteps stay on the CPU: which expert is next would otherwise cost a wait for the GPU.
         scheduler.set_timesteps(params.num_inference_steps)
         scheduler.set_begin_index(0)
-        frames, height, width = (side // patch for side, patch in zip(shape[2:], config["patch_size"], strict=True))
         return cls(
             params=params,
             latents=noise.to(device),
@@ -86,7 +86,7 @@ class Sample:
             negative=pad(negative)[None].to(device, dtype) if params.guided and negative is not None else None,
             scheduler=scheduler,
             boundary=params.boundary_ratio * checkpoint.num_train_timesteps if checkpoint.has_two_experts else None,
-            tokens=frames * height * width,
+            tokens=latent_tokens(config, params.latent_shape),
             name=name,
         )
 

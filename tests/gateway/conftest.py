@@ -23,12 +23,26 @@ from serve_app.jobs.keys import Limits as KeyLimits
 from serve_app.jobs.keys import Scope
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
+from tests.gateway.sites import sdk, site
 from tests.jobs.databases import postgres_url, store, store_url
 from tests.jobs.disks import small_disk
 from tests.jobs.fakes import FakePipeline, until
 from tests.jobs.links import link_to
+from tests.shapes import A14B
 
-__all__ = ["Server", "client", "held", "link_to", "postgres_url", "server", "small_disk", "store", "store_url"]
+__all__ = [
+    "Server",
+    "client",
+    "held",
+    "link_to",
+    "postgres_url",
+    "sdk",
+    "server",
+    "site",
+    "small_disk",
+    "store",
+    "store_url",
+]
 
 
 @dataclass
@@ -92,7 +106,7 @@ async def server(tmp_path: Path, auth: Auth, storage_options: StorageOptions) ->
         limits=Limits(pixels=512 * 288, num_frames=81, queued_jobs=30, body_bytes=50_000),
         dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2, running_jobs=8),
     )
-    store, storage = JobStore(config.store_url, 0.2), Storage(config.storage_options)
+    store, storage = JobStore(config.store_url, 0.2, expert=A14B), Storage(config.storage_options)
     await store.start()
     pipeline = FakePipeline(storage)
     dispatcher = Dispatcher(store, storage, pipeline, config.dispatcher)

@@ -12,6 +12,7 @@ import pytest
 
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Base
+from tests.shapes import A14B
 
 SERVER = os.environ.get("WAN_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/test")
 
@@ -69,7 +70,8 @@ async def _emptied(url: str) -> str:
 async def store(store_url: str, request: pytest.FixtureRequest) -> AsyncIterator[JobStore]:
     """A started store without jobs."""
     # Files that a run stores after its end: at once in a folder, later in S3.
-    store = JobStore(store_url, late_outputs_s=2 if request.config.getoption("--slow") else 0.2)
+    late_outputs_s = 2 if request.config.getoption("--slow") else 0.2
+    store = JobStore(store_url, late_outputs_s, expert=A14B)
     await store.start()
     async with store._db.write() as session:
         for table in Base.metadata.sorted_tables:

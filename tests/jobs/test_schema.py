@@ -10,11 +10,14 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, text
 
 from serve_app.errors import ConfigError
+from serve_app.events import Done
 from serve_app.jobs import keys  # noqa: F401 (its table is part of the metadata)
 from serve_app.jobs.notice import tables as notices  # noqa: F401 (its tables are part of the metadata)
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Base
+from serve_app.request import Urgency
 from tests.jobs.fakes import PARAMS
+from tests.shapes import A14B
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +80,35 @@ async def test_an_older_schema_is_brought_up_to_date(empty_url: str, monkeypatch
     job = await again.create(PARAMS, "wan")
     assert await again.get(job.id) is not None
     await again.close()
+
+
+async def test_work_in_pixels_is_forgotten(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate that took pixels for TFLOP would be off by orders of magnitude."""
+    monkeypatch.setattr("serve_app.jobs.store._PACE_S", 0)
+
+    async def complete(store: JobStore) -> None:
+        job = await store.claim("me", 60)
+        assert job is not None and await store.complete(job.id, 1, Done({}, {}, 1))
+
+    store = JobStore(empty_url)
+    await store.start()
+    old = [await store.create(PARAMS, "wan") for _ in range(3)]
+    await complete(store)
+    await execute(store, "UPDATE jobs SET work = 294912", "UPDATE alembic_version SET version_num = '0001'")
+    await store.close()
+
+    store = JobStore(empty_url, expert=A14B)
+    await store.start()
+    for job in old:
+        found = await store.get(job.id)
+        assert found is not None and found.work is None and found.params == PARAMS.model_dump()
+    assert await store.seconds_left(old[2]) is None
+    new = await store.create(PARAMS, "wan", Urgency(priority="interactive"))
+    await complete(store)
+    await execute(store, f"UPDATE jobs SET started_at = 100, completed_at = 110 WHERE id = '{new.id}'")
+    assert await store.seconds_left(old[1]) == pytest.approx(10)
+    assert await store.seconds_left(old[2]) == pytest.approx(20)
+    await store.close()
 
 
 STARTER = """

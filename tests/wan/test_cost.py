@@ -4,13 +4,12 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from serve_app.wan.cost import activation_bytes, step_flops
+from serve_app.wan.cost import activation_bytes, latent_tokens, step_flops, video_tflop
 from serve_app.wan.generate import Generator
 from serve_app.wan.mesh import Mesh
 from serve_app.wan.sampler import advance
+from tests.shapes import A14B
 from tests.wan.test_sampler import BASE, Params
-
-A14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -34,6 +33,11 @@ def test_flops_are_those_that_torch_counts(
 
 def test_a_720p_clip_of_a14b_is_13_pflop_a_step() -> None:
     assert step_flops(A14B, 75_600, guided=True) == pytest.approx(13e15, rel=0.05)
+    size = {"width": 1280, "height": 720, "num_frames": 81, "num_inference_steps": 40}
+    params = Params(**{**BASE.model_dump(), **size, "guidance_scale": 4.0})
+    assert latent_tokens(A14B, params.latent_shape) == 75_600
+    assert video_tflop(A14B, params) == pytest.approx(40 * 13e3, rel=0.05)
+    assert video_tflop(A14B, params.model_copy(update={"guidance_scale": 1.0})) == video_tflop(A14B, params) / 2
 
 
 def test_activations_of_a14b_are_near_what_was_measured() -> None:
