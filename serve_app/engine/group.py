@@ -193,7 +193,8 @@ class Group:
         """Results of a call on every rank; an error counts as the group's own unless a rank is gone."""
         tasks = [asyncio.ensure_future(_value(reference)) for reference in references]
         done, late = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        if late and any(task.exception() for task in done):
+        # Where a rank has died the others' answers decide nothing: they may be waiting for it in a collective.
+        if late and any(task.exception() for task in done) and not any(_is_dead(task.exception()) for task in done):
             more, late = await asyncio.wait(late, timeout=_STRAGGLER_S)
             done |= more
         for task in late:
@@ -221,6 +222,10 @@ async def _value(reference: Awaitable[Any]) -> Any:
         raise error.cause if isinstance(error.cause, ServeAppError) else error from None
     except GetTimeoutError as error:
         raise GroupLost(str(error)) from error
+
+
+def _is_dead(error: BaseException | None) -> bool:
+    return isinstance(error, RayActorError | DeviceBroken)
 
 
 def _host_died(error: RayActorError) -> bool:
