@@ -277,6 +277,7 @@ class Rank:
             refused=refused,
         )
 
+    @ray.method(enable_task_events=False)  # work beside every step, to say what `describe` counts anyway
     def step(self, order: list[Any]) -> list[Any]:
         """Advance some samples, all of one cohort, by one step.
 
