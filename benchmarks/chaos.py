@@ -1,11 +1,14 @@
 """Jobs under random faults on a cluster of several hosts: is any lost, wrong, or made twice, and how long is each away?
 
-    sudo python -m benchmarks.chaos [--jobs 60] [--faults 30] [--seed 0]
+    sudo python -m benchmarks.chaos [--jobs 60] [--faults 30] [--seed 0] [--only "rank killed"]
 
 Needs what `cluster.dev` needs for network namespaces, and redis-server. Jobs of several kinds (lengths, sizes,
 languages, classes, seeds) are kept in the queue; a fault strikes at random moments, one after the other, each once the
 last one is mended and some job has made progress since. Every video is compared with that of an undisturbed run of the
 same request, which it must equal to the bit: no forward pass is shared here. Prints markdown tables.
+
+How long a job is away has two parts: until the first job that lost its attempt is in a group again, and then until its
+own turn comes among the others, by class and work left.
 """
 
 from __future__ import annotations
@@ -50,7 +53,18 @@ class Struck:
     at: float
     steps: dict[str, tuple[int, int]]
     """Of those jobs the attempt and the step that they had."""
+    attempts: dict[str, int]
+    """Of all jobs that were open."""
     back: dict[str, float] = field(default_factory=dict)
+    first: float | None = None
+    """Seconds until any of the open jobs was in a group with a later attempt."""
+
+    def resumed(self, videos: dict[str, dict[str, Any]]) -> bool:
+        """Whether any of the open jobs is, or was, in a group with a later attempt."""
+        return any(
+            videos[name]["attempts"] > attempt and videos[name]["stage"] != "encode" and videos[name]["step"]
+            for name, attempt in self.attempts.items()
+        )
 
 
 class Jobs:
@@ -105,7 +119,7 @@ def frames(serving: Serving, video_id: str) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def run(cluster: Cluster, serving: Serving, jobs: int, faults: int, seed: int) -> None:
+def run(cluster: Cluster, serving: Serving, jobs: int, faults: int, seed: int, only: list[str]) -> None:
     rng = random.Random(seed)
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     references = []
@@ -115,8 +129,7 @@ def run(cluster: Cluster, serving: Serving, jobs: int, faults: int, seed: int) -
         references.append(frames(serving, video["id"]))
         say(f"undisturbed {kind}: {video['timings']['total']:.1f} s")
 
-    names = [name for _ in range(faults // len(FAULTS) + 1) for name in FAULTS]
-    plan = names[: len(FAULTS) * (faults // len(FAULTS))] + rng.sample(list(FAULTS), faults % len(FAULTS))
+    plan = only * (faults // len(only)) + rng.sample(only, faults % len(only))
     rng.shuffle(plan)
     state, submitted = Jobs(serving), 0
     struck: list[Struck] = []
@@ -130,6 +143,8 @@ def run(cluster: Cluster, serving: Serving, jobs: int, faults: int, seed: int) -
         state.look()
         now = time.monotonic()
         for one in struck:
+            if one.first is None and one.resumed(state.now):
+                one.first = now - one.at
             for name, (attempt, step) in one.steps.items():
                 video = state.now[name]
                 ended = video["status"] in ("completed", "failed")
@@ -137,6 +152,8 @@ def run(cluster: Cluster, serving: Serving, jobs: int, faults: int, seed: int) -
                 if name not in one.back and (ended or (further and video["step"] > 0)):
                     one.back[name] = now - one.at
                     progressed = True
+                    which = f"{video['priority']}, kind {state.kinds[name]}"
+                    say(f"{now - began:6.1f} s  {one.name}: {which} back after {one.back[name]:.1f}, first {one.first}")
         if mending and now >= mending[0]:
             mend = FAULTS[mending[1]].mend
             assert mend is not None
@@ -145,7 +162,8 @@ def run(cluster: Cluster, serving: Serving, jobs: int, faults: int, seed: int) -
         if plan and not mending and progressed and now >= next_fault and state.denoising():
             name = plan.pop()
             hit = strike(name, cluster, rng)
-            struck.append(Struck(name, time.monotonic(), state.denoising()))
+            attempts = {video: state.now[video]["attempts"] for video in state.open()}
+            struck.append(Struck(name, time.monotonic(), state.denoising(), attempts))
             say(f"{now - began:6.1f} s  {name}: {hit}; {len(state.open())} jobs open, {submitted} submitted")
             if FAULTS[name].mend:
                 mending = (time.monotonic() + FAULTS[name].after_s, name, hit)
@@ -181,13 +199,17 @@ def report(state: Jobs, struck: list[Struck], references: list[np.ndarray], seco
     for one in struck:
         by_name[one.name].append(one)
     print("Seconds from the blow to the next step of a job that was being denoised then:\n")
-    print("| fault | times | jobs hit | median | worst |")
-    print("|---|---|---|---|---|")
+    print("| fault | times | first lost attempt resumed, median | worst | jobs hit | each, median | worst |")
+    print("|---|---|---|---|---|---|---|")
     for name in FAULTS:
         waits = [wait for one in by_name[name] for wait in one.back.values()]
+        firsts = [one.first for one in by_name[name] if one.first is not None]
         if waits:
-            row = f"{len(by_name[name])} | {len(waits)} | {statistics.median(waits):.1f} | {max(waits):.1f}"
-            print(f"| {name} | {row} |")
+            first, each = (
+                f"{statistics.median(seconds):.1f} | {max(seconds):.1f}" if seconds else "- | -"
+                for seconds in (firsts, waits)
+            )
+            print(f"| {name} | {len(by_name[name])} | {first} | {len(waits)} | {each} |")
 
 
 def main() -> None:
@@ -195,6 +217,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=60)
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT")
     options = parser.parse_args()
     labels = {1: {"pool": "gpu"}, 2: {"pool": "gpu"}}
     with (
@@ -216,7 +239,7 @@ def main() -> None:
         serving = Serving(cluster, folder, write(folder / "checkpoint"), changes)
         try:
             serving.wait_ready()
-            run(cluster, serving, options.jobs, options.faults, options.seed)
+            run(cluster, serving, options.jobs, options.faults, options.seed, options.only)
         finally:
             serving.stop()
 

@@ -70,6 +70,8 @@ class Engine:
             costly_switch=stage.experts == "swap",
         )
         self._flights: dict[str, _Flight] = {}
+        self._coming: set[asyncio.Future[None]] = set()
+        """Done when a sample that the ranks were asked to take has been taken, or not."""
         self._seats = Seats(stage.resident_samples)
         self._stepping: list[Entry] = []
         self._yielding: str | None = None
@@ -117,17 +119,27 @@ class Engine:
         """
         if self.reason is not None:
             raise Leaving(self.reason)
-        ticket = admission.ticket
+        coming = asyncio.get_running_loop().create_future()
+        self._coming.add(coming)
         try:
-            admitted = await self._group.admit(
-                ticket.id, ticket.params, admission.positive, admission.negative, admission.state
-            )
-            if ticket.id not in self._seats:
-                await self._group.drop([ticket.id])
-                raise JobFailed("cancelled", f"sample {ticket.id} was left before it began")
+            await self._take(admission)
         except GroupLost as error:
             self.lose(error)
             raise JobFailed("group_lost", str(error), retryable=True) from error
+        finally:
+            self._coming.discard(coming)
+            coming.set_result(None)
+
+    async def _take(self, admission: Admission) -> None:
+        ticket = admission.ticket
+        admitted = await self._group.admit(
+            ticket.id, ticket.params, admission.positive, admission.negative, admission.state
+        )
+        if self.reason is not None:  # who is inside has heard it; who comes after that must hear it too
+            raise GroupLost(self.reason)
+        if ticket.id not in self._seats:
+            await self._group.drop([ticket.id])
+            raise JobFailed("cancelled", f"sample {ticket.id} was left before it began")
         if admitted.refused is not None:
             log.warning("saved state not used", extra={"job": ticket.id, "reason": admitted.refused})
         entry = Entry(
@@ -202,6 +214,10 @@ class Engine:
             self._stepping = []
             began = time.monotonic()
             try:
+                if self._coming:
+                    # Ranks take who comes as soon as their step ends. Ordering the next one before they have answered
+                    # would leave those samples out of it, and a step of others can be long.
+                    await asyncio.wait(self._coming)
                 await self._move_away()
                 now = time.time()
                 self._stepping = stepping = self._scheduler.pick(now)

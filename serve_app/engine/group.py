@@ -8,7 +8,6 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,7 +147,8 @@ class Group:
             Exception: what the step raised on every rank; the group is still in step.
         """
         # Every rank has the same latents to the bit, so what one says of them holds for all.
-        return (await self._all("step", order))[0]
+        seconds, failed = (await self._all("step", [order.advance, order.park, order.save]))[0]
+        return Stepped(seconds, failed)
 
     async def save(self, sample_id: str) -> bytes:
         """A sample's state, for another group to continue."""
@@ -192,38 +192,37 @@ class Group:
         references = [getattr(rank, method).remote(*args) for rank in self._ranks]
         return await self._within(timeout_s or self._step_timeout_s, *references)
 
-    async def _within(self, timeout_s: float, *references: Awaitable[Any]) -> list[Any]:
+    async def _within(self, timeout_s: float, *references: Any) -> list[Any]:
         """Results of a call on every rank; an error counts as the group's own unless a rank is gone."""
-        tasks = [asyncio.ensure_future(_value(reference)) for reference in references]
-        done, late = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        if late and any(task.exception() for task in done):
+        answers = [asyncio.wrap_future(reference.future()) for reference in references]
+        done, late = await asyncio.wait(answers, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        # Where a rank has died the others' answers decide nothing: they may be waiting for it in a collective.
+        failed = [error for answer in done if (error := answer.exception())]
+        if late and failed and not any(isinstance(_cause(error), RayActorError | DeviceBroken) for error in failed):
             more, late = await asyncio.wait(late, timeout=_STRAGGLER_S)
             done |= more
-        for task in late:
-            task.cancel()
-        errors = [error for task in tasks if task in done and (error := task.exception())]
+        for answer in late:
+            answer.cancel()
+        errors = [_cause(error) for answer in answers if answer in done and (error := answer.exception())]
         for error in errors:
             if isinstance(error, RayActorError):
                 raise GroupLost(f"a rank died: {_first_line(error)}", host=_host_died(error)) from error
             if isinstance(error, DeviceBroken):
                 raise GroupLost(f"a rank's device failed: {error}") from error
-        if errors and (late or len(errors) < len(tasks)):
+        if errors and (late or len(errors) < len(answers)):
             raise GroupLost(f"the ranks are out of step: {_first_line(errors[0])}") from errors[0]
         if errors:
             raise errors[0]
         if late:
-            raise GroupLost(f"{len(late)} of {len(tasks)} ranks did not answer within {timeout_s:.0f} s")
-        return [task.result() for task in tasks]
+            raise GroupLost(f"{len(late)} of {len(answers)} ranks did not answer within {timeout_s:.0f} s")
+        return [answer.result() for answer in answers]
 
 
-async def _value(reference: Awaitable[Any]) -> Any:
-    try:
-        return await reference
-    except RayTaskError as error:
-        # What was raised there is the cause; the wrapper only adds where.
-        raise error.cause if isinstance(error.cause, ServeAppError) else error from None
-    except GetTimeoutError as error:
-        raise GroupLost(str(error)) from error
+def _cause(error: BaseException) -> BaseException:
+    """What was raised on the rank; Ray's wrapper only adds where."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, ServeAppError):
+        return error.cause
+    return GroupLost(str(error)) if isinstance(error, GetTimeoutError) else error
 
 
 def _host_died(error: RayActorError) -> bool:

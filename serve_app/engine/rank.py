@@ -275,8 +275,16 @@ class Rank:
             refused=refused,
         )
 
-    def step(self, order: Order) -> Stepped:
-        """Advance the samples of `order`, all of one cohort, by one step.
+    @ray.method(enable_task_events=False)  # work beside every step, to say what `describe` counts anyway
+    def step(self, order: list[Any]) -> list[Any]:
+        """Advance some samples, all of one cohort, by one step.
+
+        Args:
+            order: the fields of an `Order`. Plain lists and mappings, for pickling classes to and fro was a tenth of
+                what is added to every step.
+
+        Returns:
+            The fields of a `Stepped`.
 
         Raises:
             OutOfMemory: the step did not fit; nothing has changed.
@@ -287,12 +295,13 @@ class Rank:
         from serve_app.wan.sampler import NotFinite, advance
 
         assert self._experts is not None
+        advancing, parked, saved = order
         started = self._busy_since = time.monotonic()
         failed: dict[str, str] = {}
         try:
-            for sample_id in order.park:
+            for sample_id in parked:
                 self._move(sample_id, torch.device("cpu"))
-            samples = [self._move(sample_id, self._device) for sample_id in order.advance]
+            samples = [self._move(sample_id, self._device) for sample_id in advancing]
             advance(self._experts.use(samples[0].expert), samples, self._config.denoiser.fuse_guidance_tokens)
         except NotFinite as error:  # the other samples of the batch have made their step
             failed = {sample.name: str(error) for sample in error.samples}
@@ -306,11 +315,11 @@ class Rank:
         finally:
             self._busy_since = None
         seconds = time.monotonic() - started
-        for sample_id, prefix in order.save.items():
+        for sample_id, prefix in saved.items():
             if self._saver is not None and sample_id not in failed:
                 frozen = self._samples[sample_id].snapshot()
                 self._saver.save(prefix, frozen.step, functools.partial(self._bytes, frozen))
-        return Stepped(seconds, failed)
+        return [seconds, failed]
 
     def save(self, sample_id: str) -> bytes:
         """A sample's state, for another group to continue."""

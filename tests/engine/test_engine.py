@@ -10,6 +10,7 @@ import pytest
 
 from serve_app.config import Config, Denoiser
 from serve_app.engine.engine import Engine
+from serve_app.engine.group import GroupLost
 from serve_app.engine.rank import Admitted, Order, OutOfMemory, Stepped
 from serve_app.engine.ticket import Admission, Denoised, Ticket
 from serve_app.errors import JobFailed
@@ -52,25 +53,52 @@ class FakeGroup:
         pass
 
 
+class BusyGroup(FakeGroup):
+    """Does one call after the other, as ranks do; each answer takes a while to arrive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one_at_a_time = asyncio.Lock()
+        self.in_step = asyncio.Event()
+
+    async def admit(self, sample_id: str, *_: Any) -> Admitted:
+        async with self.one_at_a_time:
+            admitted = await super().admit(sample_id)
+        await asyncio.sleep(0.01)
+        return admitted
+
+    async def step(self, order: Order) -> Stepped:
+        async with self.one_at_a_time:
+            stepped = await super().step(order)
+            self.in_step.set()
+            await asyncio.sleep(0.02)
+        return stepped
+
+
+def engine_of(group: FakeGroup) -> Engine:
+    return Engine(group, Config(denoiser=Denoiser(samples_per_step=4)))  # type: ignore[arg-type]
+
+
+async def one(engine: Engine, name: str, **fields: Any) -> Denoised | Exception:
+    """A sample through the engine."""
+    settings = {"negative_prompt": "", "fps": 16, "seed": 0, "guidance_scale": 4, "guidance_scale_2": 3}
+    sizes = {"width": 64, "height": 64, "num_frames": 9, "num_inference_steps": STEPS}
+    params = Params(prompt="x", flow_shift=5, boundary_ratio=0.5, **settings, **sizes)  # type: ignore[arg-type]
+    ticket = Ticket(name, params, **fields)
+    try:
+        async with engine.seat(ticket):
+            await engine.admit(Admission(ticket, np.zeros((1, 1)), np.zeros((1, 1))))
+            return [event async for event in engine.events(name)][-1]  # type: ignore[return-value]
+    except JobFailed as error:
+        return error
+
+
 async def run(group: FakeGroup, names: str) -> dict[str, Denoised | Exception]:
     """Every sample through one engine, all admitted before the first step."""
-    config = Config(denoiser=Denoiser(samples_per_step=4))
-    engine = Engine(group, config)  # type: ignore[arg-type]
-    fields = {"negative_prompt": "", "fps": 16, "seed": 0, "guidance_scale": 4, "guidance_scale_2": 3}
-    sizes = {"width": 64, "height": 64, "num_frames": 9, "num_inference_steps": STEPS}
-    params = Params(prompt="x", flow_shift=5, boundary_ratio=0.5, **fields, **sizes)  # type: ignore[arg-type]
-
-    async def one(name: str) -> Denoised | Exception:
-        ticket = Ticket(name, params)
-        try:
-            async with engine.seat(ticket):
-                await engine.admit(Admission(ticket, np.zeros((1, 1)), np.zeros((1, 1))))
-                return [event async for event in engine.events(name)][-1]  # type: ignore[return-value]
-        except JobFailed as error:
-            return error
-
+    engine = engine_of(group)
     async with asyncio.timeout(10):
-        return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
+        ends = await asyncio.gather(*(one(engine, name) for name in names))
+        return dict(zip(names, ends, strict=True))
 
 
 async def test_a_batch_that_does_not_fit_is_done_one_by_one_and_not_tried_as_large_again() -> None:
@@ -105,3 +133,28 @@ async def test_a_failure_after_the_step_repeats_no_step_and_is_heard(error: Exce
     for end in ends.values():
         assert isinstance(end, JobFailed) and end.code == "group_lost" and end.retryable and end.step is None
     assert group.stepped == {"a": STEPS, "b": STEPS}
+
+
+async def test_who_comes_during_a_step_is_in_the_next_one() -> None:
+    group = BusyGroup()
+    engine = engine_of(group)
+    async with asyncio.timeout(10):
+        first = asyncio.create_task(one(engine, "a"))
+        await group.in_step.wait()
+        begun = len(group.passes)
+        second = await one(engine, "b", priority="interactive")
+        assert isinstance(second, Denoised) and isinstance(await first, Denoised)
+    assert all("b" in names for names in group.passes[begun : begun + STEPS]), group.passes
+
+
+async def test_a_group_lost_while_a_sample_comes_is_heard() -> None:
+    class Gone(BusyGroup):
+        async def admit(self, sample_id: str, *_: Any) -> Admitted:
+            if sample_id == "b":
+                raise GroupLost("gone")
+            return await super().admit(sample_id)
+
+    engine = engine_of(Gone())
+    async with asyncio.timeout(10):
+        ends = await asyncio.gather(one(engine, "a"), one(engine, "b"))
+    assert [end.code for end in ends if isinstance(end, JobFailed)] == ["group_lost"] * 2

@@ -1,0 +1,43 @@
+"""A group whose ranks answer differently, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from serve_app.config import Config
+from serve_app.engine import group as module
+from serve_app.engine.group import Group, GroupLost
+
+
+class Reference:
+    """Of a rank's answer, as Ray gives it."""
+
+    def __init__(self) -> None:
+        self.answer: Future[Any] = Future()
+
+    def future(self) -> Future[Any]:
+        return self.answer
+
+
+async def test_a_dead_rank_is_told_of_without_waiting_for_the_others(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_STRAGGLER_S", 3600)
+    dead, waiting = Reference(), Reference()
+    dead.answer.set_exception(ActorDiedError())
+    async with asyncio.timeout(60):
+        with pytest.raises(GroupLost, match="a rank died"):
+            await Group([], Config())._within(3600, waiting, dead)
+
+
+async def test_an_error_on_one_rank_alone_is_put_down_to_the_one_that_died_of_it(monkeypatch) -> None:
+    """The peer of a rank that died says so, in words of its own, before Ray does."""
+    monkeypatch.setattr(module, "_STRAGGLER_S", 3600)
+    peer, dead = Reference(), Reference()
+    peer.answer.set_exception(RuntimeError("Connection closed by peer"))
+    asyncio.get_running_loop().call_later(0.01, dead.answer.set_exception, ActorDiedError())
+    with pytest.raises(GroupLost, match="a rank died"):
+        await Group([], Config())._within(3600, peer, dead)
