@@ -28,7 +28,7 @@ from benchmarks import hollow
 from benchmarks.machine import describe
 from benchmarks.parity import run_ranks
 from serve_app.config import Config
-from serve_app.engine.rank import Order, Rank
+from serve_app.engine.rank import Rank
 from serve_app.request import Params
 from serve_app.wan.checkpoint import Checkpoint, Expert
 from serve_app.wan.mesh import Mesh
@@ -148,7 +148,7 @@ def _measure(
         torch.cuda.reset_peak_memory_stats()
     text = np.ones((3, _text_dim(parsed)), dtype=np.float32)
     admitted = ours.admit("sample", params, text, 2 * text)
-    seconds = [ours.step(Order(["sample"])).seconds for _ in range(steps)]
+    seconds = [ours.step([["sample"], [], {}])[0] for _ in range(steps)]
     middle = admitted.boundary if 0 < admitted.boundary < steps else 0
     steady = [one for step, one in enumerate(seconds) if step not in (0, middle)]
     slots = ours._experts._slots if ours._experts is not None else None
