@@ -7,7 +7,7 @@ PROMPT ?= A red circle moves to the right on a white background
 NODES ?= 3
 CLUSTER ?=
 
-.PHONY: help setup demo serve cluster test test-all bench lint format clean
+.PHONY: help setup demo serve cluster test test-all bench bench-gpu lint format clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -51,6 +51,13 @@ bench: setup ## the benchmarks that this machine can run
 	@$(BIN)/python -m benchmarks.gateway
 	@$(BIN)/python -m benchmarks.api_fuzz
 	@$(BIN)/python -m benchmarks.job_chaos
+
+bench-gpu: setup ## those of A14B's size, on CUDA devices, with random weights
+	@$(BIN)/python -m benchmarks.a14b_forward --attention auto cudnn --compile --diffusers
+	@$(BIN)/python -m benchmarks.a14b_memory --compile
+	@$(BIN)/python -m benchmarks.vae_decode
+	@$(BIN)/python -m benchmarks.loading --device cuda --layers 8
+	@$(BIN)/python -m benchmarks.a14b_serve
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
