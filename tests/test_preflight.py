@@ -90,14 +90,11 @@ def _mark(process: psutil.Process) -> str | None:
 
 
 def test_postgresql(file: Callable[[Change], Path], postgres_url: str, silent: int) -> None:
-    host = SERVER.rpartition("@")[2].partition("/")[0]
     for url, said in (
         ("postgresql://me:secret@127.0.0.1:1/wan", "127.0.0.1:1/wan': cannot be opened: [Errno 111] Connect call"),
         (f"postgresql://me:secret@127.0.0.1:{silent}/wan", f"{silent}/wan': cannot be opened: no answer within 10 s"),
-        (f"postgresql://nobody_here:secret@{host}/test", "nobody_here"),
         (f"{SERVER.rpartition('/')[0]}/no_such_database", 'cannot be opened: database "no_such_database" does not'),
         ("postgres//me:secret@db/wan", "has value 'postgres//me:***@db/wan', expected postgresql://"),
-        ("postgresql://me:secret@db:port/wan", "has value 'postgresql://me:***@db:port/wan', expected postgresql://"),
         ("postgresql://me:se@secret@127.0.0.1:1/wan", "has value 'postgresql://me:***@127.0.0.1:1/wan': cannot be"),
         ("postgresql://127.0.0.1:1/wan?password=secret", "has value 'postgresql://127.0.0.1:1/wan?password=***': "),
     ):

@@ -197,6 +197,7 @@ def test_up_replaces_what_a_killed_tool_left_and_down_in_another_shell_ends_it(n
     assert traces(name) == []
 
 
+@pytest.mark.slow
 def test_on_loopback_hosts_can_be_killed_but_not_cut(name):
     said: list[str] = []
     with Cluster(2, name=name, loopback=True, config=QUICK, say=said.append) as cluster:

@@ -81,6 +81,7 @@ def test_all_placements_of_the_experts_give_the_same_video_and_split_halves_the_
     assert memory["split"][1] == pytest.approx(memory["together"][0] / 2)
 
 
+@pytest.mark.slow
 def test_where_only_one_expert_of_two_has_steps_the_other_hands_over_at_once(deploy):
     app = deploy(denoiser={"experts": "split"})
     high = Run(app, app.params(seed=2, boundary_ratio=0.0), "only-high", "HighNoiseDenoiser").result()
