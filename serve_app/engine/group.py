@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import os
 import signal
@@ -189,8 +190,7 @@ class Group:
             ray.kill(rank, no_restart=True)
 
     async def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
-        references = [getattr(rank, method).remote(*args) for rank in self._ranks]
-        return await self._within(timeout_s or self._step_timeout_s, *references)
+        return await self._within(timeout_s or self._step_timeout_s, *_called(self._ranks, method, *args))
 
     async def _within(self, timeout_s: float, *references: Any) -> list[Any]:
         """Results of a call on every rank; an error counts as the group's own unless a rank is gone."""
@@ -216,6 +216,15 @@ class Group:
         if late:
             raise GroupLost(f"{len(late)} of {len(answers)} ranks did not answer within {timeout_s:.0f} s")
         return [answer.result() for answer in answers]
+
+
+def _called(ranks: list[Any], method: str, *args: Any) -> list[Any]:
+    """A call on each of these ranks, on nobody's behalf.
+
+    With a request Ray cancels the calls that were made for it, which it knows by the context. A rank that then left out
+    what the others did would be out of step, and a request that is cancelled may not cost the others their group.
+    """
+    return contextvars.Context().run(lambda: [getattr(rank, method).remote(*args) for rank in ranks])
 
 
 def _cause(error: BaseException) -> BaseException:

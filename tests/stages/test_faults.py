@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ import pytest
 import ray
 from ray import serve
 
+from serve_app.engine.group import _called
 from serve_app.engine.ticket import Ticket
 from serve_app.events import Done, Progress
 from serve_app.stages.callers import this_process
@@ -93,6 +95,40 @@ def test_who_leaves_frees_the_ranks_at_the_next_step(app):
     make(app, num_inference_steps=3)
     # The step that was under way when it left may end after it.
     assert denoiser.describe.remote().result()["steps"] <= steps + 1 + 3, "the cancelled sample went on"
+
+
+@ray.remote(num_cpus=0)
+class Busy:
+    """A rank in a step: what it is asked for has to wait."""
+
+    def work(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+
+@ray.remote(num_cpus=0)
+class Coordinator:
+    """Calls a rank on behalf of a request."""
+
+    async def request(self, rank) -> None:
+        self._answers = [*_called([rank], "work", 2.0), *_called([rank], "work", 0.0)]
+        await asyncio.Event().wait()
+
+    async def called(self) -> bool:
+        return hasattr(self, "_answers")
+
+    async def answers(self) -> list[float]:
+        return await asyncio.gather(*self._answers)
+
+
+def test_a_request_that_is_cancelled_takes_no_call_to_a_rank_along(app):
+    coordinator = Coordinator.remote()
+    request = coordinator.request.remote(Busy.remote())
+    until(lambda: ray.get(coordinator.called.remote()))
+    ray.cancel(request, recursive=True)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(request)
+    assert ray.get(coordinator.answers.remote()) == [2.0, 0.0]
 
 
 @ray.remote(num_cpus=0)
