@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import math
 import os
 import shutil
 import zlib
@@ -60,7 +59,7 @@ class _Job:
 
     @cached_property
     def size(self) -> int:
-        return len(self.header) + sum(map(_nbytes, self.pieces))
+        return len(self.header) + sum(piece.nbytes for piece in self.pieces)
 
 
 def prepare(
@@ -257,10 +256,6 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
-
-
-def _nbytes(piece: Piece) -> int:
-    return math.prod(piece.shape) * piece.dtype.itemsize
 
 
 def _sha256(path: Path, told: Callable[[int], None]) -> str:
