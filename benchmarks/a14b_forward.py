@@ -1,7 +1,7 @@
 """One forward pass of an A14B expert through the code that serves: seconds, TFLOP/s, share of the ceiling, memory.
 
     python -m benchmarks.a14b_forward [--sizes 832x480 1280x720] [--mesh 1x1x1] [--attention auto flash4 cudnn]
-                                      [--compile] [--diffusers] [--profile]
+                                      [--compile] [--diffusers] [--profile DIR]
 
 Weights are random, of the exact configuration (`--layers` for fewer). The ceiling is a large bfloat16 matrix product,
 measured in the same run. `--mesh` is guidance x sequence x tensor: with guidance 2 the pass is one guided step. With
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from torch.autograd import DeviceType
 
 from benchmarks import hollow
 from benchmarks.machine import describe
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=["auto"])
     parser.add_argument("--compile", action="store_true", help="also with compiled blocks")
     parser.add_argument("--diffusers", action="store_true")
-    parser.add_argument("--profile", type=Path, help="write the kernels of one pass at the last size here")
+    parser.add_argument("--profile", type=Path, help="write the kernels of one pass at the first size into this folder")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--narrow", action="store_true", help="a width of 96, to see it run")
     options = parser.parse_args()
@@ -70,6 +72,11 @@ def main() -> None:
         )
     for line in rows["errors"]:
         print(f"\n{line}")
+    if rows["shares"]:
+        kinds = [key for key in rows["shares"][0] if key not in ("size", "what")]
+        print(f"\n| share of a pass | what | {' | '.join(kinds)} |\n|---|---|{'---|' * len(kinds)}")
+    for row in rows["shares"]:
+        print(f"| {row['size']} | {row['what']} | {' | '.join(f'{100 * row[kind]:.1f} %' for kind in kinds)} |")
 
 
 def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.Namespace, output: Path) -> None:
@@ -81,6 +88,7 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "ceiling": _ceiling(device, options.repeats),
         "passes": [],
+        "shares": [],
         "errors": [],
     }
     for attention in options.attention:
@@ -89,17 +97,19 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
             expert = load_expert(
                 checkpoint, "transformer", world, torch.bfloat16, device, attention=attention, compiled=compiled
             )
-            run: Callable[[], Any] = lambda: None  # noqa: E731
+            what = f"ours, attention {attention}{', compiled' if compiled else ''}"
             for size in options.sizes:
                 run, flops = _pass(expert, size, options.frames, mesh, device)
-                what = f"ours, attention {attention}{', compiled' if compiled else ''}"
                 _note(found, size, what, flops, run, device, options.repeats)
+                if options.profile and size == options.sizes[0]:
+                    file = options.profile / f"{attention}{'-compiled' if compiled else ''}-{rank}.txt"
+                    shares = _profile(run, file, found["passes"][-1]["seconds"])
+                    found["shares"].append({"size": size, "what": what, **shares})
                 expert.text_memory.clear()  # type: ignore[operator, union-attr]
-            if options.profile and rank == 0:
-                _profile(run, options.profile)
+                del run
             if options.diffusers and mesh.ranks == 1 and not compiled and attention == options.attention[0]:
                 _compare(found, expert, options, device)
-            del expert, run
+            del expert
             if cuda:
                 torch.cuda.empty_cache()
     if rank == 0:
@@ -225,16 +235,33 @@ def _ceiling(device: torch.device, repeats: int) -> float:
     return 2 * side**3 / statistics.median(_timed(lambda: left @ right, device) for _ in range(max(5, repeats)))
 
 
+_KINDS = (
+    ("attention", r"flash|fmha|cudnn.*sdpa|attention"),
+    ("communication", r"nccl"),
+    ("matrix products", r"gemm|nvjet|cublas|cutlass|matmul"),
+)
+"""Kinds of kernels by what their names hold, the first that does; others are norms, RoPE, modulation and the like."""
+_REST = "norms and elementwise"
+
+
 @torch.no_grad()
-def _profile(run: Callable[[], Any], file: Path) -> None:
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+def _profile(run: Callable[[], Any], file: Path, seconds: float) -> dict[str, float]:
+    """Write the kernels of one pass, and sum up by their kinds what share of its `seconds` they run."""
+    cuda = torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profile:
         run()
-        _wait(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    file.write_text(profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90))
+        _wait(torch.device("cuda" if cuda else "cpu"))
+    averages = profile.key_averages()
+    key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(averages.table(sort_by=key, row_limit=40, max_name_column_width=90))
+    shares = dict.fromkeys((*(kind for kind, _ in _KINDS), _REST), 0.0)
+    for event in averages:
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            kind = next((kind for kind, names in _KINDS if re.search(names, event.key, re.IGNORECASE)), _REST)
+            shares[kind] += event.self_device_time_total / 1e6 / seconds
+    return shares | {"gaps": max(0.0, 1 - sum(shares.values()))}
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
 """What a rank's device memory goes to at A14B's size, and what its steps take, through the code that serves.
 
     python -m benchmarks.a14b_memory [--cases together swap split cpu:24 cpu:48 disk:24] [--sizes 832x480 1280x720]
-                                     [--frames 81] [--tensor 1] [--layers 40] [--steps 4]
+                                     [--frames 81] [--tensor 1] [--layers 40] [--steps 4] [--compile]
 
-Each case is a group of fresh processes that load the experts, warm up, and denoise one guided sample, half of its steps
-with each expert. `together`, `swap` and `split` are the placements of the experts; `cpu:24` and `disk:24` are offload
-with a process's share of the device capped to nine tenths of 24 GB, at the first size only. Weights are random; for
-`disk` they are written first, with `--disk-layers` layers, and compared with `prepared`, the same files with all blocks
-on the device. `first step` is the one after the change of expert.
+Each case is a group of fresh processes that load the experts, warm up, and denoise one guided sample of each size, half
+of its steps with each expert. `together`, `swap` and `split` are the placements of the experts; `cpu:24` and `disk:24`
+are offload with a process's share of the device capped to nine tenths of 24 GB, at the first size only. Weights are
+random; for `disk` they are written first, with `--disk-layers` layers, and compared with `prepared`, the same files
+with all blocks on the device. `first step` is the one after the change of expert. `reserved` is what the allocator took
+of the device, which memory in pieces makes more than the peak.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -52,7 +54,7 @@ def main() -> None:
     os.environ["WAN_SERVE_BENCHMARK"] = "1"
     narrow = _NARROW if options.narrow else {}
     print(f"\n{describe()}; {_device()}; {options.frames} frames, tensor {options.tensor}, guided steps\n", flush=True)
-    columns = ("case", "size", "layers", "on the device", "load s", "step s", "first step s")
+    columns = ("case", "size", "layers", "on the device", "load s", "warm-up s", "step s", "first step s")
     columns += ("weights GB", "peak GB", "reserved GB", "of the device")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -64,22 +66,17 @@ def main() -> None:
             model = {"path": str(folder), "weights": "random"}
             if kind in ("disk", "prepared"):
                 model = _written(work, disk, options.tensor)
-            for size in options.sizes[:1] if cap or kind == "prepared" else options.sizes:
-                config = _config(kind, float(cap or 0), size, model, options)
-                run_ranks(
-                    _measure,
-                    Mesh(tensor=options.tensor),
-                    config.model_dump(),
-                    ("transformer",) if kind == "split" else None,
-                    options.steps,
-                    work,
-                    timeout_s=1800,
-                )
-                _print(case, size, json.loads((work / "0.json").read_text()))
+            sizes = options.sizes[:1] if cap or kind == "prepared" else options.sizes
+            config = _config(kind, float(cap or 0), sizes, model, options)
+            experts = ("transformer",) if kind == "split" else None
+            mesh = Mesh(tensor=options.tensor)
+            run_ranks(_measure, mesh, config.model_dump(), experts, sizes, options.steps, work, timeout_s=1800)
+            for row in json.loads((work / "0.json").read_text()):
+                _print(case, row)
 
 
-def _config(kind: str, cap_gb: float, size: str, model: dict[str, Any], options: argparse.Namespace) -> Config:
-    width, height = map(int, size.split("x"))
+def _config(kind: str, cap_gb: float, sizes: list[str], model: dict[str, Any], options: argparse.Namespace) -> Config:
+    width, height = max((_width_height(size) for size in sizes), key=math.prod)
     placed = {"together": "together", "split": "split", "prepared": "together"}.get(kind, "swap")
     denoiser = {
         "experts": placed,
@@ -130,34 +127,65 @@ def _fill(where: Path, checkpoint: Checkpoint, name: Expert) -> None:
             stream.write(weights.read(tensor).cpu().numpy().data)
 
 
+def _width_height(size: str) -> tuple[int, int]:
+    width, height = map(int, size.split("x"))
+    return width, height
+
+
 def _measure(
-    rank: int, mesh: Mesh, port: int, config: dict[str, Any], experts: tuple[Expert, ...] | None, steps: int, out: Path
+    rank: int,
+    mesh: Mesh,
+    port: int,
+    config: dict[str, Any],
+    experts: tuple[Expert, ...] | None,
+    sizes: list[str],
+    steps: int,
+    out: Path,
 ) -> None:
     parsed = Config.model_validate(config)
     ours = Rank(parsed, rank, experts)
     started = time.perf_counter()
     ours.load("127.0.0.1", port, mesh)
     loaded = time.perf_counter() - started
-    params = Params(**parsed.defaults.model_dump(), prompt="a cat", seed=0).model_copy(
-        # Half of the steps for each expert: at shift 1 timesteps are evenly spaced.
-        update={"num_inference_steps": steps, "flow_shift": 1.0, "boundary_ratio": 0.0 if experts else 0.5}
-    )
+    rows = []
+    for size in sizes:
+        width, height = _width_height(size)
+        params = Params(**parsed.defaults.model_dump(), prompt="a cat", seed=0).model_copy(
+            # Half of the steps for each expert: at shift 1 timesteps are evenly spaced.
+            update={
+                "width": width,
+                "height": height,
+                "num_inference_steps": steps,
+                "flow_shift": 1.0,
+                "boundary_ratio": 0.0 if experts else 0.5,
+            }
+        )
+        rows.append({"size": size, "load": loaded, **_denoised(ours, params)})
+    (out / f"{rank}.json").write_text(json.dumps(rows))
+
+
+def _denoised(ours: Rank, params: Params) -> dict[str, Any]:
+    """What the steps of one sample take, after the first-time work of its size."""
+    assert ours._experts is not None
+    started = time.perf_counter()
     ours.warm_up(params)
+    warm = time.perf_counter() - started
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    text = np.ones((3, _text_dim(parsed)), dtype=np.float32)
+    text = np.ones((3, _text_dim(ours._config)), dtype=np.float32)
     admitted = ours.admit("sample", params, text, 2 * text)
+    steps = admitted.steps
     seconds = [ours.step([["sample"], [], {}])[0] for _ in range(steps)]
+    ours.drop(["sample"])
     middle = admitted.boundary if 0 < admitted.boundary < steps else 0
-    steady = [one for step, one in enumerate(seconds) if step not in (0, middle)]
-    slots = ours._experts._slots if ours._experts is not None else None
+    slots = ours._experts._slots
     free, total = torch.cuda.mem_get_info() if cuda else (0, 1)
-    found = {
-        "load": loaded,
-        "step": statistics.median(steady),
+    return {
+        "warm": warm,
+        "step": statistics.median(one for step, one in enumerate(seconds) if step not in (0, middle)),
         "first": seconds[middle],
-        "weights": ours._experts.device_bytes if ours._experts is not None else 0,
+        "weights": ours._experts.device_bytes,
         "layers": int(ours._checkpoint.expert_config("transformer")["num_layers"]),
         "slots": None if slots is None else len(slots._slots),
         "peak": torch.cuda.max_memory_allocated() if cuda else 0,
@@ -165,7 +193,6 @@ def _measure(
         "used": 1 - free / total if cuda else 0,
         "seconds": seconds,
     }
-    (out / f"{rank}.json").write_text(json.dumps(found))
 
 
 def _text_dim(config: Config) -> int:
@@ -176,11 +203,14 @@ def _device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def _print(case: str, size: str, row: dict[str, Any]) -> None:
-    numbers = " | ".join(f"{row[key]:.2f}" for key in ("load", "step", "first"))
+def _print(case: str, row: dict[str, Any]) -> None:
+    numbers = " | ".join(f"{row[key]:.2f}" for key in ("load", "warm", "step", "first"))
     memory = " | ".join(f"{row[key] / 1e9:.1f}" for key in ("weights", "peak", "reserved"))
     layers, slots = row["layers"], row["layers"] if row["slots"] is None else row["slots"]
-    print(f"| {case} | {size} | {layers} | {slots} | {numbers} | {memory} | {100 * row['used']:.0f} % |", flush=True)
+    print(
+        f"| {case} | {row['size']} | {layers} | {slots} | {numbers} | {memory} | {100 * row['used']:.0f} % |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
