@@ -53,7 +53,7 @@ bench: setup ## the benchmarks that this machine can run
 	@$(BIN)/python -m benchmarks.job_chaos
 
 bench-gpu: setup ## those of A14B's size, on CUDA devices, with random weights
-	@$(BIN)/python -m benchmarks.a14b_forward --attention auto cudnn --compile --diffusers
+	@$(BIN)/python -m benchmarks.a14b_forward --attention auto cudnn --compile also --diffusers
 	@$(BIN)/python -m benchmarks.a14b_memory --compile
 	@$(BIN)/python -m benchmarks.vae_decode
 	@$(BIN)/python -m benchmarks.loading --device cuda --layers 8

@@ -1,7 +1,7 @@
 """One forward pass of an A14B expert through the code that serves: seconds, TFLOP/s, share of the ceiling, memory.
 
     python -m benchmarks.a14b_forward [--sizes 832x480 1280x720] [--mesh 1x1x1] [--attention auto flash4 cudnn]
-                                      [--compile] [--diffusers] [--profile DIR]
+                                      [--compile also] [--diffusers] [--profile DIR]
 
 Weights are random, of the exact configuration (`--layers` for fewer). The ceiling is a large bfloat16 matrix product,
 measured in the same run. `--mesh` is guidance x sequence x tensor: with guidance 2 the pass is one guided step. With
@@ -12,6 +12,7 @@ beside that between two of its own attention kernels. Passes are timed by events
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import statistics
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--mesh", default="1x1x1")
     parser.add_argument("--attention", nargs="+", default=["auto"])
-    parser.add_argument("--compile", action="store_true", help="also with compiled blocks")
+    parser.add_argument("--compile", choices=("no", "also", "only"), default="no", help="blocks compiled")
     parser.add_argument("--diffusers", action="store_true")
     parser.add_argument("--profile", type=Path, help="write the kernels of one pass at the first size into this folder")
     parser.add_argument("--repeats", type=int, default=5)
@@ -92,8 +93,11 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
         "errors": [],
     }
     for attention in options.attention:
-        for compiled in (False, True) if options.compile else (False,):
+        for compiled in {"no": (False,), "also": (False, True), "only": (True,)}[options.compile]:
             torch._dynamo.reset()
+            gc.collect()  # the expert before this one
+            if cuda:
+                torch.cuda.empty_cache()
             expert = load_expert(
                 checkpoint, "transformer", world, torch.bfloat16, device, attention=attention, compiled=compiled
             )
@@ -110,8 +114,6 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
             if options.diffusers and mesh.ranks == 1 and not compiled and attention == options.attention[0]:
                 _compare(found, expert, options, device)
             del expert
-            if cuda:
-                torch.cuda.empty_cache()
     if rank == 0:
         output.write_text(json.dumps(found))
     world.close()
@@ -154,9 +156,10 @@ def _compare(found: dict[str, Any], expert: Any, options: argparse.Namespace, de
         plain = run()
         line = f"{size}: relative error of ours against diffusers {relative_error(ours.cpu(), plain.cpu()):.1e}"
         if device.type == "cuda":
+            # Without one set, what another model set last is used.
             theirs.set_attention_backend("_native_flash")
             line += f", of its FlashAttention-2 against its default {relative_error(run().cpu(), plain.cpu()):.1e}"
-            theirs.reset_attention_backend()
+            theirs.set_attention_backend("native")
         found["errors"].append(line)
 
 

@@ -142,6 +142,8 @@ def _measure(
     steps: int,
     out: Path,
 ) -> None:
+    if mesh.ranks > 1:  # as Ray does: each sees its own device alone
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
     parsed = Config.model_validate(config)
     ours = Rank(parsed, rank, experts)
     started = time.perf_counter()
@@ -160,15 +162,16 @@ def _measure(
                 "boundary_ratio": 0.0 if experts else 0.5,
             }
         )
-        rows.append({"size": size, "load": loaded, **_denoised(ours, params)})
+        rows.append({"size": size, "load": loaded, **_denoised(ours, params, not rows)})
     (out / f"{rank}.json").write_text(json.dumps(rows))
 
 
-def _denoised(ours: Rank, params: Params) -> dict[str, Any]:
-    """What the steps of one sample take, after the first-time work of its size."""
+def _denoised(ours: Rank, params: Params, first: bool) -> dict[str, Any]:
+    """What the steps of one sample take, after the first-time work of its size where that is worth its time."""
     assert ours._experts is not None
     started = time.perf_counter()
-    ours.warm_up(params)
+    if first or ours._config.denoiser.compile:
+        ours.warm_up(params)
     warm = time.perf_counter() - started
     cuda = torch.cuda.is_available()
     if cuda:

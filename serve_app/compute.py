@@ -28,7 +28,9 @@ def pick_device(wanted: str) -> torch.device:
 
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+    device = torch.device(wanted)
+    # Ray shows a process its own devices alone. What sets limits wants to be told which.
+    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
 def pick_devices(wanted: str, count: int) -> list[torch.device]:

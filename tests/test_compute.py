@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from serve_app.compute import is_out_of_memory, pick_devices
+from serve_app.compute import is_out_of_memory, pick_device, pick_devices
 from serve_app.errors import ConfigError
 
 
@@ -33,3 +33,9 @@ def test_devices_that_are_not_there_are_one_line() -> None:
     assert pick_devices("cpu", 1) == [torch.device("cpu")]
     with pytest.raises(ConfigError, match=r"^decoder.devices has value 2, expected at most 0, the GPUs it sees$"):
         pick_devices("cpu", 2)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
+def test_a_cuda_device_has_an_index(wanted: str, expected: str) -> None:
+    # Memory limits are refused for one without.
+    assert pick_device(wanted) == torch.device(expected)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.parity import CASES
-from serve_app.compute import limit_memory
+from serve_app.compute import limit_memory, pick_device
 from serve_app.wan.block_store import FileBlocks, HostBlocks, host_memory
 from serve_app.wan.checkpoint import Checkpoint, Expert
 from serve_app.wan.experts import Experts
@@ -107,3 +107,11 @@ def test_a_process_stays_within_its_share_of_the_device() -> None:
             torch.empty(int(0.2 * whole), dtype=torch.uint8, device=DEVICE)
     finally:
         limit_memory(DEVICE, 1.0)
+
+
+def test_the_device_that_is_picked_by_itself_can_be_limited() -> None:
+    picked = pick_device("auto")
+    try:
+        assert limit_memory(picked, 0.5) == pytest.approx(0.5 * torch.cuda.get_device_properties(DEVICE).total_memory)
+    finally:
+        limit_memory(picked, 1.0)
