@@ -14,7 +14,6 @@ of the device, which memory in pieces makes more than the peak.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -70,9 +69,7 @@ def main() -> None:
             config = _config(kind, float(cap or 0), sizes, model, options)
             experts = ("transformer",) if kind == "split" else None
             mesh = Mesh(tensor=options.tensor)
-            run_ranks(_measure, mesh, config.model_dump(), experts, sizes, options.steps, work, timeout_s=1800)
-            for row in json.loads((work / "0.json").read_text()):
-                _print(case, row)
+            run_ranks(_measure, mesh, case, config.model_dump(), experts, sizes, options.steps, timeout_s=1800)
 
 
 def _config(kind: str, cap_gb: float, sizes: list[str], model: dict[str, Any], options: argparse.Namespace) -> Config:
@@ -136,11 +133,11 @@ def _measure(
     rank: int,
     mesh: Mesh,
     port: int,
+    case: str,
     config: dict[str, Any],
     experts: tuple[Expert, ...] | None,
     sizes: list[str],
     steps: int,
-    out: Path,
 ) -> None:
     if mesh.ranks > 1:  # as Ray does: each sees its own device alone
         os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
@@ -149,7 +146,6 @@ def _measure(
     started = time.perf_counter()
     ours.load("127.0.0.1", port, mesh)
     loaded = time.perf_counter() - started
-    rows = []
     for size in sizes:
         width, height = _width_height(size)
         params = Params(**parsed.defaults.model_dump(), prompt="a cat", seed=0).model_copy(
@@ -162,8 +158,9 @@ def _measure(
                 "boundary_ratio": 0.0 if experts else 0.5,
             }
         )
-        rows.append({"size": size, "load": loaded, **_denoised(ours, params, not rows)})
-    (out / f"{rank}.json").write_text(json.dumps(rows))
+        row = {"size": size, "load": loaded, **_denoised(ours, params, size == sizes[0])}
+        if rank == 0:
+            _print(case, row)
 
 
 def _denoised(ours: Rank, params: Params, first: bool) -> dict[str, Any]:

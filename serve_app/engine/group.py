@@ -100,7 +100,13 @@ class Group:
             started = time.monotonic()
             if parallel.mesh is None:
                 seen: Survey = (await group._within(timeout, ranks[0].survey.remote()))[0]
-                work = functools.partial(activation_bytes, seen.shape, config.most_tokens, config.model.itemsize)
+                work = functools.partial(
+                    activation_bytes,
+                    seen.shape,
+                    config.most_tokens,
+                    config.model.itemsize,
+                    compiled=config.denoiser.compile,
+                )
                 group.mesh, why = default_mesh(parallel.size, seen.shape, seen.weight_bytes, seen.device_bytes, work)
                 log.info("mesh picked", extra={"mesh": str(group.mesh), "reason": why})
             address, port = (await group._within(timeout, ranks[0].rendezvous.remote()))[0]

@@ -270,7 +270,10 @@ class Rank:
             steps=sample.steps,
             boundary=sample.boundary_step,
             work=step_flops(config, sample.tokens, sample.guided),
-            step_mib=activation_bytes(config, sample.tokens, self._dtype.itemsize, self._mesh) / 2**20,
+            step_mib=activation_bytes(
+                config, sample.tokens, self._dtype.itemsize, self._mesh, self._config.denoiser.compile
+            )
+            / 2**20,
             state_mib=sample.state_bytes / 2**20,
             refused=refused,
         )

@@ -95,7 +95,8 @@ class Room:
         return Slots(device, store, stage.resident_blocks, room)
 
     def _step_bytes(self, tokens: int) -> int:
-        return activation_bytes(self._shape, tokens, self._config.model.itemsize, self._mesh)
+        config = self._config
+        return activation_bytes(self._shape, tokens, config.model.itemsize, self._mesh, config.denoiser.compile)
 
 
 def _held(config: Config, checkpoint: Checkpoint, expert: Expert, tensor: int) -> _Held:

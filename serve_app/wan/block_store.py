@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -155,12 +156,17 @@ def _read(layout: Layout, parts: Iterable[Piece], weights: Weights, memory: torc
 def host_memory(nbytes: int, device: torch.device) -> torch.Tensor:
     """Bytes in host memory that a device copies to and from by itself.
 
-    torch's own pinned memory is rounded up to a power of two, which for blocks of A14B is half as much again.
+    torch's own pinned memory is rounded up to a power of two, which for blocks of A14B is half as much again. Pages are
+    huge where the kernel has some: fewer to bring in and to pin.
 
     Raises:
         RuntimeError: the driver does not pin so much.
     """
-    memory = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
     if device.type == "cuda":
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0))
     return memory

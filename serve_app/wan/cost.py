@@ -54,11 +54,13 @@ def step_flops(config: dict[str, Any], tokens: int, guided: bool) -> float:
     return float(layers * (projections + attention)) * (2 if guided else 1)
 
 
-def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int, mesh: Mesh) -> int:
-    """Working memory of a forward pass over `tokens` on one rank, beside the weights.
+def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int, mesh: Mesh, compiled: bool = False) -> int:
+    """Working memory of a forward pass over `tokens` on one rank, beside the weights and the texts' keys and values.
 
     The widest moment of a block: the feed-forward's hidden features, this rank's share of them, beside six tensors of
-    the model's width.
+    the model's width. Norms, modulation and RoPE compute in float32, whatever the model does: compiled, they keep none
+    of it; else their steps are tensors of their own, which for a half-precision model are three more of its width.
     """
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    return tokens * itemsize * (int(config["ffn_dim"]) // mesh.tensor + 6 * width) // mesh.sequence
+    wide = 6 if compiled or itemsize >= 4 else 9
+    return tokens * itemsize * (int(config["ffn_dim"]) // mesh.tensor + wide * width) // mesh.sequence

@@ -43,7 +43,10 @@ class RandomWeights(Weights):
         """The slice `start:stop` of a tensor along `dim`, on the device, or in `out`."""
         whole = _draw(name, torch.empty(self.shape(name), device=self._device))
         part = whole.narrow(dim, start, (whole.shape[dim] if stop is None else stop) - start)
-        return part.to(dtype or self.dtype(name), copy=True) if out is None else out.copy_(part)
+        if out is None:
+            return part.to(dtype or self.dtype(name), copy=True)
+        # A copy to another device that also converts would do so on the host, through memory of its own.
+        return out.copy_(part.to(out.dtype))
 
 
 def randomise(module: nn.Module) -> None:

@@ -49,7 +49,7 @@ def test_weights_of_a14b(a14b: Path) -> None:
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(a14b: Path) -> None:
     everything = room(a14b)
-    everything.check(61 * GB)
+    everything.check(62 * GB)
     with pytest.raises(
         ConfigError,
         match=r"^denoiser\.memory_fraction has value 0\.9, 46\.6 GiB of this GPU, expected 5\d\.\d GiB for weights "
@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(a14b: Path) -> N
         everything.slots(50 * GB, GPU)
     room(a14b, Mesh(tensor=2)).check(50 * GB)
     room(a14b, experts="swap").check(50 * GB)
-    with pytest.raises(ConfigError, match=r"18\.6 GiB of this GPU, expected 29\.9"):
+    with pytest.raises(ConfigError, match=r"18\.6 GiB of this GPU, expected 30\.8"):
         room(a14b, experts="swap").check(20 * GB)
 
 
@@ -67,7 +67,7 @@ def test_where_blocks_wait(a14b: Path) -> None:
     assert room(a14b, experts="split").slots(float("inf"), GPU) is None
     assert room(a14b, experts="swap").slots(float("inf"), CPU) is None
     for offload, store in (("cpu", HostBlocks), ("disk", FileBlocks)):
-        slots = room(a14b, experts="swap", offload=offload).slots(40 * GB, CPU)
+        slots = room(a14b, experts="swap", offload=offload, compile=True).slots(40 * GB, CPU)
         assert isinstance(slots, Slots) and isinstance(slots._store, store)
         # Of 40 GB: less the largest request (720p, 161 frames), texts, waiting samples and what is not in blocks.
         left = 40 - 13.2 - 2 * 1.07 - 4.29 - 0.97

@@ -40,10 +40,18 @@ def test_a_720p_clip_of_a14b_is_13_pflop_a_step() -> None:
     assert video_tflop(A14B, params.model_copy(update={"guidance_scale": 1.0})) == video_tflop(A14B, params) / 2
 
 
-def test_activations_of_a14b_are_near_what_was_measured() -> None:
-    """35.0 GB peak with 28.6 GB of weights, 720p, one H200; 21.8 GB with 14.3 GB on two (bfloat16, DeepSpeed)."""
-    assert activation_bytes(A14B, 75_600, 2, Mesh()) == pytest.approx(6.4e9, rel=0.15)
-    assert activation_bytes(A14B, 75_600, 2, Mesh(tensor=2)) < activation_bytes(A14B, 75_600, 2, Mesh())
+@pytest.mark.parametrize(
+    ("tokens", "compiled", "peak_gb"), [(32_760, False, 32.9), (75_600, False, 37.8), (75_600, True, 34.7)]
+)
+def test_activations_of_a14b_are_near_what_was_measured(tokens: int, compiled: bool, peak_gb: float) -> None:
+    """Peaks of one H200, in bfloat16, with 28.6 GB of weights and 0.4 of a text's keys and values: RESULTS.md."""
+    measured = (peak_gb - 28.6 - 0.4) * 1e9
+    assert measured <= activation_bytes(A14B, tokens, 2, Mesh(), compiled) <= 1.25 * measured
+
+
+def test_ranks_share_activations() -> None:
+    """21.8 GB with 14.3 GB of weights, on each of two H200s (bfloat16, DeepSpeed, not compiled)."""
+    assert activation_bytes(A14B, 75_600, 2, Mesh(tensor=2)) == pytest.approx(7.1e9, rel=0.15)
 
 
 def test_the_estimate_grows_with_the_tokens() -> None:

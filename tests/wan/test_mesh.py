@@ -68,7 +68,7 @@ def test_the_mesh_that_is_picked(ranks: int, weights_gib: float, device_gib: flo
 
 
 def test_a_step_needs_room_beside_the_weights() -> None:
-    work = functools.partial(activation_bytes, A14B, 75_600, 2)
+    work = functools.partial(activation_bytes, A14B, 75_600, 2, compiled=True)
     mesh, why = default_mesh(2, A14B, 57 * GIB, 60 * GIB, work)
     assert mesh == Mesh(tensor=2)
     assert "57.0 GiB of weights, 28.5 a rank, beside 5.3 for a step, fit into the 60.0 GiB" in why
