@@ -8,6 +8,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
+from serve_app.wan.exchange import add_up
 from serve_app.wan.kernels import Kernel
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.text_memory import TextMemory
@@ -129,7 +130,7 @@ def _normalised(group: Any | None, *parts: tuple[nn.Module, torch.Tensor]) -> li
     if group is None:
         return [norm(hidden) for norm, hidden in parts]
     squares = torch.cat([norm.squares(hidden) for norm, hidden in parts], dim=1)  # type: ignore[operator]
-    torch.distributed.all_reduce(squares, group=group)
+    add_up(squares, group)
     by_part = squares.split([hidden.shape[1] for _, hidden in parts], dim=1)
     return [norm(hidden, of_part) for (norm, hidden), of_part in zip(parts, by_part, strict=True)]
 

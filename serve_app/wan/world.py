@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from serve_app.errors import ConfigError
+from serve_app.wan import exchange
 from serve_app.wan.mesh import AXES, AxisName, Mesh
 
 
@@ -28,10 +29,7 @@ class Axis:
         """Everybody's tensor, in the order of their indices; all are of one shape and dtype."""
         if self.group is None:
             return [part]
-        part = part.contiguous()
-        parts = [torch.empty_like(part) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, part, group=self.group)
-        return parts
+        return exchange.gather(part, self.group)
 
 
 @dataclass(frozen=True)
@@ -108,6 +106,8 @@ def init_world(rank: int, mesh: Mesh, address: str, port: int, device: torch.dev
         raise RuntimeError("DeepSpeed's shared-memory all-reduce is on although it was disabled; is its version newer?")
     if cuda:
         torch.cuda.set_device(device)
+    else:  # what its row-parallel layers add up with
+        deepspeed.comm.comm.cdb.inference_all_reduce = _add_up
     return World(rank, mesh, device, {axis: _join(axis, rank, mesh, timeout_s) for axis in AXES})
 
 
@@ -127,6 +127,11 @@ def _join(axis: AxisName, rank: int, mesh: Mesh, timeout_s: float) -> Axis:
             if rank in line:
                 found = Axis(mesh.size(axis), mesh.index(axis, rank), group)
     return found
+
+
+def _add_up(tensor: torch.Tensor, op: Any, group: Any = None) -> None:
+    """As DeepSpeed's backend has it. All that it is asked for here is sums."""
+    exchange.add_up(tensor, group or torch.distributed.group.WORLD)
 
 
 def _interface_towards(address: str, port: int) -> str:
