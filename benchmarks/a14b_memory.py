@@ -1,14 +1,14 @@
 """What a rank's device memory goes to at A14B's size, and what its steps take, through the code that serves.
 
     python -m benchmarks.a14b_memory [--cases together swap split cpu:24 cpu:48 disk:24] [--sizes 832x480 1280x720]
-                                     [--frames 81] [--tensor 1] [--layers 40] [--steps 4] [--compile]
+                                     [--frames 81] [--mesh 1x1x1] [--layers 40] [--steps 4] [--compile]
 
 Each case is a group of fresh processes that load the experts, warm up, and denoise one guided sample of each size, half
 of its steps with each expert. `together`, `swap` and `split` are the placements of the experts; `cpu:24` and `disk:24`
 are offload with a process's share of the device capped to nine tenths of 24 GB, at the first size only. Weights are
 random; for `disk` they are written first, with `--disk-layers` layers, and compared with `prepared`, the same files
-with all blocks on the device. `first step` is the one after the change of expert. `reserved` is what the allocator took
-of the device, which memory in pieces makes more than the peak.
+with all blocks on the device. `first step` is the one after the change of expert; `--steps 40` makes `all steps` a
+whole job. `reserved` is what the allocator took of the device, which memory in pieces makes more than the peak.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from serve_app.config import Config
 from serve_app.engine.rank import Rank
 from serve_app.request import Params
 from serve_app.wan.checkpoint import Checkpoint, Expert
-from serve_app.wan.mesh import Mesh
+from serve_app.wan.mesh import AXES, Mesh
 from serve_app.wan.prepare import prepare
 
 _NARROW = {"num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 192, "text_dim": 64}
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["together", "swap", "split", "cpu:24", "cpu:48"])
     parser.add_argument("--sizes", nargs="+", default=["832x480", "1280x720"])
     parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--mesh", default="1x1x1", help="guidance x sequence x tensor")
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--disk-layers", type=int, default=8, help="4.2 GB each in two files of float32 and bfloat16")
     parser.add_argument("--steps", type=int, default=4)
@@ -52,8 +52,19 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["WAN_SERVE_BENCHMARK"] = "1"
     narrow = _NARROW if options.narrow else {}
-    print(f"\n{describe()}; {_device()}; {options.frames} frames, tensor {options.tensor}, guided steps\n", flush=True)
-    columns = ("case", "size", "layers", "on the device", "load s", "warm-up s", "step s", "first step s")
+    mesh = Mesh(*map(int, options.mesh.split("x")))
+    print(f"\n{describe()}; {_device()}; {options.frames} frames, {mesh}, guided steps\n", flush=True)
+    columns = (
+        "case",
+        "size",
+        "layers",
+        "on the device",
+        "load s",
+        "warm-up s",
+        "step s",
+        "first step s",
+        "all steps s",
+    )
     columns += ("weights GB", "peak GB", "reserved GB", "of the device")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -64,21 +75,22 @@ def main() -> None:
             kind, _, cap = case.partition(":")
             model = {"path": str(folder), "weights": "random"}
             if kind in ("disk", "prepared"):
-                model = _written(work, disk, options.tensor)
+                model = _written(work, disk, mesh.tensor)
             sizes = options.sizes[:1] if cap or kind == "prepared" else options.sizes
-            config = _config(kind, float(cap or 0), sizes, model, options)
+            config = _config(kind, float(cap or 0), sizes, model, mesh, options)
             experts = ("transformer",) if kind == "split" else None
-            mesh = Mesh(tensor=options.tensor)
             run_ranks(_measure, mesh, case, config.model_dump(), experts, sizes, options.steps, timeout_s=1800)
 
 
-def _config(kind: str, cap_gb: float, sizes: list[str], model: dict[str, Any], options: argparse.Namespace) -> Config:
+def _config(
+    kind: str, cap_gb: float, sizes: list[str], model: dict[str, Any], mesh: Mesh, options: argparse.Namespace
+) -> Config:
     width, height = max((_width_height(size) for size in sizes), key=math.prod)
     placed = {"together": "together", "split": "split", "prepared": "together"}.get(kind, "swap")
     denoiser = {
         "experts": placed,
         "offload": kind if kind in ("cpu", "disk") else "none",
-        "parallel": {"tensor": options.tensor},
+        "parallel": {axis: mesh.size(axis) for axis in AXES},
         "compile": options.compile,
         "checkpoint_s": 0,
         "parked_memory_mib": 512,
@@ -191,7 +203,7 @@ def _denoised(ours: Rank, params: Params, first: bool) -> dict[str, Any]:
         "peak": torch.cuda.max_memory_allocated() if cuda else 0,
         "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
         "used": 1 - free / total if cuda else 0,
-        "seconds": seconds,
+        "all": sum(seconds),
     }
 
 
@@ -204,7 +216,7 @@ def _device() -> str:
 
 
 def _print(case: str, row: dict[str, Any]) -> None:
-    numbers = " | ".join(f"{row[key]:.2f}" for key in ("load", "warm", "step", "first"))
+    numbers = " | ".join(f"{row[key]:.2f}" for key in ("load", "warm", "step", "first", "all"))
     memory = " | ".join(f"{row[key] / 1e9:.1f}" for key in ("weights", "peak", "reserved"))
     layers, slots = row["layers"], row["layers"] if row["slots"] is None else row["slots"]
     print(
