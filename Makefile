@@ -44,6 +44,7 @@ bench: setup ## the benchmarks that this machine can run
 	@$(BIN)/python -m benchmarks.parity --model serve_app/tiny/checkpoint
 	@$(BIN)/python -m benchmarks.rank_memory
 	@$(BIN)/python -m benchmarks.loading
+	@$(BIN)/python -m benchmarks.exchange
 	@$(BIN)/python -m benchmarks.engine_throughput
 	@$(BIN)/python -m benchmarks.mixed_trace
 	@$(BIN)/python -m benchmarks.engine_overhead

@@ -238,13 +238,15 @@ def _ceiling(device: torch.device, repeats: int) -> float:
     return 2 * side**3 / statistics.median(_timed(lambda: left @ right, device) for _ in range(max(5, repeats)))
 
 
+_REST = "norms and elementwise"
 _KINDS = (
+    # Named after all that they feed, products and attention too.
+    (_REST, r"^triton_"),
     ("attention", r"flash|fmha|cudnn.*sdpa|attention"),
     ("communication", r"nccl"),
     ("matrix products", r"gemm|nvjet|cublas|cutlass|matmul"),
 )
 """Kinds of kernels by what their names hold, the first that does; others are norms, RoPE, modulation and the like."""
-_REST = "norms and elementwise"
 
 
 @torch.no_grad()
@@ -259,7 +261,7 @@ def _profile(run: Callable[[], Any], file: Path, seconds: float) -> dict[str, fl
     key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(averages.table(sort_by=key, row_limit=40, max_name_column_width=90))
-    shares = dict.fromkeys((*(kind for kind, _ in _KINDS), _REST), 0.0)
+    shares = dict.fromkeys((kind for kind, _ in _KINDS), 0.0)
     for event in averages:
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             kind = next((kind for kind, names in _KINDS if re.search(names, event.key, re.IGNORECASE)), _REST)

@@ -35,7 +35,11 @@ def gather(part: torch.Tensor, group: Any) -> list[torch.Tensor]:
 
 
 def add_up(part: torch.Tensor, group: Any) -> None:
-    """Put the sum of everybody's part in the place of `part`, on all ranks the same to the bit."""
+    """Put the sum of everybody's part in the place of `part`, on all ranks the same to the bit.
+
+    Raises:
+        RuntimeError: a rank is gone, or did not answer within the group's time limit.
+    """
     if not _by_hand(part) or not part.is_contiguous() or part.nbytes > _MOST_BYTES:
         dist.all_reduce(part, group=group)
         return
