@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
 from serve_app.wan.exchange import add_up
+from serve_app.wan.fused import norm_rotate
 from serve_app.wan.kernels import Kernel
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.text_memory import TextMemory
@@ -45,12 +47,14 @@ class SelfAttention:
         kernel: what computes the attention itself.
         group: of the ranks that share the heads; None for one rank.
         tokens: those that ranks share; None where each has all.
+        fused: whether the norms and the rotation are one kernel.
     """
 
-    def __init__(self, kernel: Kernel, group: Any | None, tokens: Tokens | None) -> None:
+    def __init__(self, kernel: Kernel, group: Any | None, tokens: Tokens | None, fused: bool = False) -> None:
         self.kernel = kernel
         self.group = group
         self.tokens = tokens
+        self.fused = fused
 
     def __call__(
         self,
@@ -61,9 +65,14 @@ class SelfAttention:
         rotary_emb: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key = _normalised(self.group, (attn.norm_q, query), (attn.norm_k, key))
-        query, key, value = (one.unflatten(2, (attn.heads, -1)) for one in (query, key, value))
-        query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+        parts = ((attn.norm_q, query), (attn.norm_k, key))
+        if self.fused:
+            query, key = _fused(self.group, rotary_emb, *parts)
+        else:
+            query, key = (
+                _rotate(one.unflatten(2, (attn.heads, -1)), *rotary_emb) for one in _normalised(self.group, *parts)
+            )
+        value = value.unflatten(2, (attn.heads, -1))
         if self.tokens is not None:
             query, key, value = self.tokens.to_heads(query, key, value)
         hidden_states = self.kernel(query, key, value, None)
@@ -129,10 +138,22 @@ def _normalised(group: Any | None, *parts: tuple[nn.Module, torch.Tensor]) -> li
     latency, which on a slow link is all there is to such a small message."""
     if group is None:
         return [norm(hidden) for norm, hidden in parts]
+    return [norm(hidden, squares) for (norm, hidden), squares in zip(parts, _all_squares(group, *parts), strict=True)]
+
+
+def _fused(
+    group: Any | None, rotary_emb: tuple[torch.Tensor, torch.Tensor], *parts: tuple[nn.Module, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Each tensor through its norm, by heads and rotated."""
+    squares = [None] * len(parts) if group is None else _all_squares(group, *parts)
+    return [norm_rotate(hidden, norm, one, *rotary_emb) for (norm, hidden), one in zip(parts, squares, strict=True)]
+
+
+def _all_squares(group: Any, *parts: tuple[nn.Module, torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Of each tensor the sum of squares over the features of all ranks."""
     squares = torch.cat([norm.squares(hidden) for norm, hidden in parts], dim=1)  # type: ignore[operator]
     add_up(squares, group)
-    by_part = squares.split([hidden.shape[1] for _, hidden in parts], dim=1)
-    return [norm(hidden, of_part) for (norm, hidden), of_part in zip(parts, by_part, strict=True)]
+    return squares.split([hidden.shape[1] for _, hidden in parts], dim=1)
 
 
 def _rotate(hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

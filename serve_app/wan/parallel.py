@@ -17,11 +17,13 @@ from serve_app.errors import CheckpointError
 from serve_app.logs import get_logger
 from serve_app.wan.attention import CrossAttention, SelfAttention, ShardedNorm
 from serve_app.wan.checkpoint import Checkpoint, Expert
+from serve_app.wan.fused import LinearGelu
 from serve_app.wan.kernels import KernelName, pick_kernel
 from serve_app.wan.pieces import Piece, empty_expert, pieces
 from serve_app.wan.prepared import Prepared
 from serve_app.wan.random_weights import RandomWeights
 from serve_app.wan.rotary import Rotary
+from serve_app.wan.row_parallel import RowParallel
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.slots import Slots
 from serve_app.wan.text_memory import TextMemory
@@ -78,8 +80,11 @@ def load_expert(
     fold = device.type == "cpu" and dtype == torch.float32 and not compiled
     model.text_memory = TextMemory(text_memory_bytes, fold)
     tokens = Tokens(world.sequence) if world.sequence.size > 1 else None
+    fused = compiled and device.type == "cuda" and dtype == torch.bfloat16
     for layer, block in enumerate(model.blocks):
-        block.attn1.set_processor(SelfAttention(kernel, tensor.group, tokens))
+        if fused:
+            block.ffn.net[0] = LinearGelu(block.ffn.net[0].proj)
+        block.attn1.set_processor(SelfAttention(kernel, tensor.group, tokens, fused))
         cross = CrossAttention(kernel, tensor.group, model.text_memory)
         block.attn2.set_processor(cross)
         cross.give(block, layer)
@@ -151,6 +156,10 @@ def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
         injection_policy={WanTransformerBlock: ("to_out.0", "net.2")},
     )
     model = engine.module
+    blocks: Any = model.blocks
+    for block in blocks:  # DeepSpeed begins a sum when the product is finished
+        for pair, second in ((block.attn1.to_out, 0), (block.attn2.to_out, 0), (block.ffn.net, 2)):
+            pair[second] = RowParallel(pair[second], tensor.group)
     for module in model.modules():
         if isinstance(module, WanAttention):
             module.heads //= tensor.size

@@ -106,8 +106,6 @@ def init_world(rank: int, mesh: Mesh, address: str, port: int, device: torch.dev
         raise RuntimeError("DeepSpeed's shared-memory all-reduce is on although it was disabled; is its version newer?")
     if cuda:
         torch.cuda.set_device(device)
-    else:  # what its row-parallel layers add up with
-        deepspeed.comm.comm.cdb.inference_all_reduce = _add_up
     return World(rank, mesh, device, {axis: _join(axis, rank, mesh, timeout_s) for axis in AXES})
 
 
@@ -127,11 +125,6 @@ def _join(axis: AxisName, rank: int, mesh: Mesh, timeout_s: float) -> Axis:
             if rank in line:
                 found = Axis(mesh.size(axis), mesh.index(axis, rank), group)
     return found
-
-
-def _add_up(tensor: torch.Tensor, op: Any, group: Any = None) -> None:
-    """As DeepSpeed's backend has it. All that it is asked for here is sums."""
-    exchange.add_up(tensor, group or torch.distributed.group.WORLD)
 
 
 def _interface_towards(address: str, port: int) -> str:

@@ -1,0 +1,58 @@
+"""Kernels in Triton; importing this needs Triton, which comes with torch for CUDA."""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import next_power_of_2
+
+__all__ = ["next_power_of_2", "norm_rotate"]
+
+
+@triton.jit
+def norm_rotate(
+    hidden,
+    weight,
+    squares,
+    cos,
+    sin,
+    output,
+    tokens,
+    features,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
+    MANY: tl.constexpr,
+    WIDE: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
+    """One token a program: RMSNorm over its heads, then the rotation of neighbours within each.
+
+    `MANY` and `WIDE` are `HEADS` and `HEAD` up to powers of two. `GIVEN`: the sum of squares is read, not computed.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    heads, within = tl.arange(0, MANY)[:, None], tl.arange(0, WIDE)[None, :]
+    place = heads * HEAD + within
+    inside = (heads < HEADS) & (within < HEAD)
+    values = tl.load(hidden + row * HEADS * HEAD + place, mask=inside, other=0.0).to(tl.float32)
+    if GIVEN:  # noqa: SIM108, a choice for the compiler
+        total = tl.load(squares + row)
+    else:
+        total = tl.sum(tl.sum(values * values, axis=1), axis=0)
+    scale = tl.rsqrt(total / features + eps)
+    scaled = values * scale * tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    # A norm's result has the dtype of its input.
+    scaled = scaled.to(output.dtype.element_ty).to(tl.float32)
+    even, odd = tl.split(tl.reshape(scaled, (MANY, WIDE // 2, 2)))
+    pair = tl.arange(0, WIDE // 2)
+    angle = (row % tokens) * HEAD + 2 * pair
+    cosine = tl.load(cos + angle, mask=pair < HEAD // 2, other=0.0)[None, :]
+    sine = tl.load(sin + angle + 1, mask=pair < HEAD // 2, other=0.0)[None, :]
+    rotated = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+    tl.store(
+        output + row * HEADS * HEAD + place,
+        tl.reshape(rotated, (MANY, WIDE)).to(output.dtype.element_ty),
+        mask=inside,
+    )
