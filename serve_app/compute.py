@@ -21,6 +21,12 @@ _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "status_alloc_failed
 # All that oneDNN says when it was refused memory. It was seen to.
 _OUT_OF_MEMORY_ALONE = ("could not create a primitive", "could not execute a primitive")
 
+_ALLOCATOR = "expandable_segments:True"
+"""torch's setting for CUDA memory. What was freed can then be had again in other sizes: `benchmarks.vae_decode` prints
+what the allocator holds beside what is allocated."""
+_ALLOCATOR_OPTIONS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where whoever deploys says otherwise."""
+
 
 def pick_device(wanted: str) -> torch.device:
     """The device that the configuration names; `auto` is CUDA where there is one, because nothing else is as fast."""
@@ -60,6 +66,8 @@ def limit_memory(device: torch.device, fraction: float) -> float:
 
     if device.type != "cuda":
         return math.inf
+    if not any(name in os.environ for name in _ALLOCATOR_OPTIONS):
+        torch._C._accelerator_setAllocatorSettings(_ALLOCATOR)
     torch.cuda.set_per_process_memory_fraction(fraction, device)
     return fraction * torch.cuda.get_device_properties(device).total_memory
 
