@@ -1,12 +1,14 @@
 """One forward pass of an A14B expert through the code that serves: seconds, TFLOP/s, share of the ceiling, memory.
 
     python -m benchmarks.a14b_forward [--sizes 832x480 1280x720] [--mesh 1x1x1] [--attention auto flash4 cudnn]
-                                      [--compile also] [--diffusers] [--profile DIR]
+                                      [--compile also] [--diffusers] [--profile DIR] [--keep DIR]
 
 Weights are random, of the exact configuration (`--layers` for fewer). The ceiling is a large bfloat16 matrix product,
 measured in the same run. `--mesh` is guidance x sequence x tensor: with guidance 2 the pass is one guided step. With
 --diffusers its own model runs with the same weights, eagerly, and the relative error of ours against it is printed
-beside that between two of its own attention kernels. Passes are timed by events, after one that warms up.
+beside that between two of its own attention kernels. Passes are timed by events, after one that warms up. --keep
+writes all predictions into a folder, and prints how those that are there, of whatever runs, differ from diffusers'; a
+guided step there is one whose guidance is 1, so its prediction is that of a pass.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from serve_app.wan.sampler import predict
 from serve_app.wan.world import init_world
 
 _SIDE = 8192
+_THEIRS = "diffusers, eager"
 
 
 def main() -> None:
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--compile", choices=("no", "also", "only"), default="no", help="blocks compiled")
     parser.add_argument("--diffusers", action="store_true")
     parser.add_argument("--profile", type=Path, help="write the kernels of one pass at the first size into this folder")
+    parser.add_argument("--keep", type=Path, help="folder of predictions, to compare those of several runs")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--narrow", action="store_true", help="a width of 96, to see it run")
     options = parser.parse_args()
@@ -73,6 +77,8 @@ def main() -> None:
         )
     for line in rows["errors"]:
         print(f"\n{line}")
+    if options.keep:
+        _differences(options.keep)
     if rows["shares"]:
         kinds = [key for key in rows["shares"][0] if key not in ("size", "what")]
         print(f"\n| share of a pass | what | {' | '.join(kinds)} |\n|---|---|{'---|' * len(kinds)}")
@@ -104,7 +110,8 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
             what = f"ours, attention {attention}{', compiled' if compiled else ''}"
             for size in options.sizes:
                 run, flops = _pass(expert, size, options.frames, mesh, device)
-                _note(found, size, what, flops, run, device, options.repeats)
+                prediction = _note(found, size, what, flops, run, device, options.repeats)
+                _keep(options.keep, rank, mesh, size, what, prediction)
                 if options.profile and size == options.sizes[0]:
                     file = options.profile / f"{attention}{'-compiled' if compiled else ''}-{rank}.txt"
                     shares = _profile(run, file, found["passes"][-1]["seconds"])
@@ -143,15 +150,9 @@ def _compare(found: dict[str, Any], expert: Any, options: argparse.Namespace, de
             output: torch.Tensor = theirs(latents, timesteps, torch.cat(texts), return_dict=False)[0]  # noqa: B023
             return output
 
-        _note(
-            found,
-            size,
-            "diffusers, eager",
-            step_flops(dict(expert.config), _tokens(latents), False),
-            run,
-            device,
-            options.repeats,
-        )
+        flops = step_flops(dict(expert.config), _tokens(latents), False)
+        prediction = _note(found, size, _THEIRS, flops, run, device, options.repeats)
+        _keep(options.keep, 0, Mesh(), size, _THEIRS, prediction)
         ours = predict(expert, latents, timesteps, texts, None, [1.0], 0)
         plain = run()
         line = f"{size}: relative error of ours against diffusers {relative_error(ours.cpu(), plain.cpu()):.1e}"
@@ -189,11 +190,12 @@ def _note(
     run: Callable[[], torch.Tensor],
     device: torch.device,
     repeats: int,
-) -> None:
+) -> torch.Tensor:
+    """Time passes, after one that warms up, whose result is returned."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    run()
+    prediction = run()
     _wait(device)
     warm_up = time.perf_counter() - started
     seconds = [_timed(run, device) for _ in range(repeats)]
@@ -210,6 +212,23 @@ def _note(
         }
     )
     print(json.dumps(found["passes"][-1]), flush=True)
+    return prediction
+
+
+def _keep(folder: Path | None, rank: int, mesh: Mesh, size: str, what: str, prediction: torch.Tensor) -> None:
+    if folder is not None and rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(prediction.cpu(), folder / f"{size} {what}{'' if mesh == Mesh() else f', {mesh}'}.pt")
+
+
+def _differences(folder: Path) -> None:
+    """Relative errors of all predictions of a folder against diffusers' of the same size."""
+    print("\n| size | what | relative error against diffusers |\n|---|---|---|")
+    for file in sorted(folder.glob("*.pt")):
+        size, what = file.stem.split(" ", 1)
+        theirs = folder / f"{size} {_THEIRS}.pt"
+        if what != _THEIRS and theirs.is_file():
+            print(f"| {size} | {what} | {relative_error(torch.load(file), torch.load(theirs)):.1e} |")
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:

@@ -176,10 +176,11 @@ def _measure(
 
 
 def _denoised(ours: Rank, params: Params, first: bool) -> dict[str, Any]:
-    """What the steps of one sample take, after the first-time work of its size where that is worth its time."""
+    """What the steps of one sample take. First-time work of the process is done before, that of a later size is in its
+    first step, which is in `all steps s` alone."""
     assert ours._experts is not None
     started = time.perf_counter()
-    if first or ours._config.denoiser.compile:
+    if first:
         ours.warm_up(params)
     warm = time.perf_counter() - started
     cuda = torch.cuda.is_available()
@@ -195,7 +196,7 @@ def _denoised(ours: Rank, params: Params, first: bool) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info() if cuda else (0, 1)
     return {
         "warm": warm,
-        "step": statistics.median(one for step, one in enumerate(seconds) if step not in (0, middle)),
+        "step": statistics.median([one for step, one in enumerate(seconds) if step not in (0, middle)] or seconds),
         "first": seconds[middle],
         "weights": ours._experts.device_bytes,
         "layers": int(ours._checkpoint.expert_config("transformer")["num_layers"]),

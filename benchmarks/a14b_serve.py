@@ -1,12 +1,13 @@
 """One A14B job at a time through HTTP, and where its seconds go.
 
-    python -m benchmarks.a14b_serve [--config configs/a14b-2xh200.yaml] [--sizes 832x480 1280x720] [--steps 4]
+    python -m benchmarks.a14b_serve [--config configs/a14b-2xh200.yaml] [--sizes 832x480 1280x720] [--steps 4 40]
                                     [--set SECTION.OPTION=VALUE ...]
 
 brings the configuration up on a Ray of its own, with random weights of A14B's exact shapes, and prints for each job the
 seconds of: waiting in the queue, encoding, each step on the ranks, the engine between steps, handing over between the
-stages, decoding, and writing and storing the files; then the same for a job of 40 steps, by the measured step. A share
-of it is outside of the models: all but encoding, steps and decoding. Half of the steps are made by each expert.
+stages, decoding, and writing and storing the files; then the same for a job of 40 steps, by the measured step, where
+it had fewer. A share of it is outside of the models: all but encoding, steps and decoding. Half of the steps are made
+by each expert.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/a14b-2xh200.yaml"))
     parser.add_argument("--sizes", nargs="+", default=["832x480", "1280x720"])
     parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4], help="of each size, or of all")
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.OPTION=VALUE", help="other options")
     parser.add_argument("--narrow", action="store_true", help="small models, to see it run")
@@ -72,8 +73,11 @@ def main() -> None:
         with Server(file, port=_free_port(), own_ray=True, dashboard=False, say=print) as server:
             started = time.perf_counter()
             server.wait_ready()
-            print(f"\nready after {time.perf_counter() - started:.1f} s")
-            _show([_job(server, size, options.frames, options.steps) for size in options.sizes], options.steps)
+            print(f"\nready after {time.perf_counter() - started:.1f} s", flush=True)
+            counts = options.steps * len(options.sizes) if len(options.steps) == 1 else options.steps
+            _show(
+                [_job(server, size, options.frames, steps) for size, steps in zip(options.sizes, counts, strict=True)]
+            )
 
 
 def _file(config: Path, work: Path, settings: list[str]) -> Path:
@@ -127,8 +131,9 @@ def _job(server: Server, size: str, frames: int, steps: int) -> dict[str, Any]:
     after = _engine()
     told = video["timings"]
     step_s, engine_s = (later - earlier for later, earlier in zip(after, before, strict=True))
-    return {
+    job = {
         "size": size,
+        "made": steps,
         "total": total,
         "queue": total - told["total"],
         "encode": told["encode"],
@@ -139,16 +144,18 @@ def _job(server: Server, size: str, frames: int, steps: int) -> dict[str, Any]:
         "files": told["store"],
         "moments": [moment for moment in moments if moment[1] == "denoise"],
     }
+    print(json.dumps(job), flush=True)
+    return job
 
 
-def _show(jobs: list[dict[str, Any]], steps: int) -> None:
+def _show(jobs: list[dict[str, Any]]) -> None:
     parts = ("queue", "encode", "steps", "engine", "hand-over", "decode", "files")
     print(f"\n| size | steps | {' | '.join(parts)} | total s | outside of the models |")
     print("|---|---|" + "---|" * (len(parts) + 2))
     for job in jobs:
-        for count in (steps, WHOLE):
+        for count in sorted({job["made"], WHOLE}):
             # The engine's loop turns once a step; all else is there once a job.
-            scaled = {part: job[part] * (count / steps if part in ("steps", "engine") else 1) for part in parts}
+            scaled = {part: job[part] * (count / job["made"] if part in ("steps", "engine") else 1) for part in parts}
             total = sum(scaled.values())
             outside = total - scaled["encode"] - scaled["steps"] - scaled["decode"]
             numbers = " | ".join(f"{scaled[part]:.3f}" for part in parts)

@@ -35,7 +35,7 @@ WAYS = ("from_pretrained", "slices", "prepared")
 _MB = 1e6
 
 
-def write_random(folder: Path, layers: int, heads: int, ffn: int) -> Path:
+def write_random(folder: Path, layers: int, heads: int, ffn: int, device: str = "cpu") -> Path:
     """A checkpoint whose first expert has A14B's dimensions but these, in float32, in files of at most 10 GB."""
     from diffusers import WanTransformer3DModel
 
@@ -45,9 +45,15 @@ def write_random(folder: Path, layers: int, heads: int, ffn: int) -> Path:
     for file in (folder / EXPERT).iterdir():
         file.unlink()
     torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=heads, attention_head_dim=128, text_dim=4096, freq_dim=256, ffn_dim=ffn, num_layers=layers
-    )
+    with torch.device(device):  # where numbers are drawn faster
+        model = WanTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=128,
+            text_dim=4096,
+            freq_dim=256,
+            ffn_dim=ffn,
+            num_layers=layers,
+        )
     model.save_pretrained(folder / EXPERT, max_shard_size="10GB")
     return folder
 
@@ -139,7 +145,7 @@ def main() -> None:
     if options.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would print that it found nothing else
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = write_random(Path(name, "model"), options.layers, options.heads, options.ffn)
+        folder = write_random(Path(name, "model"), options.layers, options.heads, options.ffn, options.device)
         whole = sum(file.stat().st_size for file in (folder / EXPERT).glob("*.safetensors"))
         print(f"\n{describe()}; {options.device}, {options.dtype}, median of {options.rounds} rounds, alternated")
         print(f"Expert of {whole / _MB:.0f} MB on disk; of each group the worst rank. MB are 10^6 bytes.\n")

@@ -53,7 +53,7 @@ def randomise(module: nn.Module) -> None:
     """Draw all parameters of a module anew, where they are."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(_draw(name, torch.empty_like(parameter, dtype=torch.float32)))
+            _draw(name, parameter)
 
 
 def _draw(name: str, tensor: torch.Tensor) -> torch.Tensor:
