@@ -95,11 +95,13 @@ def _file(config: Path, work: Path, settings: list[str]) -> Path:
     return file
 
 
-def _engine() -> tuple[float, float]:
-    """Seconds of all steps on the ranks so far, and of all that was around them."""
+def _engine() -> tuple[float, float, int]:
+    """Seconds of all steps on the ranks so far, and of all that was around them; how often a rank's allocator gave
+    memory back to ask anew."""
     names = [name for name in serve.status().applications["wan"].deployments if name.endswith("Denoiser")]
     found = [serve.get_deployment_handle(name, "wan").describe.remote().result() for name in names]
-    return sum(one["step_s"] for one in found), sum(one["overhead_s"] for one in found)
+    retries = sum(rank["retries"] for one in found for rank in one["ranks"])
+    return sum(one["step_s"] for one in found), sum(one["overhead_s"] for one in found), retries
 
 
 def _job(server: Server, size: str, frames: int, steps: int) -> dict[str, Any]:
@@ -130,10 +132,11 @@ def _job(server: Server, size: str, frames: int, steps: int) -> dict[str, Any]:
         total = time.perf_counter() - began
     after = _engine()
     told = video["timings"]
-    step_s, engine_s = (later - earlier for later, earlier in zip(after, before, strict=True))
+    step_s, engine_s, retries = (later - earlier for later, earlier in zip(after, before, strict=True))
     job = {
         "size": size,
         "made": steps,
+        "retries": retries,
         "total": total,
         "queue": total - told["total"],
         "encode": told["encode"],
@@ -161,7 +164,8 @@ def _show(jobs: list[dict[str, Any]]) -> None:
             numbers = " | ".join(f"{scaled[part]:.3f}" for part in parts)
             print(f"| {job['size']} | {count} | {numbers} | {total:.2f} | {100 * outside / total:.2f} % |")
     for job in jobs:
-        print(f"\n{job['size']}, seconds from the request at which a step was told: ", end="")
+        print(f"\n{job['size']}: memory was given back and asked for anew {job['retries']} times")
+        print(f"{job['size']}, seconds from the request at which a step was told: ", end="")
         print(", ".join(f"{step} {at:.2f}" for at, _, step in job["moments"]))
 
 

@@ -89,7 +89,8 @@ class RankStatus:
 
     `busy_s` says for how many seconds the present step has been running (None: idle); `samples` how many are held;
     `rss_mib` and `device_mib` the memory of the process and of its tensors on a GPU; `weights_mib` that of the experts'
-    parameters on the device.
+    parameters on the device; `retries` how often memory of a GPU was given back and asked for anew, since what was held
+    did not do: steps wait for that, and a share of the device that is a little larger avoids it.
     """
 
     node_id: str
@@ -99,6 +100,7 @@ class RankStatus:
     rss_mib: float
     device_mib: float
     weights_mib: float
+    retries: int
 
 
 class Rank:
@@ -342,11 +344,13 @@ class Rank:
         """Answered at once, also during a step."""
         import psutil
 
-        since, device_mib = self._busy_since, 0.0
+        since, device_mib, retries = self._busy_since, 0.0, 0
         if self._experts is not None and self._device.type == "cuda":
             import torch
 
-            device_mib = torch.cuda.memory_allocated(self._device) / 2**20
+            memory = torch.cuda.memory_stats_as_nested_dict(self._device)
+            device_mib = memory["allocated_bytes"]["all"]["current"] / 2**20
+            retries = memory["num_alloc_retries"]
         return RankStatus(
             node_id=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
@@ -354,6 +358,7 @@ class Rank:
             samples=len(self._samples),
             rss_mib=psutil.Process().memory_info().rss / 2**20,
             device_mib=device_mib,
+            retries=retries,
             weights_mib=0.0 if self._experts is None else self._experts.device_bytes / 2**20,
         )
 

@@ -131,6 +131,7 @@ class Denoiser:
                     "samples": rank.samples,
                     "rss_mib": rank.rss_mib,
                     "device_mib": rank.device_mib,
+                    "retries": rank.retries,
                     "weights_mib": rank.weights_mib,
                 }
                 # Who asks may wait: it is no health check.

@@ -22,6 +22,7 @@ _X264 = {
     # Equal frames give equal files: with the macroblock tree x264's AVX-512 code reads memory that was never written.
     "x264-params": "mbtree=0",
 }
+_THREADS = 8
 _BT709 = 1  # H.273's code for BT.709, the same for matrix, primaries and transfer
 _TV_RANGE = 1
 
@@ -56,6 +57,8 @@ def write_mp4(frames: np.ndarray, path: Path, fps: int, metadata: dict[str, Any]
             container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
             stream = container.add_stream("libx264", rate=fps, options=_X264)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            # Left to itself x264 cuts each frame into as many slices as there are cores, and files differ by machine.
+            stream.codec_context.thread_type, stream.codec_context.thread_count = "FRAME", _THREADS
             # Without these, players guess the matrix from the size, and colours shift between preview and full size.
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = _BT709

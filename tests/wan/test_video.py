@@ -36,18 +36,21 @@ def boxes(path: Path) -> list[str]:
     return found
 
 
-def test_equal_frames_give_equal_streams_whatever_was_in_memory_before(tmp_path: Path) -> None:
+def test_equal_frames_give_equal_streams_on_any_number_of_cores_whatever_was_in_memory_before(tmp_path: Path) -> None:
     """glibc fills fresh and freed memory with a byte of ours, so that what reads it shows."""
-    np.save(tmp_path / "frames.npy", noise(9) // 2 + np.arange(9, dtype=np.uint8)[:, None, None, None] * 8)
+    moving = noise(9, 256, 128) // 2 + np.arange(9, dtype=np.uint8)[:, None, None, None] * 8
+    np.save(tmp_path / "frames.npy", moving)
     code = (
-        "import sys, numpy; from pathlib import Path; from serve_app.wan.video import write_mp4;"
+        "import os, sys, numpy; from pathlib import Path; from serve_app.wan.video import write_mp4;"
+        "os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[3])]);"
         "write_mp4(numpy.load(sys.argv[1]), Path(sys.argv[2]), 16, {})"
     )
     streams = []
-    for fill in ("1", "100", "200"):
+    for fill, cores in (("1", "1000"), ("100", "1000"), ("200", "1")):
         path = tmp_path / f"{fill}.mp4"
         environment = {**os.environ, "MALLOC_PERTURB_": fill, "MALLOC_MMAP_THRESHOLD_": str(1 << 28)}
-        subprocess.run([sys.executable, "-c", code, tmp_path / "frames.npy", path], env=environment, check=True)
+        command = [sys.executable, "-c", code, tmp_path / "frames.npy", path, cores]
+        subprocess.run(command, env=environment, check=True)
         with av.open(str(path)) as container:
             streams.append(b"".join(bytes(packet) for packet in container.demux(video=0)))
     assert streams[0] == streams[1] == streams[2]
