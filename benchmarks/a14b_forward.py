@@ -2,13 +2,15 @@
 
     python -m benchmarks.a14b_forward [--sizes 832x480 1280x720] [--mesh 1x1x1] [--attention auto flash4 cudnn]
                                       [--compile also] [--diffusers] [--profile DIR] [--keep DIR]
+                                      [--float32]
 
 Weights are random, of the exact configuration (`--layers` for fewer). The ceiling is a large bfloat16 matrix product,
 measured in the same run. `--mesh` is guidance x sequence x tensor: with guidance 2 the pass is one guided step. With
 --diffusers its own model runs with the same weights, eagerly, and the relative error of ours against it is printed
 beside that between two of its own attention kernels. Passes are timed by events, after one that warms up. --keep
-writes all predictions into a folder, and prints how those that are there, of whatever runs, differ from diffusers'; a
-guided step there is one whose guidance is 1, so its prediction is that of a pass.
+writes all predictions into a folder, and prints how those that are there, of whatever runs, differ from diffusers' and
+from one in float32, which --float32 makes; a guided step there is one whose guidance is 1, so its prediction is that of
+a pass.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ from serve_app.wan.cost import step_flops
 from serve_app.wan.mesh import Mesh
 from serve_app.wan.parallel import load_expert
 from serve_app.wan.sampler import predict
-from serve_app.wan.world import init_world
+from serve_app.wan.world import World, init_world
 
 _SIDE = 8192
-_THEIRS = "diffusers, eager"
+_THEIRS, _EXACT = "diffusers, eager", "float32"
 
 
 def main() -> None:
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--diffusers", action="store_true")
     parser.add_argument("--profile", type=Path, help="write the kernels of one pass at the first size into this folder")
     parser.add_argument("--keep", type=Path, help="folder of predictions, to compare those of several runs")
+    parser.add_argument("--float32", action="store_true", help="also a pass in float32, at the last size, for --keep")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--narrow", action="store_true", help="a width of 96, to see it run")
     options = parser.parse_args()
@@ -121,6 +124,8 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
             if options.diffusers and mesh.ranks == 1 and not compiled and attention == options.attention[0]:
                 _compare(found, expert, options, device)
             del expert
+    if options.float32 and mesh.ranks == 1:
+        _float32(found, checkpoint, world, options, device)
     if rank == 0:
         output.write_text(json.dumps(found))
     world.close()
@@ -162,6 +167,29 @@ def _compare(found: dict[str, Any], expert: Any, options: argparse.Namespace, de
             line += f", of its FlashAttention-2 against its default {relative_error(run().cpu(), plain.cpu()):.1e}"
             theirs.set_attention_backend("native")
         found["errors"].append(line)
+
+
+def _float32(
+    found: dict[str, Any], checkpoint: Checkpoint, world: World, options: argparse.Namespace, device: torch.device
+) -> None:
+    """What all others round. Its inputs and weights are theirs, rounded to bfloat16."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    expert = load_expert(checkpoint, "transformer", world, torch.float32, device)
+    for name, parameter in expert.named_parameters():
+        if not set(name.split(".")) & set(expert._keep_in_fp32_modules):  # type: ignore[arg-type]
+            parameter.data.copy_(parameter.data.bfloat16())
+    size = options.sizes[-1]
+    latents, timesteps, texts = _inputs(expert, size, options.frames, device)
+    flops = step_flops(dict(expert.config), _tokens(latents), False)
+
+    def run() -> torch.Tensor:
+        return predict(expert, latents.float(), timesteps, [text.float() for text in texts], None, [1.0], 0)
+
+    prediction = _note(found, size, _EXACT, flops, run, device, 1)
+    _keep(options.keep, 0, Mesh(), size, _EXACT, prediction)
 
 
 def _inputs(
@@ -222,13 +250,16 @@ def _keep(folder: Path | None, rank: int, mesh: Mesh, size: str, what: str, pred
 
 
 def _differences(folder: Path) -> None:
-    """Relative errors of all predictions of a folder against diffusers' of the same size."""
-    print("\n| size | what | relative error against diffusers |\n|---|---|---|")
+    """Relative errors of all predictions of a folder against diffusers' and the float32 one of the same size."""
+    print("\n| size | what | relative error against diffusers | against float32 |\n|---|---|---|---|")
     for file in sorted(folder.glob("*.pt")):
         size, what = file.stem.split(" ", 1)
-        theirs = folder / f"{size} {_THEIRS}.pt"
-        if what != _THEIRS and theirs.is_file():
-            print(f"| {size} | {what} | {relative_error(torch.load(file), torch.load(theirs)):.1e} |")
+        errors = []
+        for reference in (_THEIRS, _EXACT):
+            other = folder / f"{size} {reference}.pt"
+            known = what not in (reference, _EXACT) and other.is_file()
+            errors.append(f"{relative_error(torch.load(file), torch.load(other)):.1e}" if known else "")
+        print(f"| {size} | {what} | {' | '.join(errors)} |")
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
