@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
 
 import numpy as np
 from ray import serve
@@ -18,8 +19,11 @@ from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
 from serve_app.request import Params
 from serve_app.storage import Storage, download_name
+from serve_app.wan.arrival import Arrival
 
 log = get_logger(__name__)
+
+_Storing: TypeAlias = asyncio.Task[tuple[dict[str, str], int, float]]
 
 SPRITES = 16
 SPRITE_COLUMNS = 4
@@ -36,10 +40,19 @@ class Decoded:
     revision: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Item:
+    """A call of `decode`.
+
+    `again`: an earlier call may have left some of its files under `prefix`. `abandoned`: nobody wants the video now.
+    """
+
     latents: np.ndarray
+    params: Params
+    prefix: str
     job_id: str
+    again: bool
+    abandoned: bool = False
 
 
 @serve.deployment(name="Decoder")
@@ -89,63 +102,100 @@ class Decoder:
                 have room for, or this one later; or `store_failed`, which is retryable where the storage was away or
                 full.
         """
-        result = await self._decode_batch(_Item(latents, job_id))
-        if isinstance(result, Exception):
-            raise result
-        frames, seconds = result
+        item = _Item(latents, params, prefix, job_id, again)
         try:
-            if again:
-                await self._storage.delete_prefix(prefix)
-            return await self._store(params, prefix, job_id, frames, seconds)
+            result = await self._decode_batch(item)
+            if isinstance(result, JobFailed):
+                raise result
+            storing, seconds = result
+            outputs, size, stored = await storing
+        except JobFailed:
+            raise
+        except asyncio.CancelledError:
+            item.abandoned = True
+            raise
         except Exception as error:
             log.exception("storing failed", extra={"job": job_id})
             raise JobFailed("store_failed", one_line(error), retryable=isinstance(error, OSError)) from None
+        return Decoded(outputs, size, {"vae": seconds, "store": stored}, self._revision)
 
     @serve.batch
-    async def _decode_batch(self, items: list[_Item]) -> list[tuple[np.ndarray, float] | Exception]:
-        """Frames of each, [frames, height, width, 3] uint8, and the seconds that they took together.
+    async def _decode_batch(self, items: list[_Item]) -> list[tuple[_Storing, float] | JobFailed]:
+        """Of each what stores it, and the seconds that decoding all took together.
 
         Latents of equal shape share a pass of the VAE, whose sums then differ in the last bits from those of each
-        alone. A failure concerns its own item only. Storing is not part of it: the next batch is decoded meanwhile.
+        alone. A failure concerns its own item only. Files are written while frames come, but storing them is not waited
+        for: the next batch is decoded meanwhile.
         """
         by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, item in enumerate(items):
             by_shape[item.latents.shape].append(index)
-        results: list[tuple[np.ndarray, float] | Exception] = [RuntimeError("not decoded")] * len(items)
+        results: list[tuple[_Storing, float] | JobFailed] = [JobFailed("decode_failed", "not decoded")] * len(items)
         for indices in by_shape.values():
             started = time.monotonic()
+            arrival = Arrival()
+            decoded: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+            storing = [
+                asyncio.create_task(self._store(items[index], arrival, place, decoded))
+                for place, index in enumerate(indices)
+            ]
             try:
-                frames = await self._math.run(self._frames, np.concatenate([items[index].latents for index in indices]))
+                latents = np.concatenate([items[index].latents for index in indices])
+                await self._math.run(self._frames, latents, arrival)
+            except asyncio.CancelledError as error:
+                arrival.fail(error)  # no thread may wait for ever
+                raise
             except Exception as error:  # of our own type, because a process without torch cannot unpickle torch's
                 log.exception("decoding failed", extra={"jobs": [items[index].job_id for index in indices]})
                 short = is_out_of_memory(error)
+                failure = JobFailed("out_of_memory" if short else "decode_failed", one_line(error), short)
+                arrival.fail(failure)
+                decoded.cancel()
+                await asyncio.gather(*storing, return_exceptions=True)
                 for index in indices:
-                    results[index] = JobFailed("out_of_memory" if short else "decode_failed", one_line(error), short)
+                    results[index] = failure
                 continue
+            decoded.set_result(time.monotonic())
             seconds = time.monotonic() - started
-            for index, video in zip(indices, frames, strict=True):
-                results[index] = video, seconds
+            for index, task in zip(indices, storing, strict=True):
+                results[index] = task, seconds
         return results
 
-    def _frames(self, latents: np.ndarray) -> np.ndarray:
+    def _frames(self, latents: np.ndarray, arrival: Arrival) -> np.ndarray:
         import torch
 
-        return self._decoder.decode(torch.from_numpy(latents))
+        return self._decoder.decode(torch.from_numpy(latents), arrival)
 
-    async def _store(self, params: Params, prefix: str, job_id: str, frames: np.ndarray, vae_seconds: float) -> Decoded:
-        """Write one video's files, [frames, height, width, 3] uint8, and put them where they belong."""
+    async def _store(
+        self, item: _Item, arrival: Arrival, place: int, decoded: asyncio.Future[float]
+    ) -> tuple[dict[str, str], int, float]:
+        """Write one video's files while its frames come, and put them where they belong.
+
+        Args:
+            place: of the video among those that are decoded together.
+            decoded: when that was done.
+
+        Returns:
+            The keys of the files, the size of the mp4, and the seconds that this took beyond decoding.
+        """
         from serve_app.wan.video import spritesheet, thumbnail, write_mp4
 
-        started = time.monotonic()
+        metadata: dict[str, Any] = {"id": item.job_id, "model": self._model_name, "revision": self._revision}
+        metadata.update(item.params.model_dump())
+
+        def write(path: Path) -> np.ndarray:
+            frames: np.ndarray = arrival.frames()[place]
+            write_mp4(frames, path, item.params.fps, metadata, arrival.wait)
+            return frames
+
         with TemporaryDirectory(prefix="wan-serve-") as folder:
             path = Path(folder) / "video.mp4"
-            metadata = {
-                "id": job_id,
-                "model": self._model_name,
-                "revision": self._revision,
-                **params.model_dump(),
-            }
-            await asyncio.to_thread(write_mp4, frames, path, params.fps, metadata)
+            frames = await asyncio.to_thread(write, path)
+            began = await decoded
+            if item.abandoned:
+                raise asyncio.CancelledError
+            if item.again:
+                await self._storage.delete_prefix(item.prefix)
             files: dict[str, bytes | Path] = {
                 "thumbnail.jpg": await asyncio.to_thread(thumbnail, frames),
                 "spritesheet.jpg": await asyncio.to_thread(spritesheet, frames, SPRITE_COLUMNS, SPRITES),
@@ -154,16 +204,14 @@ class Decoder:
             }
             outputs = {}
             for name, content in files.items():
-                key = outputs[name.partition(".")[0]] = f"{prefix}/{name}"
-                await self._storage.put(key, content, download_name(job_id, key))
-            size = path.stat().st_size
-        seconds = {"vae": vae_seconds, "store": time.monotonic() - started}
-        return Decoded(outputs, size, seconds, self._revision)
+                key = outputs[name.partition(".")[0]] = f"{item.prefix}/{name}"
+                await self._storage.put(key, content, download_name(item.job_id, key))
+            return outputs, path.stat().st_size, time.monotonic() - began
 
     def _warm_up(self, latents: np.ndarray, params: Params) -> None:
         from serve_app.wan.video import spritesheet, thumbnail, write_mp4
 
-        frames = self._frames(latents)[0]
+        frames = self._frames(latents, Arrival())[0]
         with TemporaryDirectory(prefix="wan-serve-") as folder:
             write_mp4(frames, Path(folder) / "video.mp4", params.fps, {})
         thumbnail(frames)

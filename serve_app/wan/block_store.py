@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import torch
 
 from serve_app.wan.checkpoint import Expert
-from serve_app.wan.pieces import Piece
+from serve_app.wan.pieces import Piece, each
 from serve_app.wan.weights import Weights
 
 if TYPE_CHECKING:
@@ -148,9 +148,14 @@ class FileBlocks:
         return event
 
 
-def _read(layout: Layout, parts: Iterable[Piece], weights: Weights, memory: torch.Tensor, check: bool = True) -> None:
-    for part, view in zip(layout.order(parts), layout.views(memory), strict=True):
-        weights.read(part.name, part.dim, part.start, part.stop, part.dtype, out=view, check=check)
+def _read(layout: Layout, parts: Sequence[Piece], weights: Weights, memory: torch.Tensor, check: bool = True) -> None:
+    views = {part.name: view for part, view in zip(layout.order(parts), layout.views(memory), strict=True)}
+
+    def read(part: Piece) -> None:
+        weights.read(part.name, part.dim, part.start, part.stop, part.dtype, out=views[part.name], check=check)
+
+    for _ in each(parts, weights, read):
+        pass
 
 
 def host_memory(nbytes: int, device: torch.device) -> torch.Tensor:

@@ -19,7 +19,7 @@ from serve_app.wan.attention import CrossAttention, SelfAttention, ShardedNorm
 from serve_app.wan.checkpoint import Checkpoint, Expert
 from serve_app.wan.fused import LinearGelu
 from serve_app.wan.kernels import KernelName, pick_kernel
-from serve_app.wan.pieces import Piece, empty_expert, pieces
+from serve_app.wan.pieces import Piece, each, empty_expert, pieces
 from serve_app.wan.prepared import Prepared
 from serve_app.wan.random_weights import RandomWeights
 from serve_app.wan.rotary import Rotary
@@ -181,8 +181,11 @@ def _check_dtypes(parts: list[Piece], weights: Weights) -> None:
 
 def _fill(model: nn.Module, weights: Weights, parts: list[Piece], device: torch.device) -> None:
     """Give every parameter its values."""
-    for part in sorted(parts, key=lambda part: weights.position(part.name)):
-        tensor = weights.read(part.name, part.dim, part.start, part.stop, part.dtype)
+
+    def read(part: Piece) -> torch.Tensor:
+        return weights.read(part.name, part.dim, part.start, part.stop, part.dtype).to(device)
+
+    for part, tensor in each(parts, weights, read):
         # A new parameter, since those built on the meta device cannot be given memory.
         owner, _, leaf = part.name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device), requires_grad=False))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

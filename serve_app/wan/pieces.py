@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -17,6 +18,11 @@ from diffusers import WanTransformer3DModel
 from serve_app.errors import CheckpointError
 from serve_app.wan.checkpoint import Checkpoint, Expert
 from serve_app.wan.weights import Weights
+
+T = TypeVar("T")
+
+READERS = 4
+"""Threads that read the weights of an expert."""
 
 # Column-parallel layers have some of the outputs, those of the rank's heads; the norms of these outputs follow. Row-
 # parallel ones have some of the inputs and are summed over the ranks: their bias, added after that, is whole.
@@ -102,6 +108,23 @@ def pieces(
     if missing:
         raise CheckpointError(f"{weights.where}: the tensor {min(missing)!r} is not expected by config.json")
     return found
+
+
+def each(parts: Iterable[Piece], weights: Weights, do: Callable[[Piece], T]) -> Iterator[tuple[Piece, T]]:
+    """What `do` makes of each piece when it has read it, in the order in which they lie in the files.
+
+    Several are read at once: one core compares checksums more slowly than a disk reads. Not where values are converted,
+    which takes all cores by itself.
+
+    Raises:
+        CheckpointError: what `do` raises of a piece; no further one is begun then.
+    """
+    ordered = sorted(parts, key=lambda part: weights.position(part.name))
+    if any(weights.dtype(part.name) != part.dtype for part in ordered):
+        yield from ((part, do(part)) for part in ordered)
+        return
+    with ThreadPoolExecutor(READERS, "weights") as readers:
+        yield from zip(ordered, readers.map(do, ordered), strict=True)
 
 
 def held_bytes(weights: Weights, dtype: torch.dtype, tensor: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from serve_app.wan import cpu_vae
+from serve_app.wan.arrival import Arrival
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.random_weights import randomise
 from serve_app.wan.vae_decode import TiledDecoder
@@ -53,11 +54,12 @@ class VideoDecoder:
         self._mean, self._std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(device, dtype) for values in statistics)
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
+    def decode(self, latents: torch.Tensor, arrival: Arrival | None = None) -> np.ndarray:
         """Frames of a batch of latents.
 
         Args:
             latents: `[batch, channels, frames, height, width]`, any float dtype and device.
+            arrival: is told of the frames as they come.
 
         Returns:
             `[batch, 4 * (frames - 1) + 1, 8 * height, 8 * width, 3]`, uint8 RGB. Values are rounded to the nearest
@@ -69,4 +71,4 @@ class VideoDecoder:
         """
         latents = latents.to(self.device, self.dtype)
         # Division by the inverse, not multiplication: the last bit is that of WanPipeline.
-        return self.tiled.decode(latents / (1.0 / self._std) + self._mean).numpy()
+        return self.tiled.decode(latents / (1.0 / self._std) + self._mean, arrival=arrival).numpy()

@@ -6,6 +6,7 @@ A chunk's frames leave the device as bytes as soon as they are there: memory on 
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -16,6 +17,7 @@ from diffusers import AutoencoderKLWan
 from serve_app.compute import is_out_of_memory
 from serve_app.errors import one_line
 from serve_app.logs import get_logger
+from serve_app.wan.arrival import Arrival
 from serve_app.wan.vae_stream import Stream
 from serve_app.wan.vae_tiles import Picture, Tile
 
@@ -51,12 +53,13 @@ class TiledDecoder:
         self.tiles: list[Tile] = []
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, raw: bool = False) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, raw: bool = False, arrival: Arrival | None = None) -> torch.Tensor:
         """Frames of a batch of latents.
 
         Args:
             latents: `[samples, channels, frames, height, width]` as the VAE wants them, on the first device.
             raw: float32 from -1 to 1, for comparisons.
+            arrival: is told of the frames as they come.
 
         Returns:
             `[samples, 4 * (frames - 1) + 1, 8 * height, 8 * width, 3]`, uint8 or float32, in host memory.
@@ -67,16 +70,17 @@ class TiledDecoder:
         first = self._streams[0]
         height, width = latents.shape[-2:]
         picture = Picture(self.levels, height, width, len(latents), latents.element_size())
-        job = _Job(picture, latents, raw)
+        job = _Job(picture, latents, raw, arrival)
         self.tiles = job.done
         if self._fitted >= MORE_AFTER:
             self.most_bytes, self._fitted = min(self._given, 2 * self.most_bytes), 0
         bound = min([self.most_bytes, *(_free(stream.device) for stream in self._streams)])
         todo = deque(picture.tiles(bound, len(self._streams)))
+        job.plan(todo)
         if len(todo) == 1:
             tile = todo.popleft()
             if not self._fits(job, first, tile, first.features(latents)):
-                todo.extend(self._smaller(picture, tile))
+                todo.extend(self._smaller(job, tile))
         if todo:
             # In host memory, because they are all needed until the last tile is done.
             features = [_to_host(feature) for feature in first.features(latents)]
@@ -103,7 +107,7 @@ class TiledDecoder:
                 # The bound may have sunk since the picture was cut.
                 hopeless = job.picture.bytes(tile) > self.most_bytes and tile.halves() is not None
                 if hopeless or not self._fits(job, stream, tile, features):
-                    todo.extendleft(self._smaller(job.picture, tile))
+                    todo.extendleft(self._smaller(job, tile))
             except BaseException:
                 todo.clear()  # for nothing
                 raise
@@ -127,8 +131,8 @@ class TiledDecoder:
             self.most_bytes = min(self.most_bytes, max(map(job.picture.bytes, halves)))
         return False
 
-    def _smaller(self, picture: Picture, tile: Tile) -> tuple[Tile, Tile]:
-        """The halves of a tile that does not fit.
+    def _smaller(self, job: _Job, tile: Tile) -> tuple[Tile, Tile]:
+        """The halves of a tile that does not fit, which the job then wants instead.
 
         Raises:
             MemoryError: they would be too small.
@@ -137,15 +141,16 @@ class TiledDecoder:
         if halves is None:
             raise MemoryError(
                 f"not even a tile of {tile.rows[1] - tile.rows[0]}x{tile.columns[1] - tile.columns[0]} latent pixels "
-                f"fits, which takes about {picture.bytes(tile) / 2**20:.0f} MiB"
+                f"fits, which takes about {job.picture.bytes(tile) / 2**20:.0f} MiB"
             )
+        job.plan(halves, instead=tile)
         return halves
 
 
 class _Job:
     """One call: what is decoded, and where its pixels go."""
 
-    def __init__(self, picture: Picture, latents: torch.Tensor, raw: bool) -> None:
+    def __init__(self, picture: Picture, latents: torch.Tensor, raw: bool, arrival: Arrival | None) -> None:
         self.picture = picture
         self.done: list[Tile] = []
         self._convert = _floats if raw else _levels
@@ -153,6 +158,19 @@ class _Job:
         pixels = picture.spans(picture.whole)[-1]
         shape = (len(latents), picture.frames(latents.shape[2]), pixels.rows[1], pixels.columns[1], 3)
         self.result = _on_host(shape, dtype, latents.device)
+        self._arrival = arrival
+        self._planned = threading.Lock()
+        self._there: dict[Tile, int] = {}
+        """Frames of each tile."""
+        if arrival is not None:
+            arrival.begin(self.result.numpy())
+
+    def plan(self, tiles: Iterable[Tile], instead: Tile | None = None) -> None:
+        """These have to be done, and `instead` no longer."""
+        with self._planned:
+            if instead is not None:
+                del self._there[instead]
+            self._there.update(dict.fromkeys(tiles, 0))
 
     def run(self, stream: Stream, tile: Tile, features: Iterable[torch.Tensor]) -> None:
         """Decode one tile."""
@@ -162,15 +180,36 @@ class _Job:
         direct = stream.device.type == "cpu" or view[0].is_contiguous()
         target = view if direct else _on_host(view.shape, view.dtype, stream.device)
         begun = 0
+        copying: tuple[slice, torch.cuda.Event | None] | None = None
+
+        def arrived() -> None:
+            if copying is None:
+                return
+            frames, event = copying
+            if event is not None:
+                event.synchronize()
+            if not direct:
+                view[:, frames].copy_(target[:, frames])
+            self._tell(tile, frames.stop)
+
         for chunk in stream.frames(features, spans):
             pixels = self._convert(chunk.permute(0, 2, 3, 4, 1))
             for video, sample in zip(target, pixels, strict=True):
                 video[begun : begun + len(sample)].copy_(sample, non_blocking=True)
+            # The device has the next chunk to do while the host waits for the copy of the last.
+            arrived()
+            copying = slice(begun, begun + pixels.shape[1]), _event(stream.device)
             begun += pixels.shape[1]
+        arrived()
         _finish(stream.device)
-        if not direct:
-            view.copy_(target)
         self.done.append(tile)
+
+    def _tell(self, tile: Tile, frames: int) -> None:
+        with self._planned:
+            self._there[tile] = frames
+            whole = min(self._there.values())
+        if self._arrival is not None:
+            self._arrival.advance(whole)
 
 
 def _levels(chunk: torch.Tensor) -> torch.Tensor:
@@ -189,6 +228,15 @@ def _on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:
     return x if x.device.type == "cpu" else _on_host(x.shape, x.dtype, x.device).copy_(x, non_blocking=True)
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """What the device reaches when it has done what it was given so far."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _finish(device: torch.device) -> None:

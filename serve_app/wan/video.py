@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,13 @@ _BT709 = 1  # H.273's code for BT.709, the same for matrix, primaries and transf
 _TV_RANGE = 1
 
 
-def write_mp4(frames: np.ndarray, path: Path, fps: int, metadata: dict[str, Any]) -> None:
+def write_mp4(
+    frames: np.ndarray,
+    path: Path,
+    fps: int,
+    metadata: dict[str, Any],
+    wait: Callable[[int], None] = lambda index: None,
+) -> None:
     """Write H.264, yuv420p, with the index at the front so that browsers start before the file is complete.
 
     The file appears under `path` at once and complete, or not at all.
@@ -36,6 +43,7 @@ def write_mp4(frames: np.ndarray, path: Path, fps: int, metadata: dict[str, Any]
         frames: `[frames, height, width, 3]`, uint8 RGB, even sides.
         fps: frames per second.
         metadata: JSON-able; kept as the comment of the file, see `read_metadata`.
+        wait: called with the index of each frame before it is read, as long as it may not be there yet.
 
     Raises:
         ValueError: frames of another shape or type.
@@ -63,7 +71,8 @@ def write_mp4(frames: np.ndarray, path: Path, fps: int, metadata: dict[str, Any]
             context = stream.codec_context
             context.colorspace = context.color_primaries = context.color_trc = _BT709
             context.color_range = _TV_RANGE
-            for array in frames:
+            for index, array in enumerate(frames):
+                wait(index)
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
                 container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
             container.mux(stream.encode())

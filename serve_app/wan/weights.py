@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Weights:
     """The tensors of one component, by name, over one or many safetensors files.
 
     Reads with `pread` instead of a memory map: mapped pages stay resident until the kernel is short of memory, so each
-    rank would seem to, and under a container's limit could, hold the whole expert.
+    rank would seem to, and under a container's limit could, hold the whole expert. Several threads may read at once.
 
     Args:
         where: the component's folder, or its only file.
@@ -70,7 +71,8 @@ class Weights:
         self._checksums = checksums or {}
         self._entries: dict[str, _Entry] = {}
         self._open: dict[Path, int] = {}
-        self._buffer: torch.Tensor | None = None
+        self._opening = threading.Lock()
+        self._of_thread = threading.local()
         for file in [where] if where.suffix == ".safetensors" else weight_files(where, stem):
             self._entries.update(_header(file))
 
@@ -83,8 +85,8 @@ class Weights:
         self.close()
 
     def close(self) -> None:
-        """Close the files and free the buffer. A later read opens them again."""
-        self._buffer = None
+        """Close the files and free the buffers. A later read opens them again."""
+        self._of_thread = threading.local()
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -119,8 +121,9 @@ class Weights:
         Only the bytes of the slice are read: in one piece along dimension 0, row by row along a later one.
 
         Args:
-            dtype: of the result, that of the file if not given. Conversion goes through a buffer that all reads share,
-                so that memory holds the result alone, and is not left in holes of the size of the file's tensors.
+            dtype: of the result, that of the file if not given. Conversion goes through a buffer that all reads of a
+                thread share, so that memory holds the result alone, and is not left in holes of the size of the file's
+                tensors.
             out: where to; contiguous, of the result's shape and dtype.
             check: whether to compare the checksum, where there is one.
 
@@ -165,17 +168,20 @@ class Weights:
         return out if entry.shape else out.view(())
 
     def _conversion_buffer(self) -> torch.Tensor:
-        if self._buffer is None:
-            self._buffer = torch.empty(_BUFFER, dtype=torch.uint8)
-        return self._buffer
+        if not hasattr(self._of_thread, "buffer"):
+            self._of_thread.buffer = torch.empty(_BUFFER, dtype=torch.uint8)
+        buffer: torch.Tensor = self._of_thread.buffer
+        return buffer
 
     def _file(self, path: Path) -> int:
-        if path not in self._open:
-            self._open[path] = os.open(path, os.O_RDONLY)
-            if self._checksums and hasattr(os, "posix_fadvise"):
-                # All of it is wanted, so the kernel may read far ahead. Of slices that would also be what lies between.
-                os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return self._open[path]
+        with self._opening:
+            if path not in self._open:
+                self._open[path] = os.open(path, os.O_RDONLY)
+                if self._checksums and hasattr(os, "posix_fadvise"):
+                    # All of it is wanted, so the kernel may read far ahead. Of slices that would also be what lies
+                    # between.
+                    os.posix_fadvise(self._open[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            return self._open[path]
 
 
 def header(tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:

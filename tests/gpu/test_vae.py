@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
 from serve_app.wan.vae_decode import TiledDecoder
 from serve_app.wan.vae_tiles import Picture
+from tests.wan.test_arrival import Watched
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 HEIGHT, WIDTH = 60, 104
@@ -54,6 +57,14 @@ def test_tiles_are_the_whole_picture(vae: AutoencoderKLWan) -> None:
     assert len(whole.tiles) == 1 and len(tiled.tiles) > 4
     assert (got - expected).norm() <= 1e-4 * expected.norm()
     assert (whole.decode(noise()).int() - tiled.decode(noise()).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("most_bytes", [math.inf, 1], ids=["whole", "tiles"])
+def test_what_is_told_to_be_there_is_there(vae: AutoencoderKLWan, most_bytes: float) -> None:
+    watched = Watched()
+    frames = TiledDecoder([vae], most_bytes).decode(noise()[..., :16, :32], arrival=watched).numpy()
+    assert {1, 5, 9} <= {seen.shape[1] for seen in watched.seen}
+    assert all(np.array_equal(seen, frames[:, : seen.shape[1]]) for seen in watched.seen)
 
 
 def test_memory_is_as_planned_and_does_not_grow_with_frames(vae: AutoencoderKLWan) -> None:

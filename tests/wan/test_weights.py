@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def test_conversion_while_reading(
                 assert read.dtype == dtype
                 assert torch.equal(read, expected), (name, dim, start, stop)
     assert torch.equal(weights.read("scalar", dtype=torch.float64), tensors["scalar"].double())
+
+
+def test_threads_that_read_and_convert_at_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {str(index): torch.randn(1 << 18) for index in range(16)}
+    save_file(tensors, tmp_path / f"{STEM}.safetensors")
+    with Weights(tmp_path) as weights, ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            read = threads.map(lambda name: weights.read(name, dtype=torch.bfloat16), tensors)
+            assert all(map(torch.equal, read, (tensor.bfloat16() for tensor in tensors.values())))
 
 
 def test_a_slice_outside_is_refused(weights: Weights) -> None:
