@@ -39,7 +39,7 @@ def exchanged(rank: int, mesh: Mesh, port: int, output: Path) -> None:
     world.close()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_all_ranks_get_the_sum_the_same_to_the_bit(ranks: int, tmp_path: Path) -> None:
     run_ranks(exchanged, Mesh(tensor=ranks), tmp_path)
     first, *others = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
