@@ -127,6 +127,7 @@ def test_a_host_that_is_cut_off_for_a_moment_stays(three_hosts):
     assert {node.node_id for node in three_hosts.view() if node.alive} == before
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_for_long_is_dead_and_comes_back_anew(three_hosts):
     before = {node.node_id for node in three_hosts.view() if node.alive and node.host == 1}
     processes = three_hosts.nodes[1].pids()
@@ -183,6 +184,7 @@ def test_down_cleans_what_a_tool_left_that_was_killed_half_way(namespaces, name)
     assert traces(name) == []
 
 
+@pytest.mark.slow
 def test_up_replaces_what_a_killed_tool_left_and_down_in_another_shell_ends_it(namespaces, name):
     first = tool("up", "--nodes", "1", "--name", name)
     read_until(first, "Ctrl-C takes it down")

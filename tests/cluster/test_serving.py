@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import httpx
+import pytest
 
 from tests.cluster.serving import ray_processes
 
 
+@pytest.mark.slow
 def test_stages_run_on_the_chosen_hosts_and_make_a_video(three_hosts, serve_on):
     serving = serve_on(
         three_hosts,

@@ -173,7 +173,10 @@ def test_latents_that_are_not_finite_fail_their_sample_only(app, alone):
     assert np.array_equal(clip.result(), alone)
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+@pytest.mark.parametrize(
+    "blow",
+    [pytest.param(signal.SIGKILL, id="killed"), pytest.param(signal.SIGSTOP, id="hung", marks=pytest.mark.slow)],
+)
 def test_after_a_rank_is_lost_the_sample_goes_on_from_its_last_state_to_the_same_bits(app, alone, blow):
     prefix = f"samples/{blow.name}{app.config.denoiser.parallel.size}"
     folder = app.path(prefix)
@@ -184,8 +187,14 @@ def test_after_a_rank_is_lost_the_sample_goes_on_from_its_last_state_to_the_same
     assert failure.code == "group_lost" and failure.retryable
     assert failure.step is not None and failure.step > 5
     saved = max(_step(file) for file in folder.glob("*.safetensors"))
-    again = long(app, f"second-{blow.name}", state_prefix=prefix, resume=True)
-    assert np.array_equal(again.result(), alone)
+    for attempt in range(3):
+        again = long(app, f"second-{blow.name}-{attempt}", state_prefix=prefix, resume=True)
+        try:
+            latents = again.result()
+            break
+        except JobFailed as error:  # it met the replica that was about to go
+            assert error.code == "worker_lost" and error.retryable
+    assert np.array_equal(latents, alone)
     assert again.started is not None and again.started.step == saved >= 5
 
 

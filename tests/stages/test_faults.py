@@ -159,6 +159,7 @@ def test_when_the_caller_dies_its_work_ends_on_every_rank(app, victim):
     make_soon(app)
 
 
+@pytest.mark.slow
 def test_more_samples_than_seats_all_finish_and_who_leaves_while_waiting_is_forgotten(deploy):
     app = deploy(denoiser={"resident_samples": 1, "batch": {"size": 4, "wait_s": 0.3}})
     denoiser = app.handle("Denoiser")

@@ -58,6 +58,7 @@ def pixels(app: Wan, done: Done) -> bytes:
         return b"".join(bytes(packet) for packet in container.demux(video=0))
 
 
+@pytest.mark.slow
 def test_all_placements_of_the_experts_give_the_same_video_and_split_halves_the_memory(deploy):
     def weights(deployment: str) -> float:
         ranks = app.handle(deployment).describe.remote().result()["ranks"]
@@ -129,6 +130,7 @@ def test_a_replica_that_is_scaled_down_hands_its_sample_over_and_is_gone(deploy)
         assert told == list(range(steps + 1)), "a step was done twice or left out"
 
 
+@pytest.mark.slow
 def test_a_rolling_update_under_load_loses_no_job_and_repeats_no_step(deploy):
     limits = {"limits": {"num_inference_steps": 2000}}
     app = deploy(denoiser={"shutdown_timeout_s": 120, "samples_per_step": 1}, **limits)
@@ -145,6 +147,7 @@ def test_a_rolling_update_under_load_loses_no_job_and_repeats_no_step(deploy):
     until(lambda: len(replicas()) == 1 and not replicas() & before)
 
 
+@pytest.mark.slow
 def test_process_titles_tell_the_role(deploy):
     deploy()
     assert len(processes("ray::Rank")) == 1

@@ -21,7 +21,7 @@ from tests.stages.conftest import Wan, processes
 BATCH = {"batch": {"size": 4, "wait_s": 0.3}}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+@pytest.fixture(scope="module", params=[pytest.param(1, id="tp1", marks=pytest.mark.slow), pytest.param(2, id="tp2")])
 def app(request, deploy) -> Wan:
     return deploy(denoiser={"parallel": {"tensor": request.param}, **BATCH}, encoder=BATCH, decoder=BATCH)
 
