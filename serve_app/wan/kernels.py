@@ -5,8 +5,9 @@ Speeds and errors differ by kernel; results differ by rounding. Knows nothing of
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,8 @@ BY_SPEED: tuple[KernelName, ...] = get_args(KernelName)
 `native` is whatever torch picks, and works everywhere."""
 
 _HOPPER = 9
-_TILES = (192, 128)
-"""Queries and keys of a tile of FlashAttention-4 on Hopper, for heads of 128 features and with probabilities in shared
+_TILED: dict[str, Any] = {"tile_mn": (192, 128), "mma_pv_is_rs": False, "intra_wg_overlap": True}
+"""Of FlashAttention-4 on Hopper, for heads of 128 features: queries and keys of a tile, and probabilities in shared
 memory. 1 to 2 % faster than its own choice on A14B's shapes (`python -m benchmarks.kernels`)."""
 
 _TOLERANCE = 2e-2
@@ -98,12 +99,15 @@ def _flash3() -> Kernel:
 
 
 def _flash4() -> Kernel:
-    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found,unused-ignore]
-    from flash_attn.cute.interface import _flash_attn_fwd  # type: ignore[import-not-found,unused-ignore]
+    from flash_attn.cute import flash_attn_func, interface  # type: ignore[import-not-found,unused-ignore]
+
+    # Not promised by the package: a release without it is 1 to 2 % slower, which the next kernel would be by more.
+    forward: Any = getattr(interface, "_flash_attn_fwd", None)
+    tiled = forward is not None and set(_TILED) <= set(inspect.signature(forward).parameters)
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> object:
-        if query.shape[-1] == 128 and torch.cuda.get_device_capability(query.device)[0] == _HOPPER:
-            return _flash_attn_fwd(query, key, value, tile_mn=_TILES, mma_pv_is_rs=False, intra_wg_overlap=True)
+        if tiled and query.shape[-1] == 128 and torch.cuda.get_device_capability(query.device)[0] == _HOPPER:
+            return forward(query, key, value, **_TILED)
         return flash_attn_func(query, key, value)
 
     return _as_operator("flash4", run)

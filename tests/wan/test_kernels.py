@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 
@@ -48,3 +53,36 @@ def test_a_packages_kernel_as_an_operator_of_torchs() -> None:
     torch.testing.assert_close(compiled(*INPUTS), 2 * plain(*INPUTS))
     for one in (kernel(*INPUTS, None), again(*INPUTS, None), kernel(*INPUTS, bias)):
         torch.testing.assert_close(one, plain(*INPUTS))
+
+
+def _with_tiles(query: Any, key: Any, value: Any, tile_mn: Any, mma_pv_is_rs: bool, intra_wg_overlap: bool) -> Any:
+    return "tiles", tile_mn, mma_pv_is_rs
+
+
+@pytest.mark.parametrize(
+    ("forward", "features", "capability", "expected"),
+    [
+        (_with_tiles, 128, (9, 0), ("tiles", (192, 128), False)),
+        (_with_tiles, 64, (9, 0), "its own choice"),
+        (_with_tiles, 128, (10, 0), "its own choice"),
+        (lambda query, key, value: "another interface", 128, (9, 0), "its own choice"),
+        (None, 128, (9, 0), "its own choice"),
+    ],
+)
+def test_tiles_of_flash_attention_4_where_a_release_takes_them(
+    monkeypatch: pytest.MonkeyPatch,
+    forward: Callable[..., Any] | None,
+    features: int,
+    capability: tuple[int, int],
+    expected: Any,
+) -> None:
+    package, cute, interface = (ModuleType(name) for name in ("flash_attn", "cute", "interface"))
+    cute.flash_attn_func, cute.interface = lambda *_: "its own choice", interface  # type: ignore[attr-defined]
+    if forward is not None:
+        interface._flash_attn_fwd = forward  # type: ignore[attr-defined]
+    for name, module in (("flash_attn", package), ("flash_attn.cute", cute), ("flash_attn.cute.interface", interface)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(kernels, "_as_operator", lambda name, run: run)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    run: Any = kernels._flash4()
+    assert run(*(torch.zeros(1, 4, 1, features) for _ in range(3))) == expected
