@@ -105,15 +105,14 @@ class Decoder:
         item = _Item(latents, params, prefix, job_id, again)
         try:
             result = await self._decode_batch(item)
-            if isinstance(result, JobFailed):
-                raise result
-            storing, seconds = result
-            outputs, size, stored = await storing
-        except JobFailed:
-            raise
         except asyncio.CancelledError:
             item.abandoned = True
             raise
+        if isinstance(result, JobFailed):
+            raise result
+        storing, seconds = result
+        try:
+            outputs, size, stored = await storing  # which is cancelled with this call
         except Exception as error:
             log.exception("storing failed", extra={"job": job_id})
             raise JobFailed("store_failed", one_line(error), retryable=isinstance(error, OSError)) from None
@@ -144,6 +143,7 @@ class Decoder:
                 await self._math.run(self._frames, latents, arrival)
             except asyncio.CancelledError as error:
                 arrival.fail(error)  # no thread may wait for ever
+                decoded.cancel()
                 raise
             except Exception as error:  # of our own type, because a process without torch cannot unpickle torch's
                 log.exception("decoding failed", extra={"jobs": [items[index].job_id for index in indices]})
