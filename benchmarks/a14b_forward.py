@@ -31,7 +31,7 @@ from diffusers import WanTransformer3DModel
 from torch.autograd import DeviceType
 
 from benchmarks import hollow
-from benchmarks.machine import describe
+from benchmarks.machine import describe, timed
 from benchmarks.parity import relative_error, run_ranks
 from serve_app.wan.checkpoint import MAX_TOKENS, Checkpoint
 from serve_app.wan.cost import step_flops
@@ -226,7 +226,7 @@ def _note(
     prediction = run()
     _wait(device)
     warm_up = time.perf_counter() - started
-    seconds = [_timed(run, device) for _ in range(repeats)]
+    seconds = [timed(run, device) for _ in range(repeats)]
     found["passes"].append(
         {
             "size": size,
@@ -262,19 +262,6 @@ def _differences(folder: Path) -> None:
         print(f"| {size} | {what} | {' | '.join(errors)} |")
 
 
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cuda":
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -285,7 +272,7 @@ def _ceiling(device: torch.device, repeats: int) -> float:
     left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     left @ right
     _wait(device)
-    return 2 * side**3 / statistics.median(_timed(lambda: left @ right, device) for _ in range(max(5, repeats)))
+    return 2 * side**3 / statistics.median(timed(lambda: left @ right, device) for _ in range(max(5, repeats)))
 
 
 _REST = "norms and elementwise"

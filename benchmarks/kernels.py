@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, timed, tokens_of
 from serve_app.errors import one_line
 from serve_app.wan import kernels
 from serve_app.wan.attention import _rotate
@@ -42,8 +42,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.no_grad(), device:
         for size in options.sizes:
-            width, height = map(int, size.split("x"))
-            tokens = ((options.frames - 1) // 4 + 1) * (height // 16) * (width // 16)
+            tokens = tokens_of(size, options.frames)
             for rows in (_attention, _gelu, _norm):
                 rows(size, tokens, options)
 
@@ -142,15 +141,8 @@ def _row(
 ) -> None:
     some = run()[:, :_SOME].double()
     error = "" if expected is None else f"{float((some - expected).norm() / expected.norm()):.1e}"
-    times = []
-    for _ in range(options.repeats + 1):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    milliseconds = statistics.median(times[1:])
+    times = [timed(run, torch.device("cuda")) for _ in range(options.repeats + 1)]
+    milliseconds = 1e3 * statistics.median(times[1:])
     print(f"| {size} | {what} | {by} | {milliseconds:.3f} | {work / milliseconds * 1e3:.0f} | {error} |", flush=True)
 
 

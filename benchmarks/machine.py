@@ -5,8 +5,12 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 
 def describe() -> str:
@@ -21,3 +25,23 @@ def describe() -> str:
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "ray", "deepspeed"))
     today = datetime.datetime.now(datetime.UTC).date()
     return f"{today}, {model}, {os.cpu_count()} cores, Python {platform.python_version()}, {libraries}"
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a device takes for what `run` gives it."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def tokens_of(size: str, frames: int) -> int:
+    """Of a clip of A14B, whose size is WIDTHxHEIGHT."""
+    width, height = map(int, size.split("x"))
+    return ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)

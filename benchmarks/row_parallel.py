@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, timed, tokens_of
 from benchmarks.parity import run_ranks
 from serve_app.wan.mesh import Mesh
 from serve_app.wan.row_parallel import _beside, parts_of
@@ -47,8 +47,7 @@ def _measure(rank: int, mesh: Mesh, port: int, options: argparse.Namespace) -> N
         print(f"| size | layer | product ms | sum ms | one after the other | {parts} | the ranks take |")
         print(f"|---|---|---|---|---|{'---|' * len(options.parts)}---|")
     for size in options.sizes:
-        width, height = map(int, size.split("x"))
-        tokens = ((options.frames - 1) // 4 + 1) * (height // 16) * (width // 16)
+        tokens = tokens_of(size, options.frames)
         for layer, inside in _INSIDE.items():
             rows = torch.randn(tokens, inside // mesh.ranks, device=device, dtype=torch.bfloat16)
             weight = torch.randn(_WIDTH, inside // mesh.ranks, device=device, dtype=torch.bfloat16)
@@ -74,12 +73,7 @@ def _milliseconds(run: Callable[[], object], repeats: int) -> float:
     found = []
     for _ in range(repeats + 2):
         dist.barrier()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end))
+        found.append(1e3 * timed(run, torch.device("cuda")))
     return statistics.median(found[2:])
 
 

@@ -103,17 +103,9 @@ def _norm_rotate(
 
 
 @_norm_rotate.register_fake
-def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    squares: torch.Tensor | None,
-    features: int,
-    eps: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> torch.Tensor:
-    head = cos.shape[-1]
-    return hidden.new_empty(hidden.shape[0], hidden.shape[1], hidden.shape[2] // head, head)
+def _(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+    head = others[-1].shape[-1]
+    return hidden.new_empty(*hidden.shape[:2], hidden.shape[2] // head, head)
 
 
 @functools.cache

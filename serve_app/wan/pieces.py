@@ -21,7 +21,7 @@ from serve_app.wan.weights import Weights
 
 T = TypeVar("T")
 
-READERS = 4
+_READERS = 4
 """Threads that read the weights of an expert."""
 
 # Column-parallel layers have some of the outputs, those of the rank's heads; the norms of these outputs follow. Row-
@@ -123,7 +123,7 @@ def each(parts: Iterable[Piece], weights: Weights, do: Callable[[Piece], T]) -> 
     if any(weights.dtype(part.name) != part.dtype for part in ordered):
         yield from ((part, do(part)) for part in ordered)
         return
-    with ThreadPoolExecutor(READERS, "weights") as readers:
+    with ThreadPoolExecutor(_READERS, "weights") as readers:
         yield from zip(ordered, readers.map(do, ordered), strict=True)
 
 

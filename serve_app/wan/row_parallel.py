@@ -14,7 +14,7 @@ from torch import nn
 from serve_app.wan.exchange import add_up
 
 ROWS = 8192
-"""Of a part at least: fewer leave a GPU idle (`python -m benchmarks.row_parallel`)."""
+"""Of a part at least; `python -m benchmarks.row_parallel` compares numbers of parts."""
 _MOST_PARTS = 8
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 
-from serve_app.wan import cpu_vae
 from serve_app.wan.arrival import Arrival
 from serve_app.wan.vae_decode import TiledDecoder
 from serve_app.wan.video import write_mp4
+from tests.wan.test_vae_tiles import noise, small
 
 
 class Watched(Arrival):
@@ -30,20 +29,13 @@ class Watched(Arrival):
         super().advance(whole)
 
 
-def vae() -> AutoencoderKLWan:
-    torch.manual_seed(0)
-    made = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1).eval()
-    cpu_vae.speed_up(made)
-    return made
-
-
 def latents() -> torch.Tensor:
-    return torch.randn(1, 16, 3, 8, 34, generator=torch.Generator().manual_seed(0))
+    return noise(1, 16, 3, 8, 34)
 
 
 @pytest.mark.parametrize(("devices", "most_bytes"), [(1, float("inf")), (1, 1), (2, 1)], ids=["whole", "tiles", "two"])
 def test_what_is_told_to_be_there_is_there(devices: int, most_bytes: float) -> None:
-    one = vae()
+    one = small()
     decoder = TiledDecoder([one, *(copy.deepcopy(one) for _ in range(devices - 1))], most_bytes)
     watched = Watched()
     frames = decoder.decode(latents(), arrival=watched).numpy()
@@ -53,7 +45,7 @@ def test_what_is_told_to_be_there_is_there(devices: int, most_bytes: float) -> N
 
 
 def test_a_tile_that_did_not_fit_is_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder, watched, tries = TiledDecoder([vae()]), Watched(), []
+    decoder, watched, tries = TiledDecoder([small()]), Watched(), []
     whole = decoder._streams[0].frames
 
     def short(features: object, spans: object) -> object:
