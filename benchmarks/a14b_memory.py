@@ -8,15 +8,18 @@ of its steps with each expert. `together`, `swap` and `split` are the placements
 are offload with a process's share of the device capped to nine tenths of 24 GB, at the first size only. Weights are
 random; for `disk` they are written first, with `--disk-layers` layers, and compared with `prepared`, the same files
 with all blocks on the device. `first step` is the one after the change of expert; `--steps 40` makes `all steps` a
-whole job. `reserved` is what the allocator took of the device, which memory in pieces makes more than the peak.
+whole job, and tells which of them took 5 % longer than most, and how long Python's collector took meanwhile. `reserved`
+is what the allocator took of the device, which memory in pieces makes more than the peak.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 
 from benchmarks import hollow
+from benchmarks.a14b_serve import WHOLE
 from benchmarks.machine import describe
 from benchmarks.parity import run_ranks
 from serve_app.config import Config
@@ -79,7 +83,8 @@ def main() -> None:
             sizes = options.sizes[:1] if cap or kind == "prepared" else options.sizes
             config = _config(kind, float(cap or 0), sizes, model, mesh, options)
             experts = ("transformer",) if kind == "split" else None
-            run_ranks(_measure, mesh, case, config.model_dump(), experts, sizes, options.steps, timeout_s=1800)
+            given = (case, config.model_dump(), experts, sizes, options.steps)
+            run_ranks(_measure, mesh, *given, timeout_s=1800, own_device=torch.cuda.is_available())
 
 
 def _config(
@@ -151,8 +156,6 @@ def _measure(
     sizes: list[str],
     steps: int,
 ) -> None:
-    if mesh.ranks > 1:  # as Ray does: each sees its own device alone
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
     parsed = Config.model_validate(config)
     ours = Rank(parsed, rank, experts)
     started = time.perf_counter()
@@ -173,6 +176,8 @@ def _measure(
         row = {"size": size, "load": loaded, **_denoised(ours, params, size == sizes[0])}
         if rank == 0:
             _print(case, row)
+        if steps >= WHOLE:
+            print(f"rank {rank}, {case}, {size}: {row['told']}", file=sys.stderr, flush=True)
 
 
 def _denoised(ours: Rank, params: Params, first: bool) -> dict[str, Any]:
@@ -189,8 +194,13 @@ def _denoised(ours: Rank, params: Params, first: bool) -> dict[str, Any]:
     text = np.ones((3, _text_dim(ours._config)), dtype=np.float32)
     admitted = ours.admit("sample", params, text, 2 * text)
     steps = admitted.steps
+    pauses: list[float] = []
+    gc.callbacks.append(lambda phase, _: pauses.append((1 if phase == "stop" else -1) * time.perf_counter()))
     seconds = [ours.step([["sample"], [], {}])[0] for _ in range(steps)]
+    gc.callbacks.pop()
     ours.drop(["sample"])
+    usual = statistics.median(seconds)
+    slow = {step: round(one, 3) for step, one in enumerate(seconds, 1) if one > 1.05 * usual}
     middle = admitted.boundary if 0 < admitted.boundary < steps else 0
     slots = ours._experts._slots
     free, total = torch.cuda.mem_get_info() if cuda else (0, 1)
@@ -205,6 +215,7 @@ def _denoised(ours: Rank, params: Params, first: bool) -> dict[str, Any]:
         "reserved": torch.cuda.max_memory_reserved() if cuda else 0,
         "used": 1 - free / total if cuda else 0,
         "all": sum(seconds),
+        "told": f"steps over 1.05 x {usual:.3f} s: {slow}; collector {sum(pauses):.3f} s in {len(pauses) // 2} rounds",
     }
 
 

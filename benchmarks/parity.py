@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -105,8 +106,12 @@ def ours(folder: Path, mesh: Mesh, cases: Sequence[str] = tuple(CASES)) -> list[
         return [torch.load(Path(name) / f"{rank}.pt") for rank in range(mesh.ranks)]
 
 
-def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240) -> None:
+def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240, own_device: bool = False) -> None:
     """Run `target(rank, mesh, port, *args)` in as many fresh processes.
+
+    Args:
+        own_device: each of them sees one GPU, its own, as under Ray. This has to be settled before it starts: imports
+            may ask CUDA for devices.
 
     Raises:
         RuntimeError: one failed or all took too long.
@@ -118,8 +123,9 @@ def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240) -> No
     processes = [
         spawn.Process(target=target, args=(rank, mesh, port, *args), daemon=True) for rank in range(mesh.ranks)
     ]
-    for process in processes:
-        process.start()
+    for rank, process in enumerate(processes):
+        with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": _device_of(rank)} if own_device else {}):
+            process.start()
     end = time.monotonic() + timeout_s
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
@@ -130,6 +136,11 @@ def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240) -> No
         raise RuntimeError(f"ranks ended with {codes}")
     if None in codes:
         raise RuntimeError(f"ranks are not done after {timeout_s} s: {codes}")
+
+
+def _device_of(rank: int) -> str:
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[rank] if given else str(rank)
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import os
 from collections.abc import Callable
@@ -70,6 +71,16 @@ def limit_memory(device: torch.device, fraction: float) -> float:
         torch._C._accelerator_setAllocatorSettings(_ALLOCATOR)
     torch.cuda.set_per_process_memory_fraction(fraction, device)
     return fraction * torch.cuda.get_device_properties(device).total_memory
+
+
+def settle() -> None:
+    """Take all objects that are there now out of the garbage collector's rounds; for when first-time work is done.
+
+    A round through all that a rank has imported and compiled takes half a second and more, in which it gives its GPU
+    nothing to do.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def set_threads(threads: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from serve_app.compute import is_out_of_memory, limit_memory, pick_device, set_threads
+from serve_app.compute import is_out_of_memory, limit_memory, pick_device, set_threads, settle
 from serve_app.config import Config
 from serve_app.errors import ServeAppError, StateError, one_line
 from serve_app.logs import get_logger
@@ -230,6 +230,7 @@ class Rank:
                 self._dtype,
                 stage.compile,
             )
+        settle()
 
     def admit(
         self,

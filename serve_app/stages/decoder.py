@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from ray import serve
 
-from serve_app.compute import MathThread, is_out_of_memory, limit_memory, pick_devices
+from serve_app.compute import MathThread, is_out_of_memory, limit_memory, pick_devices, settle
 from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
@@ -85,6 +85,7 @@ class Decoder:
             params = Params(**config.defaults.model_dump(), prompt="warm-up", seed=0)
             noise = np.zeros((1, checkpoint.vae_config["z_dim"], *params.latent_shape), dtype=np.float32)
             self._math.call(self._warm_up, noise, params)
+        settle()
         self._decode_batch.set_max_batch_size(stage.batch.size)
         self._decode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
         log.info("decoder ready", extra={"seconds": round(time.monotonic() - started, 2)})

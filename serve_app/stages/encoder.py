@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from ray import serve
 
-from serve_app.compute import MathThread, limit_memory, pick_device
+from serve_app.compute import MathThread, limit_memory, pick_device, settle
 from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
@@ -54,6 +54,7 @@ class Encoder:
         )
         if stage.warmup:
             self._math.call(self._encoder.encode, ["warm-up"])
+        settle()
         self._encode_batch.set_max_batch_size(stage.batch.size)
         self._encode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
         log.info("encoder ready", extra={"seconds": round(time.monotonic() - started, 2)})

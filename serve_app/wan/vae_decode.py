@@ -23,8 +23,10 @@ from serve_app.wan.vae_tiles import Picture, Tile
 
 log = get_logger(__name__)
 
-# Of a GPU's free memory; the work space of convolutions comes out of the rest.
-_SHARE = 0.9
+# Of a GPU's free memory. The work space of convolutions comes out of the rest, and what the allocator holds in pieces:
+# a whole 720p picture takes 1.2 times what `Picture.bytes` says, and the allocator 1.2 times that. A share that leaves
+# less is slower than tiles are (benchmarks/RESULTS.md, "A job through HTTP").
+_SHARE = 0.67
 MORE_AFTER = 16
 """Decodes in a row that fit, after which larger tiles are tried again: what was short may be there now."""
 
