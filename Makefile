@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= A red circle moves to the right on a white background
 NODES ?= 3
+LANES ?= 2
 CLUSTER ?=
 
 .PHONY: help setup demo serve cluster test test-all bench bench-gpu lint format clean
@@ -32,10 +33,10 @@ serve: setup ## the embedded default on http://127.0.0.1:8000 until Ctrl-C
 cluster: setup ## several hosts on this machine until Ctrl-C (NODES=3 CLUSTER="--gpus 1:1 --redis auto")
 	@exec $(BIN)/python -m cluster.dev up --nodes $(NODES) $(CLUSTER)
 
-test: setup ## all tests that this machine can run
-	@$(BIN)/python -m pytest
+test: setup ## all tests that this machine can run, in two lanes (LANES=2)
+	@$(BIN)/python -m pytest -n $(LANES)
 
-test-all: setup ## also the slow ones: every fault between hosts (root, iproute2, redis-server)
+test-all: setup ## also the slow ones, one by one: every fault between hosts (root, iproute2, redis-server)
 	@$(BIN)/python -m pytest --slow
 
 bench: setup ## the benchmarks that this machine can run

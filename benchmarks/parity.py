@@ -8,6 +8,7 @@ prints the relative error of each case in float32 on the CPU, as a markdown tabl
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import os
 import platform
@@ -107,7 +108,7 @@ def ours(folder: Path, mesh: Mesh, cases: Sequence[str] = tuple(CASES)) -> list[
 
 
 def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240, own_device: bool = False) -> None:
-    """Run `target(rank, mesh, port, *args)` in as many fresh processes.
+    """Run `target(rank, mesh, port, *args)` in as many processes of their own.
 
     Args:
         own_device: each of them sees one GPU, its own, as under Ray. This has to be settled before it starts: imports
@@ -119,9 +120,9 @@ def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240, own_d
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
+    context = _context()
     processes = [
-        spawn.Process(target=target, args=(rank, mesh, port, *args), daemon=True) for rank in range(mesh.ranks)
+        context.Process(target=target, args=(rank, mesh, port, *args), daemon=True) for rank in range(mesh.ranks)
     ]
     for rank, process in enumerate(processes):
         with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": _device_of(rank)} if own_device else {}):
@@ -136,6 +137,17 @@ def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240, own_d
         raise RuntimeError(f"ranks ended with {codes}")
     if None in codes:
         raise RuntimeError(f"ranks are not done after {timeout_s} s: {codes}")
+
+
+@functools.cache
+def _context() -> Any:
+    """How processes start. Where nothing can ask CUDA for devices, from one that has imported what all of them need."""
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["serve_app.wan.generate", "serve_app.wan.parallel", "deepspeed"])
+    return context
 
 
 def _device_of(rank: int) -> str:

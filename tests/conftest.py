@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,11 +26,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and jobs on S3")
 
 
+_WITH_RAY = ("stages", "cluster", "test_deployment.py", "test_preflight.py", "test_serve.py", "test_serve_rabbitmq.py")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    lanes = {item: _lane(item.path.relative_to(here)) for item in items}
+    items.sort(key=lambda item: lanes[item] != "ray")  # the longest lane first
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow; `make test-all` runs it"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Lanes beside each other (`make test` has two). Whatever starts a Ray is one of them, since two Rays at a time
+    want more than two processors, and one leaves almost half of them idle. Other files go where a lane is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _lane(Path(nodeid.partition("::")[0]).relative_to("tests"))
+
+    config.option.loadscopereorder = False
+    return Lanes(config, log)
+
+
+def _lane(path: Path) -> str:
+    return "ray" if {path.parts[0], path.name} & set(_WITH_RAY) else path.as_posix()
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def write_config(folder: Path, checkpoint: Path, port: int) -> Path:
     return path
 
 
-def wait_ready(url: str, process: subprocess.Popen, timeout_s: float = 180) -> None:
+def wait_ready(url: str, process: subprocess.Popen, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the server ended with {process.returncode}"
@@ -104,7 +104,7 @@ def deployment(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         )
         server = None
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while "will now block forever" not in (folder / "ray.log").read_text():
                 time.sleep(0.1)
                 assert head.poll() is None and time.monotonic() < deadline, (folder / "ray.log").read_text()
@@ -242,6 +242,6 @@ def test_a_wrong_file_is_one_line_and_starts_nothing(checkpoint, tmp_path, chang
     for application in content["applications"]:
         application["args"] = content["applications"][0]["args"]
     path.write_text(yaml.safe_dump(content))
-    done = subprocess.run([BIN / "wan-serve", "up", path, "--own-ray"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([BIN / "wan-serve", "up", path, "--own-ray"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert "starting Ray" not in done.stdout

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,7 +25,7 @@ from serve_app.jobs.keys import Scope
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 from tests.gateway.sites import sdk, site
-from tests.jobs.databases import postgres_url, store, store_url
+from tests.jobs.databases import empty_sqlite, postgres_url, store, store_url
 from tests.jobs.disks import small_disk
 from tests.jobs.fakes import FakePipeline, until
 from tests.jobs.links import link_to
@@ -33,6 +34,7 @@ from tests.shapes import A14B
 __all__ = [
     "Server",
     "client",
+    "empty_sqlite",
     "held",
     "link_to",
     "postgres_url",
@@ -96,7 +98,9 @@ def storage_options() -> StorageOptions:
 
 
 @pytest.fixture
-async def server(tmp_path: Path, auth: Auth, storage_options: StorageOptions) -> AsyncIterator[Server]:
+async def server(
+    tmp_path: Path, auth: Auth, storage_options: StorageOptions, empty_sqlite: Path
+) -> AsyncIterator[Server]:
     config = Config(
         home=str(tmp_path),
         auth=auth,
@@ -106,6 +110,7 @@ async def server(tmp_path: Path, auth: Auth, storage_options: StorageOptions) ->
         limits=Limits(pixels=512 * 288, num_frames=81, queued_jobs=30, body_bytes=50_000),
         dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2, running_jobs=8),
     )
+    shutil.copy(empty_sqlite, tmp_path / "jobs.db")
     store, storage = JobStore(config.store_url, 0.2, expert=A14B), Storage(config.storage_options)
     await store.start()
     pipeline = FakePipeline(storage)

@@ -259,8 +259,13 @@ def test_a_gateway_that_cannot_start_says_why_in_one_line(url: str, tmp_path: Pa
     try:
         with pytest.raises(RuntimeError):
             serve.run(Gateway.options(**options).bind(config, dispatcher), name="broken", route_prefix="/broken")
-        state = serve.status().applications["broken"].deployments["gateway"]
-        said = [line for line in state.message.splitlines() if "store.url has value" in line]
+        end = time.monotonic() + 60
+        while True:  # the application has failed as soon as one of its deployments has
+            state = serve.status().applications["broken"].deployments["gateway"]
+            said = [line for line in state.message.splitlines() if "store.url has value" in line]
+            if said or time.monotonic() > end:
+                break
+            time.sleep(0.1)
         assert len(said) == 1 and "cannot be opened: [Errno 111]" in said[0], state.message
         assert "sqlalchemy" not in state.message and "secret" not in state.message
     finally:

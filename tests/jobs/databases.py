@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -41,6 +42,20 @@ def postgres_url() -> Iterator[str]:
     asyncio.run(run(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
+@pytest.fixture(scope="session")
+def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the tables, to be copied: making them takes longer than most tests."""
+    path = tmp_path_factory.mktemp("sqlite") / "jobs.db"
+
+    async def make() -> None:
+        store = JobStore(f"sqlite:///{path}", 0.2, expert=A14B)
+        await store.start()
+        await store.close()
+
+    asyncio.run(make())
+    return path
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A URL for each kind of database; see `store` for an empty one."""
@@ -67,8 +82,11 @@ async def _emptied(url: str) -> str:
 
 
 @pytest.fixture
-async def store(store_url: str, request: pytest.FixtureRequest) -> AsyncIterator[JobStore]:
+async def store(store_url: str, empty_sqlite: Path, request: pytest.FixtureRequest) -> AsyncIterator[JobStore]:
     """A started store without jobs."""
+    kind, _, path = store_url.partition(":///")
+    if kind == "sqlite":
+        shutil.copy(empty_sqlite, path)
     # Files that a run stores after its end: at once in a folder, later in S3.
     late_outputs_s = 2 if request.config.getoption("--slow") else 0.2
     store = JobStore(store_url, late_outputs_s, expert=A14B)
