@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
-from serve_app.compute import is_out_of_memory, pick_device, pick_devices
+from serve_app.compute import is_out_of_memory, pick_device, pick_devices, settle
 from serve_app.errors import ConfigError
 
 
@@ -39,3 +41,13 @@ def test_devices_that_are_not_there_are_one_line() -> None:
 def test_a_cuda_device_has_an_index(wanted: str, expected: str) -> None:
     # Memory limits are refused for one without.
     assert pick_device(wanted) == torch.device(expected)
+
+
+def test_what_was_there_before_is_no_work_for_the_collector() -> None:
+    gc.unfreeze()
+    settle()
+    try:
+        frozen = gc.get_freeze_count()
+        assert frozen > 10_000 and len(gc.get_objects()) < frozen / 100
+    finally:
+        gc.unfreeze()
