@@ -1,15 +1,16 @@
 """What a rank's device memory goes to at A14B's size, and what its steps take, through the code that serves.
 
     python -m benchmarks.a14b_memory [--cases together swap split cpu:24 cpu:48 disk:24] [--sizes 832x480 1280x720]
-                                     [--frames 81] [--mesh 1x1x1] [--layers 40] [--steps 4] [--compile]
+                                     [--frames 81] [--mesh 1x1x1] [--layers 40] [--steps 4] [--compile] [--profile DIR]
 
 Each case is a group of fresh processes that load the experts, warm up, and denoise one guided sample of each size, half
 of its steps with each expert. `together`, `swap` and `split` are the placements of the experts; `cpu:24` and `disk:24`
 are offload with a process's share of the device capped to nine tenths of 24 GB, at the first size only. Weights are
 random; for `disk` they are written first, with `--disk-layers` layers, and compared with `prepared`, the same files
 with all blocks on the device. `first step` is the one after the change of expert; `--steps 40` makes `all steps` a
-whole job, and tells which of them took 5 % longer than most, and how long Python's collector took meanwhile. `reserved`
-is what the allocator took of the device, which memory in pieces makes more than the peak.
+whole job, and tells which of them took 5 % longer than most, and how long Python's collector took meanwhile; with
+--profile the kernels of those steps, and of one that did not, are written into that folder. `reserved` is what the
+allocator took of the device, which memory in pieces makes more than the peak.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--disk-layers", type=int, default=8, help="4.2 GB each in two files of float32 and bfloat16")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--profile", type=Path, help="write the kernels of steps that take longer than most")
     parser.add_argument("--narrow", action="store_true", help="a width of 96, to see it run")
     options = parser.parse_args()
     os.environ["WAN_SERVE_BENCHMARK"] = "1"
@@ -83,7 +86,7 @@ def main() -> None:
             sizes = options.sizes[:1] if cap or kind == "prepared" else options.sizes
             config = _config(kind, float(cap or 0), sizes, model, mesh, options)
             experts = ("transformer",) if kind == "split" else None
-            given = (case, config.model_dump(), experts, sizes, options.steps)
+            given = (case, config.model_dump(), experts, sizes, options.steps, options.profile)
             run_ranks(_measure, mesh, *given, timeout_s=1800, own_device=torch.cuda.is_available())
 
 
@@ -155,6 +158,7 @@ def _measure(
     experts: tuple[Expert, ...] | None,
     sizes: list[str],
     steps: int,
+    profile: Path | None,
 ) -> None:
     parsed = Config.model_validate(config)
     ours = Rank(parsed, rank, experts)
@@ -173,16 +177,17 @@ def _measure(
                 "boundary_ratio": 0.0 if experts else 0.5,
             }
         )
-        row = {"size": size, "load": loaded, **_denoised(ours, params, size == sizes[0])}
+        name = None if profile is None else profile / f"{case}-{size}-rank{rank}"
+        row = {"size": size, "load": loaded, **_denoised(ours, params, size == sizes[0], name)}
         if rank == 0:
             _print(case, row)
         if steps >= WHOLE:
             print(f"rank {rank}, {case}, {size}: {row['told']}", file=sys.stderr, flush=True)
 
 
-def _denoised(ours: Rank, params: Params, first: bool) -> dict[str, Any]:
+def _denoised(ours: Rank, params: Params, first: bool, profile: Path | None) -> dict[str, Any]:
     """What the steps of one sample take. First-time work of the process is done before, that of a later size is in its
-    first step, which is in `all steps s` alone."""
+    first step, which is in `all steps s` alone. `profile` begins the names of files."""
     assert ours._experts is not None
     started = time.perf_counter()
     if first:
@@ -196,11 +201,21 @@ def _denoised(ours: Rank, params: Params, first: bool) -> dict[str, Any]:
     steps = admitted.steps
     pauses: list[float] = []
     gc.callbacks.append(lambda phase, _: pauses.append((1 if phase == "stop" else -1) * time.perf_counter()))
-    seconds = [ours.step([["sample"], [], {}])[0] for _ in range(steps)]
+    seconds, kernels = [], []
+    for _ in range(steps):
+        with torch.profiler.profile() if profile else nullcontext() as profiled:
+            seconds.append(ours.step([["sample"], [], {}])[0])
+        if profiled is not None:
+            sums = profiled.key_averages()
+            kernels.append(sums.table(f"self_{'cuda' if cuda else 'cpu'}_time_total", 40, max_name_column_width=90))
     gc.callbacks.pop()
     ours.drop(["sample"])
     usual = statistics.median(seconds)
     slow = {step: round(one, 3) for step, one in enumerate(seconds, 1) if one > 1.05 * usual}
+    if profile is not None:
+        profile.parent.mkdir(parents=True, exist_ok=True)
+        for step in (*slow, min(range(1, steps + 1), key=lambda step: abs(seconds[step - 1] - usual))):
+            profile.with_name(f"{profile.name}-step{step}.txt").write_text(kernels[step - 1])
     middle = admitted.boundary if 0 < admitted.boundary < steps else 0
     slots = ours._experts._slots
     free, total = torch.cuda.mem_get_info() if cuda else (0, 1)
