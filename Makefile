@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Not compiled there: that would be all of it, and most is never imported. What is used is imported once instead.
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 PROMPT ?= A red circle moves to the right on a white background
 NODES ?= 3
 LANES ?= 2
@@ -18,8 +20,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON has value $(PYTHON), expected Python 3.11 or newer")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt "$$(grep -E '^torch==' constraints.txt)" $(TORCH_INDEX)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PIP) "$$(grep -E '^torch==' constraints.txt)" $(TORCH_INDEX)
+	@$(PIP) -e '.[dev]'
+	@$(BIN)/python -W ignore -c 'import deepspeed, serve_app.server, serve_app.stages, serve_app.wan.generate' >/dev/null 2>&1 || true
 	@touch $@
 
 setup: $(VENV)/ready ## set up .venv

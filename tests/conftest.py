@@ -26,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and jobs on S3")
 
 
-_WITH_RAY = ("stages", "cluster", "test_deployment.py", "test_preflight.py", "test_serve.py", "test_serve_rabbitmq.py")
+_WITH_RAY = {"stages", "cluster", "test_deployment.py", "test_serve.py", "test_serve_rabbitmq.py"}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -54,7 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def _lane(path: Path) -> str:
-    return "ray" if {path.parts[0], path.name} & set(_WITH_RAY) else path.as_posix()
+    return "ray" if {path.parts[0], path.name} & _WITH_RAY else path.as_posix()
 
 
 @pytest.fixture(scope="session")
