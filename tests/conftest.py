@@ -16,6 +16,8 @@ from tests.s3 import s3_credentials, s3_options, s3_server, s3_storage
 
 __all__ = ["s3_credentials", "s3_options", "s3_server", "s3_storage"]
 
+# Threads of math that have nothing to do would otherwise spin, while others' processes want the processor.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 # The controller inherits it: a replica whose rank hangs is replaced at once, as configs/tiny.yaml has it.
