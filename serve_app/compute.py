@@ -76,8 +76,8 @@ def limit_memory(device: torch.device, fraction: float) -> float:
 def settle() -> None:
     """Take all objects that are there now out of the garbage collector's rounds; for when first-time work is done.
 
-    A round through all that a rank has imported and compiled takes half a second and more, in which it gives its GPU
-    nothing to do.
+    A round through all that a rank has imported takes a good part of a second (benchmarks/RESULTS.md, "A job through
+    HTTP"), in which it gives its GPU nothing to do.
     """
     gc.collect()
     gc.freeze()
