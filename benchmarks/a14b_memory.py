@@ -8,9 +8,9 @@ of its steps with each expert. `together`, `swap` and `split` are the placements
 are offload with a process's share of the device capped to nine tenths of 24 GB, at the first size only. Weights are
 random; for `disk` they are written first, with `--disk-layers` layers, and compared with `prepared`, the same files
 with all blocks on the device. `first step` is the one after the change of expert; `--steps 40` makes `all steps` a
-whole job, and tells which of them took 5 % longer than most, and how long Python's collector took meanwhile; with
---profile the kernels of those steps, and of one that did not, are written into that folder. `reserved` is what the
-allocator took of the device, which memory in pieces makes more than the peak.
+whole job. `reserved` is what the allocator took of the device, which memory in pieces makes more than the peak. Which
+steps took 5 % longer than most, and how long Python's collector took, is told beside the table; --profile writes the
+kernels of those steps, and of one that did not, into a folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import numpy as np
 import torch
 
 from benchmarks import hollow
-from benchmarks.a14b_serve import WHOLE
 from benchmarks.machine import describe
 from benchmarks.parity import run_ranks
 from serve_app.config import Config
@@ -181,8 +180,7 @@ def _measure(
         row = {"size": size, "load": loaded, **_denoised(ours, params, size == sizes[0], name)}
         if rank == 0:
             _print(case, row)
-        if steps >= WHOLE:
-            print(f"rank {rank}, {case}, {size}: {row['told']}", file=sys.stderr, flush=True)
+        print(f"rank {rank}, {case}, {size}: {row['told']}", file=sys.stderr, flush=True)
 
 
 def _denoised(ours: Rank, params: Params, first: bool, profile: Path | None) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Decoder:
             params = Params(**config.defaults.model_dump(), prompt="warm-up", seed=0)
             noise = np.zeros((1, checkpoint.vae_config["z_dim"], *params.latent_shape), dtype=np.float32)
             self._math.call(self._warm_up, noise, params)
-        settle()
+            settle()
         self._decode_batch.set_max_batch_size(stage.batch.size)
         self._decode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
         log.info("decoder ready", extra={"seconds": round(time.monotonic() - started, 2)})

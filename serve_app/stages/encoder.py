@@ -54,7 +54,7 @@ class Encoder:
         )
         if stage.warmup:
             self._math.call(self._encoder.encode, ["warm-up"])
-        settle()
+            settle()
         self._encode_batch.set_max_batch_size(stage.batch.size)
         self._encode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
         log.info("encoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
