@@ -45,6 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Lanes beside each other (`make test` has two). Whatever starts a Ray is one of them, since two Rays at a time
     want more than two processors, and one leaves almost half of them idle. Other files go where a lane is free."""
+    if config.getoption("dist") != "load":  # what -n alone means
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Lanes(LoadScopeScheduling):

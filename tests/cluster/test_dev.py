@@ -22,6 +22,7 @@ from cluster.loopback import MARK
 from cluster.processes import control
 from cluster.teardown import leftovers, take_down
 from tests.cluster.serving import QUICK
+from tests.stages.conftest import until
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -176,7 +177,7 @@ def test_ctrl_c_leaves_nothing(namespaces, name, when):
 def test_down_cleans_what_a_tool_left_that_was_killed_half_way(namespaces, name):
     process = tool("up", "--nodes", "2", "--name", name)
     read_until(process, "making")
-    time.sleep(0.5)
+    until(lambda: bool(traces(name)))
     process.kill()
     process.wait()
     assert traces(name) and name in leftovers()

@@ -19,6 +19,7 @@ import pytest
 import serve_app
 from serve_app.errors import InvalidRequest, JobFailed
 from serve_app.events import Event
+from tests.stages.conftest import until
 
 serve = pytest.importorskip("ray.serve")
 
@@ -259,15 +260,15 @@ def test_a_gateway_that_cannot_start_says_why_in_one_line(url: str, tmp_path: Pa
     try:
         with pytest.raises(RuntimeError):
             serve.run(Gateway.options(**options).bind(config, dispatcher), name="broken", route_prefix="/broken")
-        end = time.monotonic() + 60
-        while True:  # the application has failed as soon as one of its deployments has
-            state = serve.status().applications["broken"].deployments["gateway"]
-            said = [line for line in state.message.splitlines() if "store.url has value" in line]
-            if said or time.monotonic() > end:
-                break
-            time.sleep(0.1)
-        assert len(said) == 1 and "cannot be opened: [Errno 111]" in said[0], state.message
-        assert "sqlalchemy" not in state.message and "secret" not in state.message
+
+        def message() -> str:
+            return str(serve.status().applications["broken"].deployments["gateway"].message)
+
+        # The application has failed as soon as one of its deployments has.
+        until(lambda: "store.url has value" in message())
+        said = [line for line in message().splitlines() if "store.url has value" in line]
+        assert len(said) == 1 and "cannot be opened: [Errno 111]" in said[0], message()
+        assert "sqlalchemy" not in message() and "secret" not in message()
     finally:
         serve.delete("broken")
 

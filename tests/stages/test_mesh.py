@@ -13,7 +13,7 @@ from tests.stages.test_pipeline import denoise
 @pytest.mark.parametrize(
     ("parallel", "mesh"),
     [
-        pytest.param({"ranks": 2}, "guidance 2 x sequence 1 x tensor 1", marks=pytest.mark.slow, id="picked"),
+        pytest.param({"ranks": 2}, "guidance 2 x sequence 1 x tensor 1", id="picked"),
         pytest.param(
             {"sequence": 2, "tensor": 2}, "guidance 1 x sequence 2 x tensor 2", marks=pytest.mark.slow, id="given"
         ),

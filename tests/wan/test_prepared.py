@@ -56,7 +56,7 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [1, 2, 4])
 def test_a_rank_has_the_same_bits_as_by_slices(checkpoint: Path, tmp_path: Path, size: int) -> None:
     folders = {dtype: tmp_path / dtype for dtype in ("float32", "bfloat16")}
     for dtype, out in folders.items():

@@ -15,7 +15,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_large(tmp_path_factory.mktemp("large"))
 
 
-@pytest.mark.parametrize("size", [pytest.param(size, marks=[pytest.mark.slow] * (size > 2)) for size in SIZES])
+@pytest.mark.parametrize("size", SIZES)
 def test_a_rank_holds_and_reads_its_shard_only(large: Path, size: int) -> None:
     whole = sum(file.stat().st_size for file in (large / "transformer").glob("*.safetensors"))
     for rank in measure(large, size):
