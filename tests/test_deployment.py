@@ -46,7 +46,7 @@ def write_config(folder: Path, checkpoint: Path, port: int) -> Path:
     return path
 
 
-def wait_ready(url: str, process: subprocess.Popen, timeout_s: float = 300) -> None:
+def wait_ready(url: str, process: subprocess.Popen, timeout_s: float = 900) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the server ended with {process.returncode}"
@@ -59,7 +59,7 @@ def wait_ready(url: str, process: subprocess.Popen, timeout_s: float = 300) -> N
     raise AssertionError(f"not ready after {timeout_s} s")
 
 
-def end(process: subprocess.Popen, how: int = signal.SIGINT, timeout_s: float = 60) -> list[psutil.Process]:
+def end(process: subprocess.Popen, how: int = signal.SIGINT, timeout_s: float = 180) -> list[psutil.Process]:
     """Signal a process group's leader and wait; whoever of its descendants is left then."""
     if process.poll() is not None:
         return []
@@ -104,7 +104,7 @@ def deployment(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         )
         server = None
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while "will now block forever" not in (folder / "ray.log").read_text():
                 time.sleep(0.1)
                 assert head.poll() is None and time.monotonic() < deadline, (folder / "ray.log").read_text()

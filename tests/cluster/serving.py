@@ -82,7 +82,7 @@ class Serving:
         """What `serve run` printed."""
         return (self.folder / "serve.log").read_text(errors="replace")
 
-    def wait_ready(self, timeout_s: float = 300) -> None:
+    def wait_ready(self, timeout_s: float = 900) -> None:
         deadline = time.monotonic() + timeout_s
         while True:
             assert self.process.poll() is None, self.log[-5000:]

@@ -79,7 +79,7 @@ def deploy(
                 "health_check_period_s": 1,
                 "health_check_timeout_s": 4,
                 "shutdown_timeout_s": 20,
-                "start_timeout_s": 120,
+                "start_timeout_s": 600,
             },
             "decoder": {"resources": {"num_cpus": 0.1}, "threads": 1},
         }
@@ -101,7 +101,7 @@ def processes(title: str) -> list[psutil.Process]:
     return found
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 180) -> None:
     """Wait for something that happens by itself."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -36,7 +36,7 @@ def make(app: Wan, **fields) -> Done:
     return last
 
 
-def make_soon(app: Wan, timeout_s: float = 60) -> Done:
+def make_soon(app: Wan, timeout_s: float = 240) -> Done:
     """A video as soon as the denoiser is back; before, requests may fail."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -198,10 +198,10 @@ def test_replicas_follow_the_queue(deploy):
     listeners = [threading.Thread(target=_drain, args=(response,), daemon=True) for response in responses]
     for listener in listeners:
         listener.start()
-    until(lambda: replicas() == 2 and len(ranks()) == 2, 90)
+    until(lambda: replicas() == 2 and len(ranks()) == 2, 300)
     for response in responses:
         response.cancel()
-    until(lambda: replicas() == 1 and len(ranks()) == 1, 90)
+    until(lambda: replicas() == 1 and len(ranks()) == 1, 300)
     make(app)
 
 
