@@ -136,10 +136,10 @@ async def test_leases_outlive_quiet_stages(store: JobStore, storage: Storage, st
     gate = asyncio.Event()
     first, second = FakePipeline(storage, gate=gate), FakePipeline(storage)
     video_id = await create(store)
-    start(first, lease_s=0.6)
+    start(first, lease_s=3)
     await until(lambda: running(store, video_id))
-    start(second, lease_s=0.6)
-    await asyncio.sleep(1.2)
+    start(second, lease_s=3)
+    await asyncio.sleep(3.6)  # longer than a lease, which is longer than a disk may keep a claim waiting
     gate.set()
     assert (await ended(store, video_id, "completed")).attempt == 1
     assert second.jobs == []
@@ -188,9 +188,9 @@ async def test_an_outage_costs_nobody_a_lease(store: JobStore, store_url: str, s
     other = JobStore(store_url)
     await other.start()
     video_id = await create(store)
-    slow = start(first, lease_s=0.5, running_jobs=1)
+    slow = start(first, lease_s=3, running_jobs=1)
     await until(lambda: running(store, video_id))
-    quick = Dispatcher(other, storage, second, OPTIONS.model_copy(update={"lease_s": 0.5}))
+    quick = Dispatcher(other, storage, second, OPTIONS.model_copy(update={"lease_s": 3}))
     quick.start()
 
     def away() -> Any:
@@ -198,7 +198,7 @@ async def test_an_outage_costs_nobody_a_lease(store: JobStore, store_url: str, s
 
     for one in (store, other):
         one._db.write = one._db.read = away  # type: ignore[method-assign]
-    await asyncio.sleep(0.6)
+    await asyncio.sleep(3.1)
     del other._db.write, other._db.read
     new = await create(other)
     quick.wake()
