@@ -10,8 +10,8 @@ measured in the same run. `--mesh` is guidance x sequence x tensor: with guidanc
 beside that between two of its own attention kernels. Passes are timed by events, after one that warms up. --keep
 writes all predictions into a folder, and prints how those that are there, of whatever runs, differ from diffusers' and
 from one in float32, which --float32 makes; a guided step there is one whose guidance is 1, so its prediction is that of
-a pass. --text-tokens is how many tokens of the text come before its padding, at which compiled blocks do not look: rates
-count what was computed.
+a pass. --text-tokens is how many tokens of the text come before its padding, at which compiled blocks do not look;
+rates count what was computed.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ _NO_GPU = (
     "denoiser.rank={num_cpus: 0.1, num_gpus: 0}",
     "denoiser.coordinator_cpus=0.1",
     "decoder.resources={num_cpus: 0.1, num_gpus: 0}",
+    "decoder.devices=1",
 )
 
 

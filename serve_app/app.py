@@ -19,6 +19,8 @@ from serve_app.wan.prepared import Prepared
 # glibc hands each large tensor back to the kernel and asks for it again; for a VAE on CPUs, whose every layer makes
 # some, that was measured to be a seventh of the decode.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+# Ray hides from a process with a share of a GPU all others of its host.
+_SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 # Tries to start a replica. A model that does not load, or a bucket that is not there, will not at the twentieth either.
 _STARTS = 3
 
@@ -58,7 +60,7 @@ def wan(args: dict[str, Any]) -> Application:
         ]
     decoder = _deployment(
         Decoder,
-        ray_actor_options={**_actor(config.decoder.resources), "runtime_env": {"env_vars": _KEEP_FREED_MEMORY}},
+        ray_actor_options=decoder_actor(config),
         **_stage(config.decoder),
         graceful_shutdown_timeout_s=60,
     ).bind(config)
@@ -181,6 +183,14 @@ def _autoscaling(options: Autoscaling) -> AutoscalingConfig:
         look_back_period_s=options.look_back_s,
         metrics_interval_s=min(options.look_back_s / 2, 10),
     )
+
+
+def decoder_actor(config: Config) -> dict[str, Any]:
+    """Ray's options for a replica of the decoder."""
+    stage = config.decoder
+    shared = stage.devices > 1 and stage.resources.num_gpus < 1
+    environment = {**_KEEP_FREED_MEMORY, **(_SEE_ALL_GPUS if shared else {})}
+    return {**_actor(stage.resources), "runtime_env": {"env_vars": environment}}
 
 
 def _actor(need: Resources) -> dict[str, Any]:

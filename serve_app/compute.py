@@ -6,7 +6,7 @@ import asyncio
 import gc
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -40,8 +40,12 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
-def pick_devices(wanted: str, count: int) -> list[torch.device]:
+def pick_devices(wanted: str, count: int, own: Sequence[str] = ()) -> list[torch.device]:
     """So many devices of the kind that the decoder's configuration names.
+
+    Args:
+        own: what Ray gave this process, of the GPUs that it sees, as `CUDA_VISIBLE_DEVICES` names them. With several
+            devices the first is among these, and those behind it follow.
 
     Raises:
         ConfigError: there are fewer.
@@ -54,7 +58,9 @@ def pick_devices(wanted: str, count: int) -> list[torch.device]:
     there = torch.cuda.device_count() if first.type == "cuda" else 0
     if there < count:
         raise ConfigError(f"decoder.devices has value {count}, expected at most {there}, the GPUs it sees")
-    return [torch.device("cuda", index) for index in range(count)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(there)))
+    start = min((visible.split(",").index(one) for one in own), default=0)
+    return [torch.device("cuda", (start + place) % there) for place in range(count)]
 
 
 def limit_memory(device: torch.device, fraction: float) -> float:

@@ -37,6 +37,27 @@ def test_devices_that_are_not_there_are_one_line() -> None:
         pick_devices("cpu", 2)
 
 
+@pytest.mark.parametrize(
+    ("visible", "own", "expected"),
+    [
+        (None, [], [0, 1]),
+        (None, ["2"], [2, 3]),
+        (None, ["3"], [3, 0]),
+        ("4,5,6,7", ["5"], [1, 2]),
+        ("0,1", ["0", "1"], [0, 1]),
+    ],
+)
+def test_devices_begin_with_the_own_one(
+    visible: str | None, own: list[str], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len((visible or "0,1,2,3").split(",")))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert pick_devices("cuda", 2, own) == [torch.device("cuda", index) for index in expected]
+
+
 @pytest.mark.parametrize(("wanted", "expected"), [("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])
 def test_a_cuda_device_has_an_index(wanted: str, expected: str) -> None:
     # Memory limits are refused for one without.

@@ -170,7 +170,8 @@ class Decoder(Stage):
 
     resources: Resources = Resources(num_cpus=1, num_gpus=1)
     devices: PositiveInt = 1
-    """GPUs of one replica, each with a copy of the VAE, among which every picture is shared out."""
+    """GPUs of one replica, each with a copy of the VAE, among which every picture is shared out. With a share of a GPU
+    in `resources`, those of its host from the one that it shares on; `memory_fraction` must be free on all of them."""
     tile_memory_mib: NonNegativeFloat = 0
     """Working memory that a decode may take on each device, beside the weights: pictures are cut into tiles that fit.
     0 is what is free on a GPU, and no bound on CPUs."""
@@ -182,8 +183,9 @@ class Decoder(Stage):
     @model_validator(mode="after")
     def _devices_are_reserved(self) -> Decoder:
         reserved = self.resources.num_gpus
-        if max(self.devices, reserved) > 1 and self.devices != reserved:
-            raise ValueError(f"resources.num_gpus is {reserved:g} with {self.devices} devices, expected as many")
+        if max(self.devices, reserved) > 1 and self.devices != reserved and not 0 < reserved < 1:
+            expected = "as many" if self.devices == 1 else "as many, or a share of one"
+            raise ValueError(f"resources.num_gpus is {reserved:g} with {self.devices} devices, expected {expected}")
         if self.devices > 1 and self.device == "cpu":
             raise ValueError(f"devices is {self.devices}, expected 1, because device is 'cpu'")
         return self

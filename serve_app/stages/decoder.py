@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import numpy as np
+import ray
 from ray import serve
 
 from serve_app.compute import MathThread, is_out_of_memory, limit_memory, pick_devices, settle
@@ -75,7 +76,8 @@ class Decoder:
         self._model_name = config.model.name
         self._revision = checkpoint.revision
         self._math = MathThread(stage.threads)
-        device, *others = pick_devices(stage.device, stage.devices)
+        own = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        device, *others = pick_devices(stage.device, stage.devices, own)
         for one in (device, *others):
             limit_memory(one, stage.memory_fraction)
         dtype, tile_bytes = getattr(torch, config.model.vae_dtype), stage.tile_memory_mib * 2**20

@@ -39,13 +39,13 @@ def _need(there: bool, what: str) -> None:
 def three_hosts(namespaces: None, redis_server: None) -> Iterator[Cluster]:
     """A head and two hosts that differ. Whoever hurts one mends it with `join`.
 
-    Host 1 has a GPU, the label `pool: denoise` and 8 of the resource `denoise`; host 2 the same with `codec`. Dead
-    hosts are found within seconds, and a Redis outside of the hosts keeps what the control process knows.
+    Host 1 has a GPU, the label `pool: denoise` and 8 of the resource `denoise`; host 2 two GPUs, and the same with
+    `codec`. Dead hosts are found within seconds, and a Redis outside of the hosts keeps what the control process knows.
     """
     with Cluster(
         3,
         cpus=8,
-        gpus={1: 1, 2: 1},
+        gpus={1: 1, 2: 2},
         labels={1: {"pool": "denoise"}, 2: {"pool": "codec"}},
         resources={1: {"denoise": 8}, 2: {"codec": 8}},
         redis="auto",

@@ -89,7 +89,7 @@ def test_hosts_are_seen_with_what_they_declare(three_hosts):
     assert sorted(nodes) == [0, 1, 2]
     assert [nodes[i].ip for i in range(3)] == [host.ip for host in three_hosts.nodes]
     assert len({host.ip for host in three_hosts.nodes}) == 3
-    assert [nodes[i].resources.get("GPU", 0) for i in range(3)] == [0, 1, 1]
+    assert [nodes[i].resources.get("GPU", 0) for i in range(3)] == [0, 1, 2]
     assert [nodes[i].resources["CPU"] for i in range(3)] == [8, 8, 8]
     assert nodes[1].resources["denoise"] == 8 and nodes[2].labels["pool"] == "codec"
 
@@ -126,6 +126,35 @@ def test_a_host_that_is_cut_off_for_a_moment_stays(three_hosts):
     assert time.monotonic() - started >= 1 and not three_hosts.nodes[1].is_cut
     three_hosts.wait_alive({0, 1, 2}, timeout_s=30)
     assert {node.node_id for node in three_hosts.view() if node.alive} == before
+
+
+@pytest.mark.parametrize(("devices", "seen"), [(2, "all"), (1, "one")])
+def test_a_decoder_with_shares_of_several_gpus_sees_all_of_its_host(three_hosts, devices, seen):
+    stage = {"devices": devices, "resources": {"num_cpus": 0.1, "num_gpus": 0.2, "resources": {"codec": 1}}}
+    script = f"""
+import os
+import ray
+from serve_app.app import decoder_actor
+from serve_app.config import validate
+
+@ray.remote
+def look():
+    return os.environ.get("CUDA_VISIBLE_DEVICES"), ray.get_runtime_context().get_accelerator_ids()["GPU"]
+
+ray.init(logging_level="ERROR", log_to_driver=False)
+options = decoder_actor(validate({{"decoder": {stage}}}))
+visible, own = ray.get(look.options(**options).remote(), timeout=60)
+assert len(own) == 1, own
+print("all" if visible is None else "one" if visible == own[0] else visible)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**three_hosts.env, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == [seen], done.stderr
 
 
 @pytest.mark.slow
