@@ -11,7 +11,8 @@ from triton import next_power_of_2
 __all__ = ["attend_text", "next_power_of_2", "norm_rotate"]
 
 
-@triton.jit
+# What differs by video is not specialized for: a request must not wait for a compiler.
+@triton.jit(do_not_specialize=["tokens"])
 def norm_rotate(
     hidden,
     weight,
@@ -58,7 +59,7 @@ def norm_rotate(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "texts"])
 def attend_text(
     query,
     key,
