@@ -2,7 +2,7 @@
 
     python -m benchmarks.a14b_forward [--sizes 832x480 1280x720] [--mesh 1x1x1] [--attention auto flash4 cudnn]
                                       [--compile also] [--diffusers] [--profile DIR] [--keep DIR]
-                                      [--float32] [--text-tokens 512]
+                                      [--float32] [--text-tokens 126 512]
 
 Weights are random, of the exact configuration (`--layers` for fewer). The ceiling is a large bfloat16 matrix product,
 measured in the same run. `--mesh` is guidance x sequence x tensor: with guidance 2 the pass is one guided step. With
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import re
 import statistics
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="write the kernels of one pass at the first size into this folder")
     parser.add_argument("--keep", type=Path, help="folder of predictions, to compare those of several runs")
     parser.add_argument("--float32", action="store_true", help="also a pass in float32, at the last size, for --keep")
-    parser.add_argument("--text-tokens", type=int, default=MAX_TOKENS)
+    parser.add_argument("--text-tokens", type=int, nargs="+", default=[MAX_TOKENS])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--narrow", action="store_true", help="a width of 96, to see it run")
     options = parser.parse_args()
@@ -112,9 +113,11 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
             expert = load_expert(
                 checkpoint, "transformer", world, torch.bfloat16, device, attention=attention, compiled=compiled
             )
-            what = f"ours, attention {attention}{', compiled' if compiled else ''}"
-            for size in options.sizes:
-                run, flops = _pass(expert, size, options, mesh, device, compiled)
+            what = named = f"ours, attention {attention}{', compiled' if compiled else ''}"
+            for size, text_tokens in itertools.product(options.sizes, options.text_tokens):
+                run, flops = _pass(expert, size, options.frames, text_tokens, mesh, device, compiled)
+                if len(options.text_tokens) > 1:
+                    what = f"{named}, {text_tokens} tokens of text"
                 prediction = _note(found, size, what, flops, run, device, options.repeats)
                 _keep(options.keep, rank, mesh, size, what, prediction)
                 if options.profile and size == options.sizes[0]:
@@ -134,15 +137,15 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
 
 
 def _pass(
-    expert: Any, size: str, options: argparse.Namespace, mesh: Mesh, device: torch.device, compiled: bool
+    expert: Any, size: str, frames: int, text_tokens: int, mesh: Mesh, device: torch.device, compiled: bool
 ) -> tuple[Callable[[], torch.Tensor], float]:
     """A pass over one sample, guided where guidance has ranks of its own, and its floating-point operations."""
-    latents, timesteps, texts = _inputs(expert, size, options, device)
+    latents, timesteps, texts = _inputs(expert, size, frames, text_tokens, device)
     negatives = [text.roll(1, 2) for text in texts] if mesh.guidance == 2 else None
     flops = step_flops(dict(expert.config), _tokens(latents), negatives is not None)
     if compiled:
         config = expert.config
-        unseen = max(0, MAX_TOKENS - options.text_tokens - 1) * config.num_attention_heads * config.attention_head_dim
+        unseen = max(0, MAX_TOKENS - text_tokens - 1) * config.num_attention_heads * config.attention_head_dim
         flops -= 4.0 * config.num_layers * _tokens(latents) * unseen * (1 if negatives is None else 2)
     return lambda: predict(expert, latents, timesteps, texts, negatives, [1.0], 0), flops
 
@@ -155,7 +158,7 @@ def _compare(found: dict[str, Any], expert: Any, options: argparse.Namespace, de
     theirs.load_state_dict(state, strict=False, assign=True)
     theirs.rope = expert.rope.rope
     for size in options.sizes:
-        latents, timesteps, texts = _inputs(expert, size, options, device)
+        latents, timesteps, texts = _inputs(expert, size, options.frames, options.text_tokens[0], device)
 
         def run() -> torch.Tensor:
             output: torch.Tensor = theirs(latents, timesteps, torch.cat(texts), return_dict=False)[0]  # noqa: B023
@@ -188,7 +191,7 @@ def _float32(
         if not set(name.split(".")) & set(expert._keep_in_fp32_modules):  # type: ignore[arg-type]
             parameter.data.copy_(parameter.data.bfloat16())
     size = options.sizes[-1]
-    latents, timesteps, texts = _inputs(expert, size, options, device)
+    latents, timesteps, texts = _inputs(expert, size, options.frames, options.text_tokens[0], device)
     flops = step_flops(dict(expert.config), _tokens(latents), False)
 
     def run() -> torch.Tensor:
@@ -199,16 +202,16 @@ def _float32(
 
 
 def _inputs(
-    expert: Any, size: str, options: argparse.Namespace, device: torch.device
+    expert: Any, size: str, frames: int, text_tokens: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     width, height = map(int, size.split("x"))
     generator = torch.Generator(device).manual_seed(0)
-    shape = (1, 16, (options.frames - 1) // 4 + 1, height // 8, width // 8)
+    shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
     latents = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
     text = torch.randn(
         1, MAX_TOKENS, int(expert.config.text_dim), generator=generator, device=device, dtype=torch.bfloat16
     )
-    text[:, options.text_tokens :] = 0
+    text[:, text_tokens:] = 0
     return latents, torch.tensor([900], device=device), [text]
 
 
