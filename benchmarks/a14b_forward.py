@@ -10,8 +10,7 @@ measured in the same run. `--mesh` is guidance x sequence x tensor: with guidanc
 beside that between two of its own attention kernels. Passes are timed by events, after one that warms up. --keep
 writes all predictions into a folder, and prints how those that are there, of whatever runs, differ from diffusers' and
 from one in float32, which --float32 makes; a guided step there is one whose guidance is 1, so its prediction is that of
-a pass. --text-tokens is how many tokens of the text come before its padding, at which compiled blocks do not look;
-rates count what was computed.
+a pass. --text-tokens is how many tokens of the text come before its padding, which is computed all the same.
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
             )
             what = named = f"ours, attention {attention}{', compiled' if compiled else ''}"
             for size, text_tokens in itertools.product(options.sizes, options.text_tokens):
-                run, flops = _pass(expert, size, options.frames, text_tokens, mesh, device, compiled)
+                run, flops = _pass(expert, size, options.frames, text_tokens, mesh, device)
                 if len(options.text_tokens) > 1:
                     what = f"{named}, {text_tokens} tokens of text"
                 prediction = _note(found, size, what, flops, run, device, options.repeats)
@@ -137,16 +136,12 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
 
 
 def _pass(
-    expert: Any, size: str, frames: int, text_tokens: int, mesh: Mesh, device: torch.device, compiled: bool
+    expert: Any, size: str, frames: int, text_tokens: int, mesh: Mesh, device: torch.device
 ) -> tuple[Callable[[], torch.Tensor], float]:
     """A pass over one sample, guided where guidance has ranks of its own, and its floating-point operations."""
     latents, timesteps, texts = _inputs(expert, size, frames, text_tokens, device)
     negatives = [text.roll(1, 2) for text in texts] if mesh.guidance == 2 else None
     flops = step_flops(dict(expert.config), _tokens(latents), negatives is not None)
-    if compiled:
-        config = expert.config
-        unseen = max(0, MAX_TOKENS - text_tokens - 1) * config.num_attention_heads * config.attention_head_dim
-        flops -= 4.0 * config.num_layers * _tokens(latents) * unseen * (1 if negatives is None else 2)
     return lambda: predict(expert, latents, timesteps, texts, negatives, [1.0], 0), flops
 
 

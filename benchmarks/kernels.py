@@ -1,11 +1,9 @@
 """The kernels of an A14B block, each alone: milliseconds, rates, and errors against the same in float32.
 
     python -m benchmarks.kernels [--sizes 832x480 1280x720] [--attention flash4 cudnn] [--tiles 128x128 128x176]
-                                [--text-tokens 40 512] [--text-tiles 64x64x4x2]
 
 On one CUDA device, in bfloat16, one rank's whole layer over 81 frames: attention by each backend, and FlashAttention-4
-by sizes of its tiles; attention to a text of 512 tokens, by how many come before its padding; the feed-forward's first
-layer with GELU; the norm and rotation of queries. `compiled` is what
+by sizes of its tiles; the feed-forward's first layer with GELU; the norm and rotation of queries. `compiled` is what
 torch.compile makes of diffusers' formula. Errors are relative ones of the norms, on the first rows.
 """
 
@@ -24,8 +22,7 @@ from benchmarks.machine import describe, timed, tokens_of
 from serve_app.errors import one_line
 from serve_app.wan import kernels
 from serve_app.wan.attention import _rotate
-from serve_app.wan.checkpoint import MAX_TOKENS
-from serve_app.wan.fused import LinearGelu, attend_in_tiles, norm_rotate
+from serve_app.wan.fused import LinearGelu, norm_rotate
 
 _HEADS, _HEAD, _INSIDE = 40, 128, 13824
 _SOME = 512
@@ -37,10 +34,6 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--attention", nargs="*", default=["flash4", "cudnn", "flash"])
     parser.add_argument("--tiles", nargs="*", default=["128x128", "128x144", "128x160", "128x176", "192x128"])
-    parser.add_argument("--text-tokens", nargs="*", type=int, default=[40, 126, 512])
-    parser.add_argument(
-        "--text-tiles", nargs="*", default=["64x64x4x2", "64x64x4x3", "128x64x8x2", "128x64x8x3", "128x128x8x2"]
-    )
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     device = torch.device("cuda", 0)
@@ -50,7 +43,7 @@ def main() -> None:
     with torch.no_grad(), device:
         for size in options.sizes:
             tokens = tokens_of(size, options.frames)
-            for rows in (_attention, _text, _gelu, _norm):
+            for rows in (_attention, _gelu, _norm):
                 rows(size, tokens, options)
 
 
@@ -94,25 +87,6 @@ def _tiled(tiles: tuple[int, int], register: bool) -> Callable[..., Any]:
     return lambda query, key, value: _flash_attn_fwd(
         query, key, value, tile_mn=tiles, mma_pv_is_rs=register, intra_wg_overlap=True
     )[0]
-
-
-def _text(size: str, tokens: int, options: argparse.Namespace) -> None:
-    query = torch.randn(1, tokens, _HEADS, _HEAD, dtype=torch.bfloat16)
-    for kept in options.text_tokens:
-        key, value = torch.randn(2, 1, MAX_TOKENS, _HEADS, _HEAD, dtype=torch.bfloat16)
-        for one in (key, value):
-            one[:, kept:] = one[:, kept : kept + 1].clone()
-        own = torch.tensor([kept], dtype=torch.int32)
-        expected = _exact(query[:, :_SOME], key, value)
-        teraflop = 4.0 * tokens * min(kept + 1, MAX_TOKENS) * _HEADS * _HEAD / 1e12
-        whole = functools.partial(_kernel("flash4" if "flash4" in options.attention else "cudnn"), query, key, value)
-        ways: dict[str, Callable[[], torch.Tensor]] = {"all 512 tokens, no kernel of ours": whole}
-        for tiles in options.text_tiles:
-            ways[f"ours, {tiles}"] = functools.partial(
-                attend_in_tiles, query, key, value, own, *map(int, tiles.split("x"))
-            )
-        for by, run in ways.items():
-            _row(size, f"attention to {kept} of 512", by, run, teraflop, expected, options)
 
 
 def _gelu(size: str, tokens: int, options: argparse.Namespace) -> None:

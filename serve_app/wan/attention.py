@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
 from serve_app.wan.exchange import add_up
-from serve_app.wan.fused import attend_text, norm_rotate
+from serve_app.wan.fused import norm_rotate
 from serve_app.wan.kernels import Kernel
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.text_memory import TextMemory
@@ -128,11 +128,7 @@ class CrossAttention:
         (query,) = _normalised(self.group, (attn.norm_q, attn.to_q(hidden_states)))
         query = query.unflatten(2, (attn.heads, -1))
         key, value = encoder_hidden_states.unbind()
-        own = self.memory.own
-        if own is None:
-            hidden_states = self.kernel(query, key, value, self.memory.bias)
-        else:
-            hidden_states = attend_text(query, key, value, own)
+        hidden_states = self.kernel(query, key, value, self.memory.bias)
         output: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
         return output
 

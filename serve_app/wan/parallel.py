@@ -76,8 +76,9 @@ def load_expert(
         model = _shard(model, tensor, dtype)
     # DeepSpeed takes the model for its own: attributes are set afterwards.
     model.guidance = world.guidance
-    foldable = device.type == "cpu" and dtype == torch.float32
-    model.text_memory = TextMemory(text_memory_bytes, "counted" if compiled else "folded" if foldable else "whole")
+    # What is compiled wants texts of one length.
+    fold = device.type == "cpu" and dtype == torch.float32 and not compiled
+    model.text_memory = TextMemory(text_memory_bytes, fold)
     tokens = Tokens(world.sequence) if world.sequence.size > 1 else None
     fused = compiled and device.type == "cuda" and dtype == torch.bfloat16
     for layer, block in enumerate(model.blocks):

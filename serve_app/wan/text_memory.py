@@ -9,17 +9,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-
-Padding = Literal["whole", "folded", "counted"]
-"""What attention makes of the padding at the end of the texts, whose tokens are all alike, so that one whose logit is
-raised by log(n) weighs as much as n of them.
-
-`whole`: tokens as all others. `folded`: texts are cut behind the first token of it, which a bias raises. Not on GPUs,
-whose fastest attention kernels take no bias, and not in bfloat16, which would round it. `counted`: texts stay as they
-are, and a kernel of our own is told where the padding begins; what is compiled then sees texts of one length."""
 
 # The texts of a batch may come in two forward passes, one for each half of guidance.
 _HALVES = 2
@@ -31,14 +22,12 @@ class Prepared:
 
     `texts` are the whole ones, `[1, tokens, dim]` each. `given` is what the model gets of them, `[batch, kept, dim]`,
     one token once the keys and values are made. `bias` is added to the attention's logits, `[1, 1, 1, kept]`, None for
-    nothing. `own` says how many tokens of each text come before its padding, `[batch]`, int32, None where nobody asks.
-    `layers` are the keys and values, `[2, batch, kept, heads, features]`, as far as they are made.
+    nothing. `layers` are the keys and values, `[2, batch, kept, heads, features]`, as far as they are made.
     """
 
     texts: list[torch.Tensor]
     given: torch.Tensor
-    bias: torch.Tensor | None = None
-    own: torch.Tensor | None = None
+    bias: torch.Tensor | None
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -57,12 +46,14 @@ class TextMemory:
 
     Args:
         limit_bytes: for all that is kept; batches beyond it are served without.
-        padding: see `Padding`.
+        fold: let one token stand for the padding at the end of the texts, whose tokens are all alike: a logit raised by
+            log(n) weighs as much as n of them. Not on GPUs, whose fastest attention kernels take no bias, and not in
+            bfloat16, which would round it.
     """
 
-    def __init__(self, limit_bytes: float, padding: Padding) -> None:
+    def __init__(self, limit_bytes: float, fold: bool) -> None:
         self._limit = limit_bytes
-        self._padding = padding
+        self._fold = fold
         self._kept: list[Prepared] = []
         self._current: Prepared | None = None
 
@@ -75,11 +66,6 @@ class TextMemory:
     def bias(self) -> torch.Tensor | None:
         """Of the pass that is being served, see `Prepared`."""
         return None if self._current is None else self._current.bias
-
-    @property
-    def own(self) -> torch.Tensor | None:
-        """The same."""
-        return None if self._current is None else self._current.own
 
     @contextmanager
     def serving(self, texts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -119,17 +105,13 @@ class TextMemory:
         # Before the new ones are made, so that there is never more than the halves of one batch.
         self._kept = self._kept[-(_HALVES - 1) :]
         given = torch.cat(texts)
-        if self._padding == "whole":
-            return Prepared(texts, given)
+        if not self._fold:
+            return Prepared(texts, given, None)
         tokens = given.shape[1]
-        used = given.ne(0).any(dim=2)
-        if self._padding == "counted":  # without waiting for the device
-            places = torch.arange(1, tokens + 1, device=given.device, dtype=torch.int32)
-            return Prepared(texts, given, own=(used * places).amax(dim=1))
-        last = used.any(dim=0).nonzero()
-        kept = int(last[-1]) + 2 if len(last) else 1  # and one for the padding
+        used = given.ne(0).any(dim=2).any(dim=0).nonzero()
+        kept = int(used[-1]) + 2 if len(used) else 1  # and one for the padding
         if kept >= tokens:
-            return Prepared(texts, given)
+            return Prepared(texts, given, None)
         bias = torch.zeros(1, 1, 1, kept, dtype=given.dtype, device=given.device)
         bias[..., -1] = math.log(tokens - kept + 1)
         return Prepared(texts, given[:, :kept], bias)

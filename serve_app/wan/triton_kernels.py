@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from triton import next_power_of_2
 
-__all__ = ["attend_text", "next_power_of_2", "norm_rotate"]
+__all__ = ["next_power_of_2", "norm_rotate"]
 
 
-# What differs by video is not specialized for: a request must not wait for a compiler.
+# The number of tokens differs by video: specialized for, some requests would wait for a compiler.
 @triton.jit(do_not_specialize=["tokens"])
 def norm_rotate(
     hidden,
@@ -57,58 +57,3 @@ def norm_rotate(
         tl.reshape(rotated, (MANY, WIDE)).to(output.dtype.element_ty),
         mask=inside,
     )
-
-
-@triton.jit(do_not_specialize=["tokens", "texts"])
-def attend_text(
-    query,
-    key,
-    value,
-    own,
-    output,
-    tokens,
-    texts,
-    scale,
-    HEADS: tl.constexpr,
-    HEAD: tl.constexpr,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """`ROWS` queries of one head and sample a program: softmax as the keys come (FlashAttention's).
-
-    `WIDE` is `HEAD` up to a power of two. `scale` is that of the logits, for powers of two. The key behind the first
-    `own` stands for all that follow, which are never read.
-    """
-    sample = tl.program_id(2).to(tl.int64)
-    start = tl.program_id(1) * HEAD
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    within = tl.arange(0, WIDE)
-    place = (sample * tokens + rows)[:, None] * (HEADS * HEAD) + start + within[None, :]
-    inside = (rows[:, None] < tokens) & (within[None, :] < HEAD)
-    queries = tl.load(query + place, mask=inside, other=0.0)
-    kept = tl.load(own + sample)
-    several = tl.log2(tl.maximum(texts - kept, 1).to(tl.float32))
-    highest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    result = tl.zeros((ROWS, WIDE), tl.float32)
-    for first in range(0, tl.minimum(kept + 1, texts), KEYS):
-        columns = first + tl.arange(0, KEYS)
-        there = columns < texts
-        before = (sample * texts + columns) * (HEADS * HEAD) + start
-        keys = tl.load(
-            key + before[None, :] + within[:, None], mask=there[None, :] & (within[:, None] < HEAD), other=0.0
-        )
-        logits = tl.dot(queries, keys) * scale
-        weigh = tl.where(columns == kept, several, tl.where(columns < kept, 0.0, float("-inf")))
-        logits += tl.where(there, weigh, float("-inf"))[None, :]
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        shares = tl.exp2(logits - higher[:, None])
-        shrink = tl.exp2(highest - higher)
-        total = total * shrink + tl.sum(shares, 1)
-        values = tl.load(
-            value + before[:, None] + within[None, :], mask=there[:, None] & (within[None, :] < HEAD), other=0.0
-        )
-        result = result * shrink[:, None] + tl.dot(shares.to(values.dtype), values)
-        highest = higher
-    tl.store(output + place, (result / total[:, None]).to(output.dtype.element_ty), mask=inside)

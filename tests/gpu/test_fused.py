@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.parity import run_ranks
 from serve_app.wan.attention import ShardedNorm, _rotate
-from serve_app.wan.fused import LinearGelu, _formula, attend_text, norm_rotate
+from serve_app.wan.fused import LinearGelu, norm_rotate
 from serve_app.wan.mesh import Mesh
 from serve_app.wan.row_parallel import ROWS, RowParallel
 from serve_app.wan.world import init_world
@@ -50,26 +50,6 @@ def test_a_product_that_writes_its_gelu() -> None:
     got = LinearGelu(proj)(hidden)
     assert got.shape == apart.shape and got.dtype == torch.bfloat16
     assert (got - exact).norm() <= (apart - exact).norm(), "rounded once, not twice"
-
-
-@pytest.mark.parametrize("heads, head, tokens, texts", [(40, 128, 300, 512), (3, 24, 65, 17), (2, 128, 1, 16)])
-def test_attention_to_texts_with_padding(heads: int, head: int, tokens: int, texts: int) -> None:
-    own = torch.tensor([0, 1, texts // 2, texts - 1, texts], dtype=torch.int32)
-    query = torch.randn(len(own), tokens, heads, head, dtype=torch.bfloat16)
-    key, value = torch.randn(2, len(own), texts, heads, head, dtype=torch.bfloat16)
-    for one in (key, value):
-        for sample, kept in zip(one, own.tolist(), strict=True):
-            sample[kept:] = sample[kept : kept + 1].clone()
-    whole = [sample.transpose(1, 2) for sample in (query.float(), key.float(), value.float())]
-    exact = F.scaled_dot_product_attention(*whole).transpose(1, 2)
-    for one in (key, value):  # never looked at
-        for sample, kept in zip(one, own.tolist(), strict=True):
-            sample[kept + 1 :] = torch.nan
-    got = attend_text(query, key, value, own)
-    assert got.shape == exact.shape and got.dtype == torch.bfloat16
-    assert (got - exact).norm() <= 5e-3 * exact.norm()
-    clean = (query.float(), key.nan_to_num().float(), value.nan_to_num().float())
-    assert (_formula(*clean, own) - exact).norm() <= 1e-3 * exact.norm()
 
 
 def added_up(rank: int, mesh: Mesh, port: int, output: Path) -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from serve_app.request import Params
-from serve_app.wan.fused import attend_text
 from serve_app.wan.generate import Generator
 from serve_app.wan.sampler import advance
 from serve_app.wan.text_memory import TextMemory
@@ -31,7 +28,7 @@ def serve(memory: TextMemory, texts: list[torch.Tensor]) -> bool:
 
 
 def test_the_same_batch_finds_them_and_any_other_does_not() -> None:
-    memory = TextMemory(1e9, "whole")
+    memory = TextMemory(1e9, fold=False)
     a, b, c = TEXTS
     assert [serve(memory, texts) for texts in ([a, b], [a, b], [b, a], [a], [a.clone()], [a, b])] == [
         False,
@@ -45,7 +42,7 @@ def test_the_same_batch_finds_them_and_any_other_does_not() -> None:
 
 
 def test_both_halves_of_guidance_are_kept_and_nothing_older() -> None:
-    memory = TextMemory(1e9, "whole")
+    memory = TextMemory(1e9, fold=False)
     a, b, c = TEXTS
     assert [serve(memory, [text]) for text in (a, b, a, b, c, b, a)] == [False, False, True, True, False, True, False]
     assert memory.bytes == 2 * 2 * a.nbytes
@@ -53,12 +50,12 @@ def test_both_halves_of_guidance_are_kept_and_nothing_older() -> None:
 
 @pytest.mark.parametrize("limit", [0, TEXTS[0].nbytes])
 def test_beyond_the_limit_nothing_is_kept(limit: int) -> None:
-    memory = TextMemory(limit, "whole")
+    memory = TextMemory(limit, fold=False)
     assert not serve(memory, TEXTS[:1]) and not serve(memory, TEXTS[:1]) and memory.bytes == 0
 
 
 def test_a_pass_that_raises_leaves_nothing() -> None:
-    memory = TextMemory(1e9, "whole")
+    memory = TextMemory(1e9, fold=False)
     with pytest.raises(RuntimeError), memory.serving(TEXTS):
         memory.put(0, torch.stack([TEXTS[0], TEXTS[0]]))
         raise RuntimeError
@@ -67,43 +64,20 @@ def test_a_pass_that_raises_leaves_nothing() -> None:
 
 @pytest.mark.parametrize(("lengths", "kept"), [((3, 7), 8), ((15, 2), 16), ((16, 16), 16), ((0,), 1)])
 def test_one_token_stands_for_the_padding(lengths: tuple[int, ...], kept: int) -> None:
-    texts, attend = padded(lengths)
-    memory = TextMemory(1e9, "folded")
-    with memory.serving(texts) as given:
-        assert given.shape[1] == kept and memory.own is None
-        torch.testing.assert_close(attend(given, memory.bias), attend(torch.cat(texts), None))
-    assert memory.bias is None
-
-
-@pytest.mark.parametrize("lengths", [(3, 7), (15, 16, 0)])
-def test_a_kernel_is_told_where_the_padding_begins(lengths: tuple[int, ...]) -> None:
-    texts, attend = padded(lengths)
-    memory = TextMemory(1e9, "counted")
-    with memory.serving(texts) as given:
-        assert memory.own is not None and memory.own.tolist() == list(lengths) and memory.bias is None
-        counted = attend(given, memory.own)
-        torch.testing.assert_close(counted, attend(given, None))
-    assert memory.own is None
-    # The tokens behind the first of the padding are not looked at.
-    for text, length in zip(texts, lengths, strict=True):
-        text[:, length + 1 :] = 9
-    torch.testing.assert_close(attend(torch.cat(texts), torch.tensor(lengths)), counted)
-
-
-def padded(lengths: tuple[int, ...]) -> tuple[list[torch.Tensor], Callable[..., torch.Tensor]]:
-    """Texts of 16 tokens that end in padding, and an attention to such, with a bias or with where that begins."""
     texts = [torch.randn(1, 16, 8) for _ in lengths]
     for text, length in zip(texts, lengths, strict=True):
         text[:, length:] = 0
     query, project = torch.randn(len(texts), 1, 5, 8), torch.nn.Linear(8, 16)
 
-    def attend(given: torch.Tensor, of: torch.Tensor | None) -> torch.Tensor:
+    def attend(given: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         key, value = project(given)[:, None].chunk(2, dim=-1)
-        if of is None or of.is_floating_point():
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=of)
-        return attend_text(*(one.transpose(1, 2) for one in (query, key, value)), of).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
-    return texts, attend
+    memory = TextMemory(1e9, fold=True)
+    with memory.serving(texts) as given:
+        assert given.shape[1] == kept
+        torch.testing.assert_close(attend(given, memory.bias), attend(torch.cat(texts), None))
+    assert memory.bias is None
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
