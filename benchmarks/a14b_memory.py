@@ -2,6 +2,7 @@
 
     python -m benchmarks.a14b_memory [--cases together swap split cpu:24 cpu:48 disk:24] [--sizes 832x480 1280x720]
                                      [--frames 81] [--mesh 1x1x1] [--layers 40] [--steps 4] [--compile] [--profile DIR]
+                                     [--gap-ms 0]
 
 Each case is a group of fresh processes that load the experts, warm up, and denoise one guided sample of each size, half
 of its steps with each expert. `together`, `swap` and `split` are the placements of the experts; `cpu:24` and `disk:24`
@@ -10,7 +11,8 @@ random; for `disk` they are written first, with `--disk-layers` layers, and comp
 with all blocks on the device. `first step` is the one after the change of expert; `--steps 40` makes `all steps` a
 whole job. `reserved` is what the allocator took of the device, which memory in pieces makes more than the peak. Which
 steps took 5 % longer than most, and how long Python's collector took, is told beside the table; --profile writes the
-kernels of those steps, and of one that did not, into a folder.
+kernels of those steps, and of one that did not, into a folder. --gap-ms is the device's rest between steps, of which an
+engine that serves makes some; ranks make it at once.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", type=Path, help="write the kernels of steps that take longer than most")
+    parser.add_argument("--gap-ms", type=float, default=0, help="rest between steps")
     parser.add_argument("--narrow", action="store_true", help="a width of 96, to see it run")
     options = parser.parse_args()
     os.environ["WAN_SERVE_BENCHMARK"] = "1"
@@ -85,7 +88,7 @@ def main() -> None:
             sizes = options.sizes[:1] if cap or kind == "prepared" else options.sizes
             config = _config(kind, float(cap or 0), sizes, model, mesh, options)
             experts = ("transformer",) if kind == "split" else None
-            given = (case, config.model_dump(), experts, sizes, options.steps, options.profile)
+            given = (case, config.model_dump(), experts, sizes, options.steps, options.gap_ms, options.profile)
             run_ranks(_measure, mesh, *given, timeout_s=1800, own_device=torch.cuda.is_available())
 
 
@@ -157,6 +160,7 @@ def _measure(
     experts: tuple[Expert, ...] | None,
     sizes: list[str],
     steps: int,
+    gap_ms: float,
     profile: Path | None,
 ) -> None:
     parsed = Config.model_validate(config)
@@ -177,13 +181,13 @@ def _measure(
             }
         )
         name = None if profile is None else profile / f"{case}-{size}-rank{rank}"
-        row = {"size": size, "load": loaded, **_denoised(ours, params, size == sizes[0], name)}
+        row = {"size": size, "load": loaded, **_denoised(ours, params, size == sizes[0], gap_ms, name)}
         if rank == 0:
             _print(case, row)
         print(f"rank {rank}, {case}, {size}: {row['told']}", file=sys.stderr, flush=True)
 
 
-def _denoised(ours: Rank, params: Params, first: bool, profile: Path | None) -> dict[str, Any]:
+def _denoised(ours: Rank, params: Params, first: bool, gap_ms: float, profile: Path | None) -> dict[str, Any]:
     """What the steps of one sample take. First-time work of the process is done before, that of a later size is in its
     first step, which is in `all steps s` alone. `profile` begins the names of files."""
     assert ours._experts is not None
@@ -201,6 +205,7 @@ def _denoised(ours: Rank, params: Params, first: bool, profile: Path | None) -> 
     gc.callbacks.append(lambda phase, _: pauses.append((1 if phase == "stop" else -1) * time.perf_counter()))
     seconds, kernels = [], []
     for _ in range(steps):
+        time.sleep(gap_ms / 1e3)
         with torch.profiler.profile() if profile else nullcontext() as profiled:
             seconds.append(ours.step([["sample"], [], {}])[0])
         if profiled is not None:
