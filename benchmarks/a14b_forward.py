@@ -61,6 +61,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--narrow", action="store_true", help="a width of 96, to see it run")
     options = parser.parse_args()
+    for count in options.text_tokens:
+        if not 0 <= count <= MAX_TOKENS:
+            parser.error(f"--text-tokens has value {count}, expected 0 to {MAX_TOKENS}")
+    if options.float32 and options.keep is None:
+        parser.error(
+            "--float32 is given without --keep, expected with a folder, where its pass is compared with others"
+        )
     narrow = {"num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 192, "text_dim": 64}
     with tempfile.TemporaryDirectory() as name:
         folder = hollow.write(
@@ -119,7 +126,7 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
                     what = f"{named}, {text_tokens} tokens of text"
                 prediction = _note(found, size, what, flops, run, device, options.repeats)
                 _keep(options.keep, rank, mesh, size, what, prediction)
-                if options.profile and size == options.sizes[0]:
+                if options.profile and (size, text_tokens) == (options.sizes[0], options.text_tokens[0]):
                     file = options.profile / f"{attention}{'-compiled' if compiled else ''}-{rank}.txt"
                     shares = _profile(run, file, found["passes"][-1]["seconds"])
                     found["shares"].append({"size": size, "what": what, **shares})

@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--gap-ms", type=float, default=0, help="rest between steps")
     parser.add_argument("--narrow", action="store_true", help="a width of 96, to see it run")
     options = parser.parse_args()
+    if options.gap_ms < 0:
+        parser.error(f"--gap-ms has value {options.gap_ms:g}, expected 0 or more")
     os.environ["WAN_SERVE_BENCHMARK"] = "1"
     narrow = _NARROW if options.narrow else {}
     mesh = Mesh(*map(int, options.mesh.split("x")))
