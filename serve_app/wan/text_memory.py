@@ -22,13 +22,15 @@ class Prepared:
 
     `texts` are the whole ones, `[1, tokens, dim]` each. `given` is what the model gets of them, `[batch, kept, dim]`,
     one token once the keys and values are made. `bias` is added to the attention's logits, `[1, 1, 1, kept]`, None for
-    nothing. `layers` are the keys and values, `[2, batch, kept, heads, features]`, as far as they are made.
+    nothing. `layers` are the keys and values, `[2, batch, kept, heads, features]`, as far as they are made; none if
+    they were `beyond` the memory's limit.
     """
 
     texts: list[torch.Tensor]
     given: torch.Tensor
     bias: torch.Tensor | None
     layers: dict[int, torch.Tensor] = field(default_factory=dict)
+    beyond: bool = False
 
     @property
     def bytes(self) -> int:
@@ -45,7 +47,7 @@ class TextMemory:
     video, the more of a step's work they are.
 
     Args:
-        limit_bytes: for all that is kept; batches beyond it are served without.
+        limit_bytes: for all that is kept, in the midst of a pass as well; batches beyond it are served without.
         fold: let one token stand for the padding at the end of the texts, whose tokens are all alike: a logit raised by
             log(n) weighs as much as n of them. Not on GPUs, whose fastest attention kernels take no bias, and not in
             bfloat16, which would round it.
@@ -82,20 +84,26 @@ class TextMemory:
             yield serving.given
         finally:
             self._current = None
-        if known is None:
+        if known is None and not serving.beyond:
             serving.given = serving.given[:, :1].clone()  # nothing will look at it
-            self._kept = [*self._kept[-(_HALVES - 1) :], serving]
-            while self._kept and self.bytes > self._limit:
-                self._kept.pop(0)
+            self._kept.append(serving)
 
     def get(self, layer: int) -> torch.Tensor | None:
         """Keys and values of this pass's texts in a layer, `[2, batch, kept, heads, features]`; None if not known."""
         return None if self._current is None else self._current.layers.get(layer)
 
     def put(self, layer: int, keys_values: torch.Tensor) -> None:
-        """Keep them, if a pass is being served."""
-        if self._current is not None:
-            self._current.layers[layer] = keys_values
+        """Keep them, if a pass is being served whose keys and values have been within the limit so far."""
+        serving = self._current
+        if serving is None or serving.beyond:
+            return
+        while self._kept and self.bytes + serving.bytes + keys_values.nbytes > self._limit:
+            self._kept.pop(0)
+        if serving.bytes + keys_values.nbytes > self._limit:
+            serving.layers.clear()
+            serving.beyond = True
+        else:
+            serving.layers[layer] = keys_values
 
     def clear(self) -> None:
         """Free everything."""

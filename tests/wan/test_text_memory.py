@@ -54,6 +54,31 @@ def test_beyond_the_limit_nothing_is_kept(limit: int) -> None:
     assert not serve(memory, TEXTS[:1]) and not serve(memory, TEXTS[:1]) and memory.bytes == 0
 
 
+def test_not_even_in_the_midst_of_a_pass_there_is_more_than_the_limit() -> None:
+    a, b, c = TEXTS
+    layer = 2 * a.nbytes
+    memory = TextMemory(3 * layer, fold=False)
+
+    def put(text: torch.Tensor, layers: int) -> int:
+        """Of one pass over so many layers the most bytes that there were."""
+        most = 0
+        with memory.serving([text]) as given:
+            for index in range(layers):
+                memory.put(index, torch.stack([text, text]))
+                assert memory._current is not None
+                most = max(most, memory.bytes + memory._current.bytes)
+            assert torch.equal(given, text)
+        return most
+
+    assert put(a, 2) == 2 * layer
+    assert put(b, 4) == 3 * layer and memory.bytes == 0, "what is older goes first, then what does not fit"
+    with memory.serving([b]) as given:
+        assert torch.equal(given, b) and memory.get(0) is None
+    assert put(c, 2) == 2 * layer and memory.bytes == 2 * layer
+    with memory.serving([c]):
+        assert memory.get(1) is not None
+
+
 def test_a_pass_that_raises_leaves_nothing() -> None:
     memory = TextMemory(1e9, fold=False)
     with pytest.raises(RuntimeError), memory.serving(TEXTS):
@@ -82,12 +107,19 @@ def test_one_token_stands_for_the_padding(lengths: tuple[int, ...], kept: int) -
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("fuse", [0, 8192])
-def test_a_step_with_remembered_texts_is_the_step_without(generator: Generator, guidance: float, fuse: int) -> None:
+@pytest.mark.parametrize("layers", [0, 1.5, 1e9])
+def test_a_step_with_remembered_texts_is_the_step_without(
+    generator: Generator, guidance: float, fuse: int, layers: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = generator.experts["transformer"]
     params = Params(**{**BASE.model_dump(), "guidance_scale": guidance})
     remembering, forgetting = generator.start(params), generator.start(params)
-    for _ in range(2):
-        advance(model, [remembering], fuse)
+    # The memory may have room for that many layers' keys and values of one text.
+    features = model.config.num_attention_heads * model.config.attention_head_dim
+    with monkeypatch.context() as patch:
+        patch.setattr(model.text_memory, "_limit", layers * 2 * 512 * features * 4)
+        for _ in range(2):
+            advance(model, [remembering], fuse)
     model.text_memory.clear()
     for _ in range(2):
         advance(model, [forgetting], fuse)
