@@ -117,6 +117,14 @@ def test_storage() -> None:
             "args: decoder: devices is 2, expected 1, because device is 'cpu'",
         ),
         (
+            {
+                "encoder": {"resources": {"num_gpus": 0.4}},
+                "denoiser": {"rank": {"num_gpus": 0.6}, "memory_fraction": 0.7},
+            },
+            "args: memory_fraction adds up to 1.6 on a GPU with 1 x encoder (0.9) and 1 x denoiser rank (0.7), "
+            "which share it by num_gpus, expected at most 1",
+        ),
+        (
             {"denoiser": {"offload": "cpu"}},
             "args: denoiser: experts is 'together' with offload 'cpu', expected 'swap' or 'split'",
         ),

@@ -55,7 +55,8 @@ class Stage(Section):
 
     device: Device = "auto"
     memory_fraction: float = Field(0.9, gt=0, le=1)
-    """Share of a GPU's memory that each process of the stage may take; less where stages share a GPU."""
+    """Share of a GPU's memory that each process of the stage may take. Those that share a GPU, by `num_gpus` below 1,
+    may add up to 1."""
     threads: int = Field(0, ge=0)
     """CPU threads of the stage's math in one process; 0 is all cores, shared among the ranks of a group."""
     autoscaling: Autoscaling = Autoscaling()

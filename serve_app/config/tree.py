@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError, model_validator
 
 from serve_app.config.gateway import Auth, Gateway
+from serve_app.config.gpu_memory import Taker, too_much
 from serve_app.config.jobs import Dispatcher, Patience, Queue, Retention, Store
 from serve_app.config.model import Defaults, Limits, Model
 from serve_app.config.notice import Mail, Webhooks
@@ -62,6 +63,25 @@ class Config(Section):
     def _disk_offload_has_files(self) -> Config:
         if self.denoiser.offload == "disk" and self.model.prepared is None:
             raise ValueError("denoiser: offload is 'disk', expected with model.prepared, from whose files it reads")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_of_shared_gpus(self) -> Config:
+        encoder, denoiser, decoder = self.encoder, self.denoiser, self.decoder
+        groups = denoiser.autoscaling.max_replicas
+        if denoiser.experts == "split":
+            groups += (denoiser.low_noise_autoscaling or denoiser.autoscaling).max_replicas
+        takers = [
+            Taker(name, need.num_gpus, stage.memory_fraction, most, need.labels, devices)
+            for name, stage, need, most, devices in (
+                ("encoder", encoder, encoder.resources, encoder.autoscaling.max_replicas, 1),
+                ("denoiser rank", denoiser, denoiser.rank, groups * denoiser.parallel.size, 1),
+                ("decoder", decoder, decoder.resources, decoder.autoscaling.max_replicas, decoder.devices),
+            )
+            if stage.device != "cpu"
+        ]
+        if wrong := too_much(takers):
+            raise ValueError(wrong)
         return self
 
     @property

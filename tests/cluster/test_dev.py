@@ -130,7 +130,8 @@ def test_a_host_that_is_cut_off_for_a_moment_stays(three_hosts):
 
 @pytest.mark.parametrize(("devices", "seen"), [(2, "all"), (1, "one")])
 def test_a_decoder_with_shares_of_several_gpus_sees_all_of_its_host(three_hosts, devices, seen):
-    stage = {"devices": devices, "resources": {"num_cpus": 0.1, "num_gpus": 0.2, "resources": {"codec": 1}}}
+    share = {"num_cpus": 0.1, "num_gpus": 0.2, "resources": {"codec": 1}}
+    stage = {"devices": devices, "memory_fraction": 0.1, "resources": share}
     script = f"""
 import os
 import ray

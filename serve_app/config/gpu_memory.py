@@ -1,0 +1,81 @@
+"""What the processes of several stages may take of one GPU, where Ray is told that they share it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Taker:
+    """A kind of process that takes GPU memory.
+
+    Attributes:
+        name: of one of them.
+        gpus: that Ray reserves for one; less than 1 is a share.
+        memory_fraction: of each GPU's memory that it may take.
+        most: of them in the cluster.
+        labels: of its hosts.
+        devices: GPUs that one uses; Ray knows of the first alone if it reserves a share.
+    """
+
+    name: str
+    gpus: float
+    memory_fraction: float
+    most: int
+    labels: dict[str, str] = field(default_factory=dict)
+    devices: int = 1
+
+    @property
+    def per_gpu(self) -> int:
+        """So many Ray places on one GPU."""
+        return min(self.most, int(1 / min(self.gpus, 1) + _ROUNDING)) if self.gpus else 0
+
+    def guests(self, own: int) -> int:
+        """So many more come from the other GPUs of a host, if these have as many as this one, and at least one."""
+        if self.devices == 1 or not 0 < self.gpus < 1:
+            return 0
+        return min(self.most - own, (self.devices - 1) * max(1, own))
+
+
+def fullest(takers: Sequence[Taker]) -> tuple[float, dict[Taker, int]]:
+    """The GPU of which most memory may be taken, by what Ray would place there.
+
+    Returns:
+        The share of its memory, and how many of each there are.
+    """
+    found: tuple[float, dict[Taker, int]] = (0.0, {})
+    for counts in itertools.product(*(range(one.per_gpu + 1) for one in takers)):
+        own = dict(zip(takers, counts, strict=True))
+        if sum(min(one.gpus, 1) * count for one, count in own.items()) > 1 + _ROUNDING:
+            continue
+        there = {one: count + one.guests(count) for one, count in own.items()}
+        there = {one: count for one, count in there.items() if count}
+        if any(_apart(one.labels, other.labels) for one, other in itertools.combinations(there, 2)):
+            continue
+        taken = sum(one.memory_fraction * count for one, count in there.items())
+        if taken > found[0]:
+            found = taken, there
+    return found
+
+
+def too_much(takers: Sequence[Taker]) -> str | None:
+    """What is wrong if a GPU's memory may not suffice; None if it does."""
+    taken, there = fullest(takers)
+    if taken <= 1 + _ROUNDING:
+        return None
+    names = " and ".join(f"{count} x {one.name} ({one.memory_fraction:g})" for one, count in there.items())
+    return f"memory_fraction adds up to {taken:g} on a GPU with {names}, which share it by num_gpus, expected at most 1"
+
+
+def _apart(labels: dict[str, str], others: dict[str, str]) -> bool:
+    """Whether two label selectors name different hosts; False where that is not plain to see."""
+    plain = [
+        (labels[key], others[key])
+        for key in labels.keys() & others.keys()
+        if not any(value.startswith(("!", "in(")) for value in (labels[key], others[key]))
+    ]
+    return any(one != other for one, other in plain)
