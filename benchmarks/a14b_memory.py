@@ -10,9 +10,9 @@ are offload with a process's share of the device capped to nine tenths of 24 GB,
 random; for `disk` they are written first, with `--disk-layers` layers, and compared with `prepared`, the same files
 with all blocks on the device. `first step` is the one after the change of expert; `--steps 40` makes `all steps` a
 whole job. `reserved` is what the allocator took of the device, which memory in pieces makes more than the peak. Which
-steps took 5 % longer than most, and how long Python's collector took, is told beside the table; --profile writes the
-kernels of those steps, and of one that did not, into a folder. --gap-ms is the device's rest between steps, of which an
-engine that serves makes some; ranks make it at once.
+steps took 5 % longer than most, and how long Python's collector took, is told beside the table; --profile has the ranks
+write the kernels of all steps into a folder for each case and size. --gap-ms is the device's rest between steps, of
+which an engine that serves makes some; ranks make it at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--disk-layers", type=int, default=8, help="4.2 GB each in two files of float32 and bfloat16")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--profile", type=Path, help="write the kernels of steps that take longer than most")
+    parser.add_argument("--profile", type=Path, help="write the kernels of every step")
     parser.add_argument("--gap-ms", type=float, default=0, help="rest between steps")
     parser.add_argument("--narrow", action="store_true", help="a width of 96, to see it run")
     options = parser.parse_args()
@@ -90,7 +89,7 @@ def main() -> None:
             sizes = options.sizes[:1] if cap or kind == "prepared" else options.sizes
             config = _config(kind, float(cap or 0), sizes, model, mesh, options)
             experts = ("transformer",) if kind == "split" else None
-            given = (case, config.model_dump(), experts, sizes, options.steps, options.gap_ms, options.profile)
+            given = (case, config.model_dump(), experts, sizes, options.steps, options.gap_ms)
             run_ranks(_measure, mesh, *given, timeout_s=1800, own_device=torch.cuda.is_available())
 
 
@@ -106,6 +105,7 @@ def _config(
         "compile": options.compile,
         "checkpoint_s": 0,
         "parked_memory_mib": 512,
+        "profile": str(options.profile / f"{kind}-{cap_gb:g}") if options.profile else "",
     }
     if cap_gb and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
@@ -163,7 +163,6 @@ def _measure(
     sizes: list[str],
     steps: int,
     gap_ms: float,
-    profile: Path | None,
 ) -> None:
     parsed = Config.model_validate(config)
     ours = Rank(parsed, rank, experts)
@@ -182,16 +181,15 @@ def _measure(
                 "boundary_ratio": 0.0 if experts else 0.5,
             }
         )
-        name = None if profile is None else profile / f"{case}-{size}-rank{rank}"
-        row = {"size": size, "load": loaded, **_denoised(ours, params, size == sizes[0], gap_ms, name)}
+        row = {"size": size, "load": loaded, **_denoised(ours, params, size == sizes[0], gap_ms)}
         if rank == 0:
             _print(case, row)
         print(f"rank {rank}, {case}, {size}: {row['told']}", file=sys.stderr, flush=True)
 
 
-def _denoised(ours: Rank, params: Params, first: bool, gap_ms: float, profile: Path | None) -> dict[str, Any]:
+def _denoised(ours: Rank, params: Params, first: bool, gap_ms: float) -> dict[str, Any]:
     """What the steps of one sample take. First-time work of the process is done before, that of a later size is in its
-    first step, which is in `all steps s` alone. `profile` begins the names of files."""
+    first step, which is in `all steps s` alone."""
     assert ours._experts is not None
     started = time.perf_counter()
     if first:
@@ -201,26 +199,19 @@ def _denoised(ours: Rank, params: Params, first: bool, gap_ms: float, profile: P
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     text = np.ones((3, _text_dim(ours._config)), dtype=np.float32)
-    admitted = ours.admit("sample", params, text, 2 * text)
+    name = f"{params.width}x{params.height}"
+    admitted = ours.admit(name, params, text, 2 * text)
     steps = admitted.steps
     pauses: list[float] = []
     gc.callbacks.append(lambda phase, _: pauses.append((1 if phase == "stop" else -1) * time.perf_counter()))
-    seconds, kernels = [], []
+    seconds = []
     for _ in range(steps):
         time.sleep(gap_ms / 1e3)
-        with torch.profiler.profile() if profile else nullcontext() as profiled:
-            seconds.append(ours.step([["sample"], [], {}])[0])
-        if profiled is not None:
-            sums = profiled.key_averages()
-            kernels.append(sums.table(f"self_{'cuda' if cuda else 'cpu'}_time_total", 40, max_name_column_width=90))
+        seconds.append(ours.step([[name], [], {}])[0])
     gc.callbacks.pop()
-    ours.drop(["sample"])
+    ours.drop([name])
     usual = statistics.median(seconds)
     slow = {step: round(one, 3) for step, one in enumerate(seconds, 1) if one > 1.05 * usual}
-    if profile is not None:
-        profile.parent.mkdir(parents=True, exist_ok=True)
-        for step in (*slow, min(range(1, steps + 1), key=lambda step: abs(seconds[step - 1] - usual))):
-            profile.with_name(f"{profile.name}-step{step}.txt").write_text(kernels[step - 1])
     middle = admitted.boundary if 0 < admitted.boundary < steps else 0
     slots = ours._experts._slots
     free, total = torch.cuda.mem_get_info() if cuda else (0, 1)

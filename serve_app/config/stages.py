@@ -148,6 +148,9 @@ class Denoiser(Stage):
     checkpoint_s: NonNegativeFloat = 30
     """A sample that was denoised for this long since it was last saved is saved again, for another group to continue if
     this one is lost. 0 is never."""
+    profile: str = ""
+    """Folder on the ranks' hosts into which they write what kernels each step consists of; empty is none. To find out
+    what makes steps slow: writing them costs a moment between steps."""
     fuse_guidance_tokens: int = Field(8192, ge=0)
     """Up to this many tokens both halves of guidance run as one forward pass."""
     step_timeout_s: PositiveFloat = 600

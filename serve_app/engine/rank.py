@@ -9,6 +9,7 @@ import functools
 import os
 import socket
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import ray
 
 from serve_app.compute import is_out_of_memory, limit_memory, pick_device, set_threads, settle
 from serve_app.config import Config
+from serve_app.engine.profile import StepProfile
 from serve_app.errors import ServeAppError, StateError, one_line
 from serve_app.logs import get_logger
 from serve_app.request import Params
@@ -120,6 +122,7 @@ class Rank:
         self._busy_since: float | None = None
         self._samples: dict[str, Sample] = {}
         self._experts: Experts | None = None
+        self._profile: StepProfile | None = None
 
     def rendezvous(self) -> tuple[str, int]:
         """An address and a free port on this host at which the group's ranks can meet."""
@@ -207,6 +210,7 @@ class Rank:
             slots,
         )
         self._experts = experts
+        self._profile = StepProfile(stage.profile, self._rank, self._device.type) if stage.profile else None
         # All ranks hold the same samples, so one of them saves.
         self._saver = Saver(Storage(self._config.storage_options)) if self._rank == 0 and stage.checkpoint_s else None
         return {
@@ -296,12 +300,22 @@ class Rank:
             OutOfMemory: the step did not fit; nothing has changed.
             DeviceBroken: this process is of no use any more.
         """
+        advancing, parked, saved = order
+        with self._profiled(self._samples[advancing[0]]):
+            seconds, failed = self._advance(advancing, parked)
+        for sample_id, prefix in saved.items():
+            if self._saver is not None and sample_id not in failed:
+                frozen = self._samples[sample_id].snapshot()
+                self._saver.save(prefix, frozen.step, functools.partial(self._bytes, frozen))
+        return [seconds, failed]
+
+    def _advance(self, advancing: list[str], parked: list[str]) -> tuple[float, dict[str, str]]:
+        """The seconds that the step took, and for samples that did not survive it, why."""
         import torch
 
         from serve_app.wan.sampler import NotFinite, advance
 
         assert self._experts is not None
-        advancing, parked, saved = order
         started = self._busy_since = time.monotonic()
         failed: dict[str, str] = {}
         try:
@@ -320,12 +334,7 @@ class Rank:
             raise
         finally:
             self._busy_since = None
-        seconds = time.monotonic() - started
-        for sample_id, prefix in saved.items():
-            if self._saver is not None and sample_id not in failed:
-                frozen = self._samples[sample_id].snapshot()
-                self._saver.save(prefix, frozen.step, functools.partial(self._bytes, frozen))
-        return [seconds, failed]
+        return time.monotonic() - started, failed
 
     def save(self, sample_id: str) -> bytes:
         """A sample's state, for another group to continue."""
@@ -381,6 +390,9 @@ class Rank:
         from serve_app.wan.state import to_bytes
 
         return to_bytes(sample, self._checkpoint.revision)
+
+    def _profiled(self, sample: Sample) -> AbstractContextManager[None]:
+        return nullcontext() if self._profile is None else self._profile.step(sample.name, sample.step + 1)
 
     def _move(self, sample_id: str, device: Any) -> Sample:
         sample = self._samples[sample_id]
