@@ -7,7 +7,7 @@ brings the configuration up on a Ray of its own, with random weights of A14B's e
 seconds of: waiting in the queue, encoding, each step on the ranks, the engine between steps, handing over between the
 stages, decoding, and writing and storing the files; then the same for a job of 40 steps, by the measured step, where
 it had fewer. A share of it is outside of the models: all but encoding, steps and decoding. Half of the steps are made
-by each expert.
+by each expert. `--set denoiser.profile=DIR` has the ranks write what kernels each step consists of.
 """
 
 from __future__ import annotations
