@@ -28,6 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow, and jobs on S3")
 
 
+@pytest.fixture(autouse=True)
+def _gradients() -> Iterator[None]:
+    """What serves turns them off for its thread; the tests of training, in the same one, want them."""
+    yield
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_grad_enabled(True)
+
+
 _WITH_RAY = {"stages", "cluster", "test_deployment.py", "test_serve.py", "test_serve_rabbitmq.py"}
 
 

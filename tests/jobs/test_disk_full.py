@@ -23,7 +23,7 @@ async def test_a_running_job_survives_a_full_disk(small_disk: Disk, tmp_path_fac
     await store.start()
     gate = asyncio.Event()
     pipeline = FakePipeline(storage, gate=gate)
-    dispatcher = Dispatcher(store, storage, pipeline, Options(poll_s=0.03, lease_s=1, retry_s=0.01))
+    dispatcher = Dispatcher(store, storage, pipeline, Options(poll_s=0.03, lease_s=3, retry_s=0.01))
     dispatcher.start()
     video_id = (await store.create(PARAMS, "wan")).id
 
@@ -41,7 +41,7 @@ async def test_a_running_job_survives_a_full_disk(small_disk: Disk, tmp_path_fac
         return video_id in pipeline.ended
 
     await until(made)
-    await asyncio.sleep(1.2)  # its lease is over by then
+    await asyncio.sleep(3.3)  # its lease is over by then
     job = await store.get(video_id)
     assert job is not None and job.status == "in_progress"
     dispatcher.check()

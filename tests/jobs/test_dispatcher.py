@@ -113,7 +113,7 @@ async def test_takeover_after_a_silent_dispatcher(store: JobStore, storage: Stor
     gate = asyncio.Event()
     slow, quick = FakePipeline(storage, gate=gate), FakePipeline(storage)
     video_id = await create(store)
-    frozen = start(slow, lease_s=0.3)
+    frozen = start(slow, lease_s=1.5)
     await until(lambda: running(store, video_id))
     assert frozen._loop_task is not None
     frozen._loop_task.cancel()

@@ -85,12 +85,13 @@ async def test_late_writers_are_fenced(store: JobStore) -> None:
 
 async def test_renewed_leases_do_not_expire(store: JobStore) -> None:
     job = await create(store)
-    await claim(store, lease_s=0.2)
-    for _ in range(4):
-        await asyncio.sleep(0.1)
-        assert await store.renew({job.id: 1}, 0.2) == {job.id: False}
+    # Longer than a disk may keep a renewal waiting.
+    await claim(store, lease_s=1.5)
+    for _ in range(3):
+        await asyncio.sleep(0.6)
+        assert await store.renew({job.id: 1}, 1.5) == {job.id: False}
         assert await nothing_to_claim(store)
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(1.6)
     assert (await claim(store, "other")).attempt == 2
 
 

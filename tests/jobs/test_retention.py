@@ -72,7 +72,7 @@ async def test_a_storage_that_hangs_costs_no_lease(store: JobStore, storage: Sto
     storage.delete_prefix = hangs  # type: ignore[method-assign]
     await store.delete(gone)
     await refused.wait()
-    dispatcher = start(FakePipeline(storage), lease_s=0.5)
+    dispatcher = start(FakePipeline(storage), lease_s=3)
     video_id = await create(store)
     assert (await ended(store, video_id, "completed")).attempt == 1
     dispatcher.check()
