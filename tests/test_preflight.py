@@ -164,6 +164,14 @@ async def test_a_password_that_rabbitmq_refuses(
     assert await preflight(Config(home=str(tmp_path), queue=queue_options, storage=Storage(min_free_mib=0))) == []
 
 
+@pytest.mark.parametrize("vhost", ["nowhere", "%2Fno%2Fwhere"])
+def test_a_vhost_that_rabbitmq_does_not_have(file: Callable[[Change], Path], vhost: str) -> None:
+    url = BROKER.rstrip("/") + f"/{vhost}"
+    path = file(lambda _, args: args.update(queue={"transport": "rabbitmq"}))
+    line = refused("up", path, "--own-ray", WAN_SERVE_QUEUE_URL=url)
+    assert line == f"queue.url has value '{without_password(url)}': the broker has no such vhost, or not for this user"
+
+
 async def test_a_broker_that_is_away_keeps_nobody_from_starting(tmp_path: Path, silent: int) -> None:
     for port, why in ((1, "AMQPConnectionError"), (silent, "no answer within 5 s")):
         queue = {"transport": "rabbitmq", "url": f"amqp://me:secret@127.0.0.1:{port}/"}

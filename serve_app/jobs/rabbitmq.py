@@ -78,18 +78,21 @@ class RabbitMQ:
         """Why the broker cannot be reached now; None if it can.
 
         Raises:
-            ConfigError: it refuses the user or the password, which will be no better later.
+            ConfigError: it refuses the user, the password or the vhost, which will be no better later.
         """
         from aio_pika import connect
-        from aio_pika.exceptions import AuthenticationError, ProbableAuthenticationError
+        from aio_pika.exceptions import AuthenticationError, InvalidFrameError, ProbableAuthenticationError
 
+        said = f"queue.url has value {without_password(self._url)!r}"
         try:
             connection = await connect(self._url, timeout=_CONNECT_S)
         except TimeoutError:
             return f"no answer within {_CONNECT_S:g} s"
         except (AuthenticationError, ProbableAuthenticationError):
-            said = f"queue.url has value {without_password(self._url)!r}"
             raise ConfigError(f"{said}: the broker refused this user and password") from None
+        except InvalidFrameError:
+            # A "close" where the vhost should have been opened; aiormq (7.2) does not tell the reason in it.
+            raise ConfigError(f"{said}: the broker has no such vhost, or not for this user") from None
         except Exception as error:
             return one_line(error)
         await _closed(connection)
