@@ -7,6 +7,7 @@ only write lock from its first statement on.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -17,6 +18,7 @@ from sqlalchemy import ColumnElement, event, func, select
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.util import await_only
 
 from serve_app.errors import ConfigError, without_password
 from serve_app.jobs.schema import migrate
@@ -26,6 +28,8 @@ _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
 _SCHEMA_LOCK = 0x77616E32
 # How long a writer waits for the others before SQLite says "database is locked".
 _BUSY_S = 30
+# Between two tries to switch a file of SQLite.
+_SWITCH_S = 0.02
 # A server that hangs is away: for a connection, and for an answer, which never takes as long as this.
 _CONNECT_S = 10
 _ANSWER_S = 30
@@ -149,10 +153,28 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
     # The driver's own BEGIN is deferred and fails with "database is locked" where it should wait; ours is below.
     connection.isolation_level = None
     cursor = connection.cursor()
+    _write_ahead(cursor)
     # FULL: a job that was acknowledged survives a power cut, at the price of one fsync each commit.
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _write_ahead(cursor: Any) -> None:
+    """Have the file keep a write-ahead log, which stays so.
+
+    SQLite does not wait here for one that writes, whatever its timeout: of several that open a new file at once the
+    first begins to write, and others may be told that it is locked.
+    """
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+        await_only(asyncio.sleep(_SWITCH_S))
 
 
 def _roll_back_sqlite(connection: Any, _record: Any, _error: Any) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,20 @@ async def test_starting_at_the_same_time(tmp_path: Path) -> None:
     await create(stores[0])
     assert await stores[4].count_queued() == 1
     await asyncio.gather(*(store.close() for store in stores))
+
+
+async def test_a_new_file_that_another_writes_is_waited_for(tmp_path: Path) -> None:
+    """Switching it to a write-ahead log needs it alone, and SQLite itself does not wait for that."""
+    with closing(sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
+        starting = asyncio.create_task(store.start())
+        await asyncio.sleep(0.5)
+        assert not starting.done()
+        other.execute("COMMIT")
+        await starting
+        await create(store)
+        await store.close()
 
 
 async def test_life_of_a_job(store: JobStore) -> None:
