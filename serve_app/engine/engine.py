@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, get_args
 
 from serve_app.config import Config, Priority
 from serve_app.engine.group import Group, GroupLost
-from serve_app.engine.rank import Order, OutOfMemory, Stepped
+from serve_app.engine.messages import Order, OutOfMemory, Stepped
 from serve_app.engine.scheduler import Entry, Scheduler
 from serve_app.engine.seats import Claim, Leaving, Seats
 from serve_app.engine.ticket import Admission, Denoised, Moved, Ticket

@@ -18,7 +18,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from serve_app.config import Config
-from serve_app.engine.rank import Admitted, DeviceBroken, Order, RankActor, RankStatus, Stepped, Survey
+from serve_app.engine.messages import Admitted, DeviceBroken, Order, RankStatus, Stepped, Survey
+from serve_app.engine.rank import RankActor
 from serve_app.errors import ServeAppError
 from serve_app.logs import get_logger
 from serve_app.request import Params

@@ -11,7 +11,7 @@ import pytest
 from serve_app.config import Config, Denoiser
 from serve_app.engine.engine import Engine
 from serve_app.engine.group import GroupLost
-from serve_app.engine.rank import Admitted, Order, OutOfMemory, Stepped
+from serve_app.engine.messages import Admitted, Order, OutOfMemory, Stepped
 from serve_app.engine.ticket import Admission, Denoised, Ticket
 from serve_app.errors import JobFailed
 from serve_app.request import Params
