@@ -87,15 +87,15 @@ def main() -> None:
             if kind in ("disk", "prepared"):
                 model = _written(work, disk, mesh.tensor)
             sizes = options.sizes[:1] if cap or kind == "prepared" else options.sizes
-            config = _config(kind, float(cap or 0), sizes, model, mesh, options)
+            config = _config(case, sizes, model, mesh, options)
             experts = ("transformer",) if kind == "split" else None
             given = (case, config.model_dump(), experts, sizes, options.steps, options.gap_ms)
             run_ranks(_measure, mesh, *given, timeout_s=1800, own_device=torch.cuda.is_available())
 
 
-def _config(
-    kind: str, cap_gb: float, sizes: list[str], model: dict[str, Any], mesh: Mesh, options: argparse.Namespace
-) -> Config:
+def _config(case: str, sizes: list[str], model: dict[str, Any], mesh: Mesh, options: argparse.Namespace) -> Config:
+    kind, _, cap = case.partition(":")
+    cap_gb = float(cap or 0)
     width, height = max((_width_height(size) for size in sizes), key=math.prod)
     placed = {"together": "together", "split": "split", "prepared": "together"}.get(kind, "swap")
     denoiser = {
@@ -105,7 +105,7 @@ def _config(
         "compile": options.compile,
         "checkpoint_s": 0,
         "parked_memory_mib": 512,
-        "profile": str(options.profile / f"{kind}-{cap_gb:g}") if options.profile else "",
+        "profile": str(options.profile.absolute() / case) if options.profile else "",
     }
     if cap_gb and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory

@@ -124,6 +124,7 @@ def test_storage() -> None:
             "args: memory_fraction adds up to 1.6 on a GPU with 1 x encoder (0.9) and 1 x denoiser rank (0.7), "
             "which share it by num_gpus, expected at most 1",
         ),
+        ({"denoiser": {"profile": "here"}}, "args: denoiser: profile is 'here', expected an absolute path"),
         (
             {"denoiser": {"offload": "cpu"}},
             "args: denoiser: experts is 'together' with offload 'cpu', expected 'swap' or 'split'",

@@ -56,7 +56,7 @@ class Stage(Section):
     device: Device = "auto"
     memory_fraction: float = Field(0.9, gt=0, le=1)
     """Share of a GPU's memory that each process of the stage may take. Those that share a GPU, by `num_gpus` below 1,
-    may add up to 1."""
+    may not add up to more than 1, and 0.9 leaves room for what allocators do not count, as each one's CUDA context."""
     threads: int = Field(0, ge=0)
     """CPU threads of the stage's math in one process; 0 is all cores, shared among the ranks of a group."""
     autoscaling: Autoscaling = Autoscaling()
@@ -149,8 +149,8 @@ class Denoiser(Stage):
     """A sample that was denoised for this long since it was last saved is saved again, for another group to continue if
     this one is lost. 0 is never."""
     profile: str = ""
-    """Folder on the ranks' hosts into which they write what kernels each step consists of; empty is none. To find out
-    what makes steps slow: writing them costs a moment between steps."""
+    """Folder on the ranks' hosts, by its absolute path, into which they write what kernels each step consists of; empty
+    is none. To find out what makes steps slow: writing them costs a moment between steps."""
     fuse_guidance_tokens: int = Field(8192, ge=0)
     """Up to this many tokens both halves of guidance run as one forward pass."""
     step_timeout_s: PositiveFloat = 600
@@ -159,6 +159,12 @@ class Denoiser(Stage):
     """Time for the ranks to start and load."""
     shutdown_timeout_s: PositiveFloat = 3600
     """How long a replica that is scaled down or replaced may go on with its samples; at least the longest job."""
+
+    @model_validator(mode="after")
+    def _profile_is_the_same_everywhere(self) -> Denoiser:
+        if self.profile and not self.profile.startswith("/"):
+            raise ValueError(f"profile is '{self.profile}', expected an absolute path")
+        return self
 
     @model_validator(mode="after")
     def _offload_of_one_expert(self) -> Denoiser:

@@ -24,7 +24,7 @@ class StepProfile:
     took all together; on a CPU, operators.
 
     Args:
-        folder: on the rank's host; made if it is not there.
+        folder: its absolute path on the rank's host; made if it is not there.
         rank: index in the group.
         device: `cuda` or `cpu`.
 
@@ -33,7 +33,7 @@ class StepProfile:
     """
 
     def __init__(self, folder: str, rank: int, device: str) -> None:
-        self._folder = Path(folder).expanduser().absolute()
+        self._folder = Path(folder)
         self._rank = rank
         self._device = device
         try:
