@@ -96,13 +96,18 @@ def _file(config: Path, work: Path, settings: list[str]) -> Path:
     return file
 
 
-def _engine() -> tuple[float, float, int]:
+def _engine() -> dict[str, Any]:
     """Seconds of all steps on the ranks so far, and of all that was around them; how often a rank's allocator gave
-    memory back to ask anew."""
+    memory back to ask anew; and the seconds of each of the latest steps, of the denoiser that made most of them."""
     names = [name for name in serve.status().applications["wan"].deployments if name.endswith("Denoiser")]
     found = [serve.get_deployment_handle(name, "wan").describe.remote().result() for name in names]
     retries = sum(rank["retries"] for one in found for rank in one["ranks"])
-    return sum(one["step_s"] for one in found), sum(one["overhead_s"] for one in found), retries
+    return {
+        "steps": sum(one["step_s"] for one in found),
+        "engine": sum(one["overhead_s"] for one in found),
+        "retries": retries,
+        "latest": max(found, key=lambda one: one["steps"])["latest_s"],
+    }
 
 
 def _job(server: Server, size: str, frames: int, steps: int) -> dict[str, Any]:
@@ -118,26 +123,23 @@ def _job(server: Server, size: str, frames: int, steps: int) -> dict[str, Any]:
         "flow_shift": 1.0,
         "boundary_ratio": 0.5,
     }
-    moments = []
     with httpx.Client(base_url=server.url, timeout=600) as http:
         began = time.perf_counter()
         video = http.post("/v1/videos", json=request).raise_for_status().json()
         with http.stream("GET", f"/v1/videos/{video['id']}/events") as events:
-            for line in events.iter_lines():
-                if line.startswith("data:"):
-                    told = json.loads(line[5:])
-                    moments.append((time.perf_counter() - began, told.get("stage"), told.get("step")))
+            for _ in events.iter_lines():  # up to the end of the video
+                pass
         video = http.get(f"/v1/videos/{video['id']}").raise_for_status().json()
         assert video["status"] == "completed", video
         http.get(f"/v1/videos/{video['id']}/content", follow_redirects=True).raise_for_status()
         total = time.perf_counter() - began
     after = _engine()
     told = video["timings"]
-    step_s, engine_s, retries = (later - earlier for later, earlier in zip(after, before, strict=True))
+    step_s, engine_s = (after[key] - before[key] for key in ("steps", "engine"))
     job = {
         "size": size,
         "made": steps,
-        "retries": retries,
+        "retries": after["retries"] - before["retries"],
         "total": total,
         "queue": total - told["total"],
         "encode": told["encode"],
@@ -146,7 +148,7 @@ def _job(server: Server, size: str, frames: int, steps: int) -> dict[str, Any]:
         "hand-over": told["total"] - told["encode"] - step_s - engine_s - told["decode"] - told["store"],
         "decode": told["decode"],
         "files": told["store"],
-        "moments": [moment for moment in moments if moment[1] == "denoise"],
+        "each": after["latest"][-steps:],
     }
     print(json.dumps(job), flush=True)
     return job
@@ -166,8 +168,7 @@ def _show(jobs: list[dict[str, Any]]) -> None:
             print(f"| {job['size']} | {count} | {numbers} | {total:.2f} | {100 * outside / total:.2f} % |")
     for job in jobs:
         print(f"\n{job['size']}: memory was given back and asked for anew {job['retries']} times")
-        print(f"{job['size']}, seconds from the request at which a step was told: ", end="")
-        print(", ".join(f"{step} {at:.2f}" for at, _, step in job["moments"]))
+        print(f"{job['size']}, seconds of each step on the ranks: {', '.join(f'{one:.3f}' for one in job['each'])}")
 
 
 if __name__ == "__main__":

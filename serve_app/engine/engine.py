@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ log = get_logger(__name__)
 
 # Weight of the newest step in the running mean of step times: follows batch mates that come and go.
 _NEWEST = 0.3
+_LATEST = 100
+"""Steps of which the seconds are kept, as many as most videos have."""
 
 
 @dataclass
@@ -87,6 +90,8 @@ class Engine:
         self.advanced = self.out_of_memory = 0
         self.step_s = self.overhead_s = 0.0
         """Seconds of all steps as the ranks measured them, and what the rest of the loop added."""
+        self.latest_s: deque[float] = deque(maxlen=_LATEST)
+        """Of each of the latest steps, as the ranks measured it."""
         self._task = asyncio.create_task(self._run(), name="engine")
 
     @asynccontextmanager
@@ -224,6 +229,7 @@ class Engine:
                 if stepping:
                     seconds = await self._step(stepping, self._scheduler.parked_off_device(stepping, now))
                     self.step_s += seconds
+                    self.latest_s.append(seconds)
                     self.overhead_s += time.monotonic() - began - seconds
                 else:
                     self._work.clear()

@@ -114,8 +114,8 @@ class Denoiser:
         """What the engine has done so far.
 
         Samples inside; steps, and samples advanced by them, whose ratio is the batching achieved; steps that did not
-        fit into memory; seconds of the steps on the ranks and of all that is around them; how the ranks share a step;
-        and of each rank its samples and its memory in MiB.
+        fit into memory; seconds of the steps on the ranks and of all that is around them, and of each of the latest
+        steps, the newest last; how the ranks share a step; and of each rank its samples and its memory in MiB.
         """
         engine = self._engine
         return {
@@ -125,6 +125,7 @@ class Denoiser:
             "out_of_memory": engine.out_of_memory,
             "step_s": engine.step_s,
             "overhead_s": engine.overhead_s,
+            "latest_s": [round(seconds, 4) for seconds in engine.latest_s],
             "mesh": str(self._group.mesh),
             "ranks": [
                 {
