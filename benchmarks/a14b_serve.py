@@ -1,13 +1,14 @@
 """One A14B job at a time through HTTP, and where its seconds go.
 
     python -m benchmarks.a14b_serve [--config configs/a14b-2xh200.yaml] [--sizes 832x480 1280x720] [--steps 4 40]
-                                    [--set SECTION.OPTION=VALUE ...]
+                                    [--texts TEXT ...] [--set SECTION.OPTION=VALUE ...]
 
 brings the configuration up on a Ray of its own, with random weights of A14B's exact shapes, and prints for each job the
 seconds of: waiting in the queue, encoding, each step on the ranks, the engine between steps, handing over between the
 stages, decoding, and writing and storing the files; then the same for a job of 40 steps, by the measured step, where
 it had fewer. A share of it is outside of the models: all but encoding, steps and decoding. Half of the steps are made
-by each expert. `--set denoiser.profile=DIR` has the ranks write what kernels each step consists of.
+by each expert. What a text holds moves a step by some per cent where power limits the card, so --texts gives others.
+`--set denoiser.profile=DIR` has the ranks write what kernels each step consists of.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["832x480", "1280x720"])
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, nargs="+", default=[4], help="of each size, or of all")
+    parser.add_argument("--texts", nargs="+", default=[""], help="prompt and negative prompt of each job, or of all")
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--set", nargs="+", default=[], metavar="SECTION.OPTION=VALUE", help="other options")
     parser.add_argument("--narrow", action="store_true", help="small models, to see it run")
@@ -75,9 +77,13 @@ def main() -> None:
             started = time.perf_counter()
             server.wait_ready()
             print(f"\nready after {time.perf_counter() - started:.1f} s", flush=True)
-            counts = options.steps * len(options.sizes) if len(options.steps) == 1 else options.steps
+            jobs = len(options.sizes)
+            counts, texts = (one * jobs if len(one) == 1 else one for one in (options.steps, options.texts))
             _show(
-                [_job(server, size, options.frames, steps) for size, steps in zip(options.sizes, counts, strict=True)]
+                [
+                    _job(server, size, options.frames, steps, text)
+                    for size, steps, text in zip(options.sizes, counts, texts, strict=True)
+                ]
             )
 
 
@@ -110,11 +116,11 @@ def _engine() -> dict[str, Any]:
     }
 
 
-def _job(server: Server, size: str, frames: int, steps: int) -> dict[str, Any]:
+def _job(server: Server, size: str, frames: int, steps: int, text: str) -> dict[str, Any]:
     width, height = map(int, size.split("x"))
     before = _engine()
     request = {
-        "prompt": "A cat walks on the grass, realistic style",
+        "prompt": text or "A cat walks on the grass, realistic style",
         "seed": 1,
         "num_frames": frames,
         "num_inference_steps": steps,
@@ -122,6 +128,7 @@ def _job(server: Server, size: str, frames: int, steps: int) -> dict[str, Any]:
         # Half of the steps for each expert: at shift 1 timesteps are evenly spaced.
         "flow_shift": 1.0,
         "boundary_ratio": 0.5,
+        **({"negative_prompt": text} if text else {}),
     }
     with httpx.Client(base_url=server.url, timeout=600) as http:
         began = time.perf_counter()

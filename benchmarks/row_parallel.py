@@ -3,7 +3,8 @@
     python -m benchmarks.row_parallel [--ranks 2] [--sizes 832x480 1280x720] [--frames 81] [--parts 1 2 4 8 16]
 
 Of the two shapes in an A14B block, attention's output and the feed-forward's second layer, in bfloat16: milliseconds
-of the product alone, of the sum alone, and of both. Medians by events on rank 0.
+of the product alone, of the sum alone, which leaves each rank the rows of its run, and of both; and of bringing all
+rows together again. Medians by events on rank 0.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from benchmarks.machine import describe, timed, tokens_of
 from benchmarks.parity import run_ranks
 from serve_app.wan.mesh import Mesh
-from serve_app.wan.row_parallel import _beside, parts_of
+from serve_app.wan.row_parallel import _beside, gather_tokens, parts_of
 from serve_app.wan.world import init_world
 
 _WIDTH = 5120
@@ -44,28 +45,33 @@ def _measure(rank: int, mesh: Mesh, port: int, options: argparse.Namespace) -> N
     if rank == 0:
         print(f"\n{describe()}; {torch.cuda.get_device_name(device)}; {mesh.ranks} ranks\n")
         parts = " | ".join(f"{parts} parts" for parts in options.parts)
-        print(f"| size | layer | product ms | sum ms | one after the other | {parts} | the ranks take |")
-        print(f"|---|---|---|---|---|{'---|' * len(options.parts)}---|")
+        print(f"| size | layer | product ms | sum ms | one after the other | {parts} | the ranks take | together ms |")
+        print(f"|---|---|---|---|---|{'---|' * len(options.parts)}---|---|")
     for size in options.sizes:
         tokens = tokens_of(size, options.frames)
         for layer, inside in _INSIDE.items():
             rows = torch.randn(tokens, inside // mesh.ranks, device=device, dtype=torch.bfloat16)
             weight = torch.randn(_WIDTH, inside // mesh.ranks, device=device, dtype=torch.bfloat16)
-            product = rows @ weight.t()
+            run = tokens // mesh.ranks
+            product, own = rows @ weight.t(), rows.new_empty(run, _WIDTH)
 
             def both() -> None:
-                dist.all_reduce(rows @ weight.t(), group=group)  # noqa: B023
+                dist.reduce_scatter_tensor(own, (rows @ weight.t())[: run * mesh.ranks], group=group)  # noqa: B023
 
             ways: list[Callable[[], object]] = [
                 lambda: rows @ weight.t(),  # noqa: B023
-                lambda: dist.all_reduce(product, group=group),  # noqa: B023
+                lambda: dist.reduce_scatter_tensor(own, product[: run * mesh.ranks], group=group),  # noqa: B023
                 both,
-                *(lambda n=n: _beside(rows, weight, group, n) for n in options.parts),  # type: ignore[misc]  # noqa: B023
+                *(
+                    lambda n=n: _beside(rows, weight, mesh.ranks, group, n, own)  # type: ignore[misc]  # noqa: B023
+                    for n in options.parts
+                ),
+                lambda: gather_tokens(own[None], run * mesh.ranks, group),  # noqa: B023
             ]
             times = [_milliseconds(way, options.repeats) for way in ways]
             if rank == 0:
-                numbers = " | ".join(f"{one:.2f}" for one in times)
-                print(f"| {size} | {layer} | {numbers} | {parts_of(tokens)} |", flush=True)
+                numbers = " | ".join(f"{one:.2f}" for one in times[:-1])
+                print(f"| {size} | {layer} | {numbers} | {parts_of(run)} | {times[-1]:.2f} |", flush=True)
     world.close()
 
 

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
+from serve_app.wan import cross_weights
 from serve_app.wan.exchange import add_up
 from serve_app.wan.fused import norm_rotate
 from serve_app.wan.kernels import Kernel
+from serve_app.wan.row_parallel import gather_tokens
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.text_memory import TextMemory
 
@@ -45,7 +48,7 @@ class SelfAttention:
 
     Args:
         kernel: what computes the attention itself.
-        group: of the ranks that share the heads; None for one rank.
+        group: of the ranks that share the heads, each of which comes with a run of the tokens; None for one rank.
         tokens: those that ranks share; None where each has all.
         fused: whether the norms and the rotation are one kernel.
     """
@@ -64,6 +67,8 @@ class SelfAttention:
         attention_mask: None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
+        if self.group is not None:
+            hidden_states = gather_tokens(hidden_states, rotary_emb[0].shape[1], self.group)
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         parts = ((attn.norm_q, query), (attn.norm_k, key))
         if self.fused:
@@ -87,7 +92,8 @@ class CrossAttention:
 
     Args:
         kernel: what computes the attention itself.
-        group: of the ranks that share the heads; None for one rank.
+        group: of the ranks that share the weights. Each has a run of the tokens, and all heads for it. None for one
+            rank.
         memory: which of them are kept.
     """
 
@@ -108,12 +114,14 @@ class CrossAttention:
             if known is None:
                 known = self.keys_values(block.attn2, text)
                 self.memory.put(layer, known)
-            return (hidden, known, *others)
+            if self.group is None:
+                return (hidden, known, *others)
+            return (hidden, cross_weights.begin(block.attn2, known, self.group), *others)
 
         block.register_forward_pre_hook(replace)
 
     def keys_values(self, attn: WanAttention, text: torch.Tensor) -> torch.Tensor:
-        """What cross-attention makes of a text `[batch, tokens, dim]`: `[2, batch, tokens, heads, features]`."""
+        """What cross-attention makes of a text `[batch, tokens, dim]`: `[2, batch, tokens, own heads, features]`."""
         (key,) = _normalised(self.group, (attn.norm_k, attn.to_k(text)))
         return torch.stack([key, attn.to_v(text)]).unflatten(3, (attn.heads, -1))
 
@@ -121,16 +129,23 @@ class CrossAttention:
         self,
         attn: WanAttention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | cross_weights.Coming,
         attention_mask: None,
         rotary_emb: None,
     ) -> torch.Tensor:
-        (query,) = _normalised(self.group, (attn.norm_q, attn.to_q(hidden_states)))
-        query = query.unflatten(2, (attn.heads, -1))
-        key, value = encoder_hidden_states.unbind()
+        if isinstance(encoder_hidden_states, torch.Tensor):
+            key, value = encoder_hidden_states.unbind()
+            query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+            hidden_states = self.kernel(query, key, value, self.memory.bias)
+            output: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
+            return output
+        width = hidden_states.shape[2]
+        whole = cross_weights.finish(encoder_hidden_states, width)
+        key, value = whole.keys_values.unbind()
+        query = F.linear(hidden_states, whole.query, whole.query_bias)
+        query = F.rms_norm(query, (width,), whole.query_norm, attn.norm_q.eps).unflatten(2, key.shape[2:])
         hidden_states = self.kernel(query, key, value, self.memory.bias)
-        output: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
-        return output
+        return F.linear(hidden_states.flatten(2, 3).type_as(query), whole.output, attn.to_out[0].bias)
 
 
 def _normalised(group: Any | None, *parts: tuple[nn.Module, torch.Tensor]) -> list[torch.Tensor]:

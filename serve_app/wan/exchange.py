@@ -34,6 +34,39 @@ def gather(part: torch.Tensor, group: Any) -> list[torch.Tensor]:
     return parts
 
 
+def stack(part: torch.Tensor, group: Any) -> tuple[torch.Tensor, Any | None]:
+    """As `gather`, in one tensor, `[ranks, ...]`; and on CUDA what to `wait` for before it is used, else None."""
+    if _by_hand(part):
+        return torch.stack(gather(part, group)), None
+    parts = part.new_empty(dist.get_world_size(group), *part.shape)
+    return parts, dist.all_gather_into_tensor(parts, part.contiguous(), group=group, async_op=True)
+
+
+def sum_up(parts: torch.Tensor, total: torch.Tensor, group: Any) -> Any | None:
+    """Put into `total` the sum of what all ranks have for this one.
+
+    Args:
+        parts: one for each rank, `[ranks, ...]`.
+        total: of the shape of a part.
+
+    Returns:
+        On CUDA what to `wait` for before `total` is used; None where it is there.
+    """
+    if not _by_hand(parts):
+        return dist.reduce_scatter_tensor(total, parts, group=group, async_op=True)
+    me, ranks = dist.get_rank(), _ranks(group)
+    came = [one if rank == me else torch.empty_like(total) for rank, one in zip(ranks, parts, strict=True)]
+    works = [dist.isend(one, rank, group) for rank, one in zip(ranks, parts, strict=True) if rank != me]
+    works += [dist.irecv(one, rank, group) for rank, one in zip(ranks, came, strict=True) if rank != me]
+    for work in works:
+        if work is not None:
+            work.wait()
+    total.copy_(came[0])
+    for one in came[1:]:
+        total += one
+    return None
+
+
 def add_up(part: torch.Tensor, group: Any) -> None:
     """Put the sum of everybody's part in the place of `part`, on all ranks the same to the bit.
 

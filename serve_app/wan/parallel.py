@@ -23,7 +23,7 @@ from serve_app.wan.pieces import Piece, each, empty_expert, pieces
 from serve_app.wan.prepared import Prepared
 from serve_app.wan.random_weights import RandomWeights
 from serve_app.wan.rotary import Rotary
-from serve_app.wan.row_parallel import RowParallel
+from serve_app.wan.row_parallel import RowParallel, gather_tokens
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.slots import Slots
 from serve_app.wan.text_memory import TextMemory
@@ -105,6 +105,8 @@ def load_expert(
     model.rope = Rotary(rope.to(device), tokens)
     if tokens is not None:
         tokens.share(model)
+    if tensor.size > 1:
+        Tokens(tensor).share(model)
     if compiled:
         # One graph serves all layers: what differs between them are parameters and inputs. Sizes are fixed in the first
         # one, and those that are seen to change are free in the next.
@@ -157,9 +159,12 @@ def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
     )
     model = engine.module
     blocks: Any = model.blocks
-    for block in blocks:  # DeepSpeed begins a sum when the product is finished
-        for pair, second in ((block.attn1.to_out, 0), (block.attn2.to_out, 0), (block.ffn.net, 2)):
+    for block in blocks:  # DeepSpeed begins a sum when the product is finished, and makes it of all tokens
+        for pair, second in ((block.attn1.to_out, 0), (block.ffn.net, 2)):
             pair[second] = RowParallel(pair[second], tensor.group)
+        block.ffn.register_forward_pre_hook(
+            lambda _, args: gather_tokens(args[0], args[0].shape[1] * tensor.size, tensor.group)
+        )
     for module in model.modules():
         if isinstance(module, WanAttention):
             module.heads //= tensor.size

@@ -28,18 +28,20 @@ class Tokens:
         """Tokens of the present pass, on all ranks together."""
 
     def share(self, model: Any) -> None:
-        """Have a `WanTransformer3DModel` work on this rank's run between its first block and its last layer."""
+        """Have a `WanTransformer3DModel` work on this rank's run between its first block and its last layer. Who shares
+        it again has runs of that run."""
         model.blocks[0].register_forward_pre_hook(lambda _, args: (self._begin(args[0]), *args[1:]))
         # After the last layer, whose features are a hundredth of the blocks'.
-        model.proj_out.register_forward_hook(lambda _, __, output: self._end(output))
+        model.proj_out.register_forward_hook(lambda _, __, output: self._end(output), prepend=True)
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's run of `[batch, tokens, ...]`; the last one may end in zeros."""
         run = -(-whole.shape[1] // self._axis.size)
         part = whole[:, self._axis.index * run : (self._axis.index + 1) * run]
         if part.shape[1] < run:
-            part = torch.cat([part, part.new_zeros(part.shape[0], run - part.shape[1], *part.shape[2:])], dim=1)
-        return part.contiguous()
+            return torch.cat([part, part.new_zeros(part.shape[0], run - part.shape[1], *part.shape[2:])], dim=1)
+        # A copy: what is compiled would take a view that begins elsewhere for something else.
+        return part.clone(memory_format=torch.contiguous_format)
 
     def to_heads(self, *parts: torch.Tensor) -> list[torch.Tensor]:
         """From `[batch, own tokens, heads, features]` to `[batch, all tokens, own heads, features]`, in one message."""
