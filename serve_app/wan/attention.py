@@ -65,24 +65,26 @@ class SelfAttention:
         hidden_states: torch.Tensor,
         encoder_hidden_states: None,
         attention_mask: None,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        rotary_emb: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
+        cos, sin, *whole = rotary_emb  # see `Rotary`
+        run = cos.shape[1]
         if self.group is not None:
-            hidden_states = gather_tokens(hidden_states, rotary_emb[0].shape[1], self.group)
+            hidden_states = gather_tokens(hidden_states, run, self.group)
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         parts = ((attn.norm_q, query), (attn.norm_k, key))
         if self.fused:
-            query, key = _fused(self.group, rotary_emb, *parts)
+            query, key = _fused(self.group, (cos, sin), *parts)
         else:
             query, key = (
-                _rotate(one.unflatten(2, (attn.heads, -1)), *rotary_emb) for one in _normalised(self.group, *parts)
+                _rotate(one.unflatten(2, (attn.heads, -1)), cos, sin) for one in _normalised(self.group, *parts)
             )
         value = value.unflatten(2, (attn.heads, -1))
         if self.tokens is not None:
-            query, key, value = self.tokens.to_heads(query, key, value)
+            query, key, value = self.tokens.to_heads(whole[0].shape[0], query, key, value)
         hidden_states = self.kernel(query, key, value, None)
         if self.tokens is not None:
-            hidden_states = self.tokens.to_tokens(hidden_states)
+            hidden_states = self.tokens.to_tokens(run, hidden_states)
         output: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
         return output
 

@@ -43,21 +43,21 @@ class Tokens:
         # A copy: what is compiled would take a view that begins elsewhere for something else.
         return part.clone(memory_format=torch.contiguous_format)
 
-    def to_heads(self, *parts: torch.Tensor) -> list[torch.Tensor]:
+    def to_heads(self, tokens: int, *parts: torch.Tensor) -> list[torch.Tensor]:
         """From `[batch, own tokens, heads, features]` to `[batch, all tokens, own heads, features]`, in one message."""
         size = self._axis.size
         stacked = torch.stack(parts).unflatten(3, (size, -1))  # [parts, batch, run, size, own heads, features]
         came = self._exchange(stacked.permute(3, 0, 1, 2, 4, 5))  # [size, parts, batch, run, own heads, features]
-        whole = came.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)[:, :, : self._all]
+        whole = came.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)[:, :, :tokens]
         return list(whole.unbind())
 
-    def to_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """From `[batch, all tokens, own heads, features]` to `[batch, own tokens, heads, features]`."""
+    def to_tokens(self, run: int, hidden: torch.Tensor) -> torch.Tensor:
+        """From `[batch, all tokens, own heads, features]` to `[batch, run of own tokens, heads, features]`."""
         size = self._axis.size
-        missing = -hidden.shape[1] % size
+        missing = size * run - hidden.shape[1]
         if missing:
             hidden = torch.cat([hidden, hidden.new_zeros(hidden.shape[0], missing, *hidden.shape[2:])], dim=1)
-        runs = hidden.unflatten(1, (size, -1))  # [batch, size, run, own heads, features]
+        runs = hidden.unflatten(1, (size, run))  # [batch, size, run, own heads, features]
         came = self._exchange(runs.transpose(0, 1))  # [size, batch, run, own heads, features]
         return came.permute(1, 2, 0, 3, 4).flatten(2, 3)
 

@@ -10,12 +10,16 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.parity import relative_error
+from benchmarks.parity import relative_error, run_ranks
 from serve_app.request import Params
+from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.generate import Generator
+from serve_app.wan.mesh import Mesh
+from serve_app.wan.parallel import load_expert
 from serve_app.wan.sample import Sample
 from serve_app.wan.sampler import advance
 from serve_app.wan.warm_up import warm_up
+from serve_app.wan.world import init_world
 from tests.wan.test_sampler import BASE
 
 
@@ -67,3 +71,39 @@ def test_after_the_warm_up_nothing_is_compiled_any_more(compiled: Generator) -> 
     while not sample.finished:
         step(compiled, [sample])
     assert graphs() == made
+
+
+def passes(rank: int, mesh: Mesh, port: int, checkpoint: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    torch.compile = functools.partial(torch.compile, backend="eager")
+    cpu = torch.device("cpu")
+    world = init_world(rank, mesh, "127.0.0.1", port, cpu, timeout_s=120)
+    ours, theirs = (
+        load_expert(Checkpoint(checkpoint), "transformer", world, torch.float32, cpu, compiled=compiled)
+        for compiled in (True, False)
+    )
+    counters.clear()
+    made, errors = [], []
+    for seed, shape in enumerate([(1, 16, 3, 10, 6), (2, 16, 2, 6, 10), (1, 16, 1, 6, 6), (1, 16, 1, 10, 10)]):
+        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+        latents, texts = draw(*shape), [draw(1, 512, ours.config.text_dim) for _ in range(shape[0])]
+        predictions = []
+        for model in (ours, theirs):
+            with model.text_memory.serving(texts) as text:
+                times = torch.full(shape[:1], 500)
+                predictions += model(latents, times, text, return_dict=False)
+        errors.append(relative_error(*predictions))
+        made.append(graphs())
+    torch.save((made, errors), output / f"{rank}.pt")
+    world.close()
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tensor=2), pytest.param(Mesh(sequence=2), marks=pytest.mark.slow)], ids=str)
+def test_all_ranks_compile_the_same_and_the_last_size_nothing(checkpoint: Path, tmp_path: Path, mesh: Mesh) -> None:
+    """With numbers of tokens that two ranks do not divide, among others."""
+    run_ranks(passes, mesh, checkpoint, tmp_path)
+    (first, errors), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second
+    assert first[-1] == first[-2] > 0
+    assert max(errors) <= 1e-5

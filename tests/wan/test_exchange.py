@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.parity import run_ranks
-from serve_app.wan.exchange import _MOST_BYTES, add_up, gather
+from serve_app.wan.exchange import _MOST_BYTES, add_up, gather, stack, sum_up
 from serve_app.wan.mesh import Mesh
 from serve_app.wan.world import init_world
 
@@ -31,6 +31,12 @@ def exchanged(rank: int, mesh: Mesh, port: int, output: Path) -> None:
         assert all(torch.equal(one, part(index, size)) for index, one in enumerate(gather(mine, group))), (
             "parts in the order of ranks"
         )
+        stacked, coming = stack(mine, group)
+        assert coming is None and torch.equal(stacked, torch.stack(gather(mine, group)))
+        for_each = torch.stack([(other + 1) * mine for other in range(mesh.ranks)])
+        own = torch.empty_like(mine)
+        assert sum_up(for_each, own, group) is None
+        torch.testing.assert_close(own, (rank + 1) * sum(stacked))
         add_up(mine, group)
         sums.append(mine)
     column = part(rank, 600).view(20, 30).t()  # not contiguous
