@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,18 +137,18 @@ class CrossAttention:
         rotary_emb: None,
     ) -> torch.Tensor:
         if isinstance(encoder_hidden_states, torch.Tensor):
-            key, value = encoder_hidden_states.unbind()
-            query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-            hidden_states = self.kernel(query, key, value, self.memory.bias)
-            output: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
-            return output
-        width = hidden_states.shape[2]
-        whole = cross_weights.finish(encoder_hidden_states, width)
-        key, value = whole.keys_values.unbind()
-        query = F.linear(hidden_states, whole.query, whole.query_bias)
-        query = F.rms_norm(query, (width,), whole.query_norm, attn.norm_q.eps).unflatten(2, key.shape[2:])
-        hidden_states = self.kernel(query, key, value, self.memory.bias)
-        return F.linear(hidden_states.flatten(2, 3).type_as(query), whole.output, attn.to_out[0].bias)
+            keys_values, output = encoder_hidden_states, attn.to_out[0]
+            query = attn.norm_q(attn.to_q(hidden_states))
+        else:
+            width = hidden_states.shape[2]
+            whole = cross_weights.finish(encoder_hidden_states, width)
+            keys_values, output = whole.keys_values, partial(F.linear, weight=whole.output, bias=attn.to_out[0].bias)
+            query = F.linear(hidden_states, whole.query, whole.query_bias)
+            query = F.rms_norm(query, (width,), whole.query_norm, attn.norm_q.eps)
+        key, value = keys_values.unbind()
+        hidden_states = self.kernel(query.unflatten(2, key.shape[2:]), key, value, self.memory.bias)
+        attended: torch.Tensor = output(hidden_states.flatten(2, 3).type_as(query))
+        return attended
 
 
 def _normalised(group: Any | None, *parts: tuple[nn.Module, torch.Tensor]) -> list[torch.Tensor]:

@@ -4,6 +4,8 @@ Every rank has a run of the tokens and all heads; for self-attention they change
 some heads. DeepSpeed's own layer for it sends query, key and value one by one, and wants a number of tokens that the
 ranks divide; here they travel together, and any number will do: the last run is padded, and the padding is cut off
 where all tokens are together, so that no mask is needed.
+
+Ranks that share weights have runs as well, between their layers (`row_parallel`): they bring them together instead.
 """
 
 from __future__ import annotations
