@@ -167,11 +167,22 @@ def host_memory(nbytes: int, device: torch.device) -> torch.Tensor:
     Raises:
         RuntimeError: the driver does not pin so much.
     """
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = _Pages(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without
             pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     if device.type == "cuda":
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0))
+        pages.pinned = memory.data_ptr()
     return memory
+
+
+class _Pages(mmap.mmap):
+    """Memory that is unpinned before it goes: what lies at its address later would be taken for pinned."""
+
+    pinned: int | None = None
+
+    def __del__(self) -> None:
+        if self.pinned is not None:
+            torch.cuda.cudart().cudaHostUnregister(self.pinned)

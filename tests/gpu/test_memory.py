@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,16 @@ def test_memory_for_blocks_is_pinned_and_no_larger_than_they_are() -> None:
     memory = host_memory(12345, DEVICE)
     assert memory.is_pinned()
     assert memory.untyped_storage().nbytes() == 12345
+
+
+def test_memory_that_was_pinned_is_like_any_other_when_it_is_gone() -> None:
+    size = 1 << 26
+    memory = host_memory(size, torch.device("cuda"))
+    address = memory.data_ptr()
+    del memory
+    later = torch.frombuffer(mmap.mmap(-1, 4 * size), dtype=torch.uint8)
+    assert later.data_ptr() < address + size and address < later.data_ptr() + later.nbytes, "it lies elsewhere"
+    later.to("cuda")  # CUDA refuses a copy of which a part is pinned
 
 
 def test_a_process_stays_within_its_share_of_the_device() -> None:
