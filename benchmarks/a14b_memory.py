@@ -90,7 +90,7 @@ def main() -> None:
             config = _config(case, sizes, model, mesh, options)
             experts = ("transformer",) if kind == "split" else None
             given = (case, config.model_dump(), experts, sizes, options.steps, options.gap_ms)
-            run_ranks(_measure, mesh, *given, timeout_s=1800, own_device=torch.cuda.is_available())
+            run_ranks(_measure, mesh, *given, timeout_s=1800, sees="own first" if torch.cuda.is_available() else "all")
 
 
 def _config(case: str, sizes: list[str], model: dict[str, Any], mesh: Mesh, options: argparse.Namespace) -> Config:

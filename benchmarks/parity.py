@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -28,6 +28,8 @@ from serve_app.wan.generate import Generator
 from serve_app.wan.mesh import Mesh
 from serve_app.wan.world import init_world
 
+Seen = Literal["all", "own", "own first"]
+"""GPUs that a rank sees."""
 MESHES = [
     Mesh(guidance, sequence, ranks // (guidance * sequence))
     for ranks in (1, 2, 4)
@@ -107,12 +109,12 @@ def ours(folder: Path, mesh: Mesh, cases: Sequence[str] = tuple(CASES)) -> list[
         return [torch.load(Path(name) / f"{rank}.pt") for rank in range(mesh.ranks)]
 
 
-def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240, own_device: bool = False) -> None:
+def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240, sees: Seen = "all") -> None:
     """Run `target(rank, mesh, port, *args)` in as many processes of their own.
 
     Args:
-        own_device: each of them sees one GPU, its own, as under Ray. This has to be settled before it starts: imports
-            may ask CUDA for devices.
+        sees: which GPUs each of them sees: all, its own alone, or all with its own as the first, as ranks under Ray do.
+            This has to be settled before it starts: imports may ask CUDA for devices.
 
     Raises:
         RuntimeError: one failed or all took too long.
@@ -125,7 +127,7 @@ def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240, own_d
         context.Process(target=target, args=(rank, mesh, port, *args), daemon=True) for rank in range(mesh.ranks)
     ]
     for rank, process in enumerate(processes):
-        with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": _device_of(rank)} if own_device else {}):
+        with patch.dict(os.environ, {} if sees == "all" else {"CUDA_VISIBLE_DEVICES": _devices_of(rank, sees)}):
             process.start()
     end = time.monotonic() + timeout_s
     for process in processes:
@@ -150,9 +152,11 @@ def _context() -> Any:
     return context
 
 
-def _device_of(rank: int) -> str:
+def _devices_of(rank: int, sees: Seen) -> str:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",")[rank] if given else str(rank)
+    there = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
+    own = there[rank]
+    return own if sees == "own" else ",".join([own, *(one for one in there if one != own)])
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from serve_app.compute import SEE_ALL_GPUS
 from serve_app.config import Autoscaling, Config, Parallel, Resources, validate
 from serve_app.errors import CheckpointError, ConfigError
 from serve_app.wan.checkpoint import Checkpoint
@@ -19,8 +20,6 @@ from serve_app.wan.prepared import Prepared
 # glibc hands each large tensor back to the kernel and asks for it again; for a VAE on CPUs, whose every layer makes
 # some, that was measured to be a seventh of the decode.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-# Ray hides from a process with a share of a GPU all others of its host.
-_SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 # Tries to start a replica. A model that does not load, or a bucket that is not there, will not at the twentieth either.
 _STARTS = 3
 
@@ -189,7 +188,7 @@ def decoder_actor(config: Config) -> dict[str, Any]:
     """Ray's options for a replica of the decoder."""
     stage = config.decoder
     shared = stage.devices > 1 and stage.resources.num_gpus < 1
-    environment = {**_KEEP_FREED_MEMORY, **(_SEE_ALL_GPUS if shared else {})}
+    environment = {**_KEEP_FREED_MEMORY, **(SEE_ALL_GPUS if shared else {})}
     return {**_actor(stage.resources), "runtime_env": {"env_vars": environment}}
 
 

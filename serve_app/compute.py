@@ -15,6 +15,9 @@ from serve_app.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+"""Environment of processes that shall see them: Ray hides from one with a share of a GPU all others of its host."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -36,7 +39,7 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(wanted)
-    # Ray shows a process its own devices alone. What sets limits wants to be told which.
+    # Ray shows a process its own devices alone, or they are the first. What sets limits wants to be told which.
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
@@ -61,6 +64,21 @@ def pick_devices(wanted: str, count: int, own: Sequence[str] = ()) -> list[torch
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(there)))
     start = min((visible.split(",").index(one) for one in own), default=0)
     return [torch.device("cuda", (start + place) % there) for place in range(count)]
+
+
+def see_own_first(own: Sequence[str], there: int) -> None:
+    """Let this process see all GPUs of its host, the one that is its own as the first; before anything asks CUDA.
+
+    Who shows its device's memory to others looks at how the devices are joined, see `serve_app.wan.peer_memory`.
+
+    Args:
+        own: what Ray gave this process, as `CUDA_VISIBLE_DEVICES` names it; empty where it has none.
+        there: GPUs of the host that Ray knows of.
+    """
+    if own:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        everyone = visible.split(",") if visible else [str(index) for index in range(there)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join([*own, *(one for one in everyone if one not in own)])
 
 
 def limit_memory(device: torch.device, fraction: float) -> float:

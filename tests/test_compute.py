@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import torch
 
-from serve_app.compute import is_out_of_memory, pick_device, pick_devices, settle
+from serve_app.compute import is_out_of_memory, pick_device, pick_devices, see_own_first, settle
 from serve_app.errors import ConfigError
 
 
@@ -56,6 +57,26 @@ def test_devices_begin_with_the_own_one(
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert pick_devices("cuda", 2, own) == [torch.device("cuda", index) for index in expected]
+
+
+@pytest.mark.parametrize(
+    ("visible", "own", "expected"),
+    [
+        (None, ["2"], "2,0,1,3"),
+        (None, ["0"], "0,1,2,3"),
+        ("4,5,6", ["5"], "5,4,6"),
+        ("4,5", [], "4,5"),
+        (None, [], None),
+    ],
+)
+def test_a_process_may_see_its_own_device_first(
+    visible: str | None, own: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    see_own_first(own, 4)
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected
 
 
 @pytest.mark.parametrize(("wanted", "expected"), [("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")])

@@ -17,6 +17,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from serve_app.compute import SEE_ALL_GPUS
 from serve_app.config import Config
 from serve_app.engine.messages import Admitted, DeviceBroken, Order, RankStatus, Stepped, Survey
 from serve_app.engine.rank import RankActor
@@ -83,12 +84,10 @@ class Group:
             GroupLost: a rank died or did not load within `denoiser.start_timeout_s`.
             ServeAppError: the configuration does not fit the model.
         """
-        need, parallel = config.denoiser.rank, config.denoiser.parallel
+        parallel, options = config.denoiser.parallel, rank_actor(config)
         ranks = [
             RankActor.options(
-                num_cpus=need.num_cpus,
-                num_gpus=need.num_gpus,
-                resources=need.resources or None,
+                **options,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
                     placement_group, placement_group_bundle_index=first_bundle + index
                 ),
@@ -223,6 +222,19 @@ class Group:
         if late:
             raise GroupLost(f"{len(late)} of {len(answers)} ranks did not answer within {timeout_s:.0f} s")
         return [answer.result() for answer in answers]
+
+
+def rank_actor(config: Config) -> dict[str, Any]:
+    """Ray's options for a rank."""
+    need, mesh = config.denoiser.rank, config.denoiser.parallel.mesh
+    # Those that share weights show each other their devices' memory, see `peer_memory`.
+    shared = need.num_gpus > 0 and (mesh.tensor > 1 if mesh else config.denoiser.parallel.size > 1)
+    return {
+        "num_cpus": need.num_cpus,
+        "num_gpus": need.num_gpus,
+        "resources": need.resources or None,
+        "runtime_env": {"env_vars": SEE_ALL_GPUS} if shared else None,
+    }
 
 
 def _called(ranks: list[Any], method: str, *args: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from serve_app.wan import cross_weights
 from serve_app.wan.exchange import add_up
 from serve_app.wan.fused import norm_rotate
 from serve_app.wan.kernels import Kernel
-from serve_app.wan.row_parallel import gather_tokens
+from serve_app.wan.row_parallel import column_parallel
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.text_memory import TextMemory
 
@@ -70,9 +70,11 @@ class SelfAttention:
     ) -> torch.Tensor:
         cos, sin, *whole = rotary_emb  # see `Rotary`
         run = cos.shape[1]
-        if self.group is not None:
-            hidden_states = gather_tokens(hidden_states, run, self.group)
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        layers = (attn.to_q, attn.to_k, attn.to_v)
+        if self.group is None:
+            query, key, value = (layer(hidden_states) for layer in layers)
+        else:
+            query, key, value = column_parallel(hidden_states, run, self.group, *layers)
         parts = ((attn.norm_q, query), (attn.norm_k, key))
         if self.fused:
             query, key = _fused(self.group, (cos, sin), *parts)

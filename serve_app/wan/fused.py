@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from serve_app.wan.row_parallel import ColumnParallel
+
 _WARPS = 8
 
 
@@ -18,7 +20,8 @@ class LinearGelu(nn.Module):
     """Stands in for diffusers' `GELU` with its tanh approximation: the product writes what GELU makes of it.
 
     Args:
-        proj: the linear layer, `weight` `[features out, features in]`, `bias` `[features out]`.
+        proj: the linear layer, `weight` `[features out, features in]`, `bias` `[features out]`; or one whose tokens are
+            on several ranks, which brings them together.
     """
 
     def __init__(self, proj: nn.Module) -> None:
@@ -27,6 +30,8 @@ class LinearGelu(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[..., features in]` to `[..., features out]`."""
+        if isinstance(self.proj, ColumnParallel):
+            return self.proj(hidden, gelu=True)
         activated: torch.Tensor = torch.ops.wan_serve.linear_gelu(hidden, self.proj.weight, self.proj.bias)
         return activated
 

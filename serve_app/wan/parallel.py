@@ -23,7 +23,7 @@ from serve_app.wan.pieces import Piece, each, empty_expert, pieces
 from serve_app.wan.prepared import Prepared
 from serve_app.wan.random_weights import RandomWeights
 from serve_app.wan.rotary import Rotary
-from serve_app.wan.row_parallel import RowParallel, gather_tokens
+from serve_app.wan.row_parallel import ColumnParallel, RowParallel
 from serve_app.wan.sequence import Tokens
 from serve_app.wan.slots import Slots
 from serve_app.wan.text_memory import TextMemory
@@ -162,9 +162,7 @@ def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
     for block in blocks:  # DeepSpeed begins a sum when the product is finished, and makes it of all tokens
         for pair, second in ((block.attn1.to_out, 0), (block.ffn.net, 2)):
             pair[second] = RowParallel(pair[second], tensor.group)
-        block.ffn.register_forward_pre_hook(
-            lambda _, args: gather_tokens(args[0], args[0].shape[1] * tensor.size, tensor.group)
-        )
+        block.ffn.net[0].proj = ColumnParallel(block.ffn.net[0].proj, tensor.group)
     for module in model.modules():
         if isinstance(module, WanAttention):
             module.heads //= tensor.size

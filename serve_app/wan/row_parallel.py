@@ -5,7 +5,9 @@ Outside of a pair each rank has a run of the tokens with all features, so that n
 twice. All tokens come together before the first layer; after the second one, whose product is on each rank a part of
 the sum that all of them want, each gets the sum of its own run. That is as much as an all-reduce sends.
 
-To the compiler both are one operator each, where a collective splits a block in two.
+Where the ranks' devices can show each other their memory, tokens and sums come beside the products, piece by piece
+(`peer_memory`); else by collectives. To the compiler a layer with its exchange is one operator, where a collective
+splits a block in two.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from serve_app.wan import exchange
+from serve_app.wan import exchange, peer_memory
 
 ROWS = 4096
 """Of a part at least, of one rank's run; `python -m benchmarks.row_parallel` compares numbers of parts."""
-_MOST_PARTS = 8
+_MOST_PARTS = 4
 
 
 class RowParallel(nn.Module):
@@ -49,32 +51,98 @@ class RowParallel(nn.Module):
         return total if self.bias is None else total + self.bias
 
 
-def gather_tokens(hidden: torch.Tensor, tokens: int, group: Any) -> torch.Tensor:
-    """What the first layer of a pair takes: of all ranks' runs, `[batch, run, features]`, the first `tokens`."""
-    whole: torch.Tensor = torch.ops.wan_serve.gather_tokens(hidden, tokens, group.group_name)
-    return whole
+class ColumnParallel(nn.Module):
+    """The first layer of a pair.
+
+    Args:
+        linear: with this rank's `weight`, `[own features out, features in]`, and `bias`.
+        group: of the ranks that have the other parts.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(self, linear: nn.Linear, group: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._group = group
+        self._size = dist.get_world_size(group)
+
+    def forward(self, hidden: torch.Tensor, gelu: bool = False) -> torch.Tensor:
+        """Of all ranks' runs of the tokens, `[batch, run, features in]`, as `column_parallel` does it; `[batch, tokens,
+        own features out]`. Those of the last run may end in rows that stand for no token."""
+        (product,) = column_parallel(hidden, hidden.shape[1] * self._size, self._group, self, gelu=gelu)
+        return product
 
 
-@torch.library.custom_op("wan_serve::gather_tokens", mutates_args=())
-def _gather_tokens(hidden: torch.Tensor, tokens: int, group_name: str) -> torch.Tensor:
+def column_parallel(
+    hidden: torch.Tensor, tokens: int, group: Any, *layers: Any, gelu: bool = False
+) -> list[torch.Tensor]:
+    """First layers of a pair that take the same: of all ranks' runs, `[batch, run, features]`, the first `tokens`.
+
+    Args:
+        layers: each with a `weight`, `[own features out, features in]`, and a `bias`.
+        gelu: have products write what GELU makes of them, in its tanh approximation. On CUDA alone.
+
+    Returns:
+        Of each layer `[batch, tokens, own features out]`.
+    """
+    weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
+    products: list[torch.Tensor] = torch.ops.wan_serve.column_parallel(
+        hidden, weights, biases, gelu, tokens, group.group_name
+    )
+    return products
+
+
+@torch.library.custom_op("wan_serve::column_parallel", mutates_args=())
+def _column_parallel(
+    hidden: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    gelu: bool,
+    tokens: int,
+    group_name: str,
+) -> list[torch.Tensor]:
+    batch, run, _ = hidden.shape
+    products = [hidden.new_empty(batch, tokens, len(weight)) for weight in weights]
+
+    def use(rank: int, rows: torch.Tensor) -> None:
+        begin = rank * run
+        for weight, bias, product in zip(weights, biases, products, strict=True):
+            for some, to in zip(rows, product[:, begin : begin + rows.shape[1]], strict=True):
+                _linear(some[: len(to)], weight, bias, gelu, to)
+
+    peers = peer_memory.of(group_name)
+    if peers is not None:
+        peers.gather(hidden, use)
+        return products
     runs, coming = exchange.stack(hidden, _group(group_name))  # [ranks, batch, run, features]
     if coming is not None:
         coming.wait()
-    batch, features = hidden.shape[0], hidden.shape[2]
-    if batch == 1:
-        return runs.view(-1, features)[:tokens].unsqueeze(0)
-    return runs.transpose(0, 1).reshape(batch, -1, features)[:, :tokens].contiguous()
+    use(0, runs.transpose(0, 1).flatten(1, 2))
+    return products
 
 
-@_gather_tokens.register_fake
-def _(hidden: torch.Tensor, tokens: int, group_name: str) -> torch.Tensor:
-    return hidden.new_empty(hidden.shape[0], tokens, hidden.shape[2])
+@_column_parallel.register_fake
+def _(hidden: torch.Tensor, weights: list[torch.Tensor], *others: Any) -> list[torch.Tensor]:
+    return [hidden.new_empty(hidden.shape[0], others[2], weight.shape[0]) for weight in weights]
+
+
+def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool, out: torch.Tensor) -> None:
+    if gelu:
+        torch._addmm_activation(bias, rows, weight.t(), use_gelu=True, out=out)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=out)
 
 
 @torch.library.custom_op("wan_serve::row_parallel", mutates_args=())
 def _row_parallel(hidden: torch.Tensor, weight: torch.Tensor, ranks: int, group_name: str) -> torch.Tensor:
     group, run = _group(group_name), -(-hidden.shape[1] // ranks)
     total = hidden.new_empty(hidden.shape[0], run, weight.shape[0])
+    peers = peer_memory.of(group_name)
+    if peers is not None:
+        peers.sum_products(hidden, weight, total)
+        return total
     for rows, sums in zip(hidden, total, strict=True):
         _beside(rows, weight, ranks, group, parts_of(run), sums)
     return total

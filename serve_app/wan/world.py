@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from serve_app.errors import ConfigError
-from serve_app.wan import exchange
+from serve_app.wan import exchange, peer_memory
 from serve_app.wan.mesh import AXES, AxisName, Mesh
 
 
@@ -63,6 +63,7 @@ class World:
 
     def close(self) -> None:
         """Leave the group. The process cannot join another one afterwards."""
+        peer_memory.forget()
         if self.mesh.ranks > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -106,7 +107,10 @@ def init_world(rank: int, mesh: Mesh, address: str, port: int, device: torch.dev
         raise RuntimeError("DeepSpeed's shared-memory all-reduce is on although it was disabled; is its version newer?")
     if cuda:
         torch.cuda.set_device(device)
-    return World(rank, mesh, device, {axis: _join(axis, rank, mesh, timeout_s) for axis in AXES})
+    world = World(rank, mesh, device, {axis: _join(axis, rank, mesh, timeout_s) for axis in AXES})
+    if cuda and world.tensor.group is not None:
+        peer_memory.connect(world.tensor.group, device, timeout_s)
+    return world
 
 
 def _join(axis: AxisName, rank: int, mesh: Mesh, timeout_s: float) -> Axis:

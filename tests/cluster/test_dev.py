@@ -84,6 +84,16 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> None:
     raise AssertionError("".join(seen))
 
 
+def run_on(cluster: Cluster, script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**cluster.env, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
 def test_hosts_are_seen_with_what_they_declare(three_hosts):
     nodes = {node.host: node for node in three_hosts.view() if node.alive}
     assert sorted(nodes) == [0, 1, 2]
@@ -148,14 +158,37 @@ visible, own = ray.get(look.options(**options).remote(), timeout=60)
 assert len(own) == 1, own
 print("all" if visible is None else "one" if visible == own[0] else visible)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**three_hosts.env, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_on(three_hosts, script)
     assert done.stdout.split() == [seen], done.stderr
+
+
+@pytest.mark.parametrize(("axis", "seen"), [("tensor", ["0,1", "1,0"]), ("guidance", ["0", "1"])])
+def test_ranks_that_share_weights_see_all_gpus_of_their_host_and_their_own_first(three_hosts, axis, seen):
+    need = {"num_cpus": 0.1, "num_gpus": 0.8, "resources": {"codec": 1}}
+    script = f"""
+import os
+import sys
+import ray
+from serve_app.config import validate
+from serve_app.engine.group import rank_actor
+from serve_app.engine.rank import Rank
+
+class Looking(Rank):
+    def __init__(self, config, rank):
+        assert "torch" not in sys.modules, "it may have asked for devices"
+        super().__init__(config, rank)
+
+    def look(self):
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+ray.init(logging_level="ERROR", log_to_driver=False)
+config = validate({{"denoiser": {{"parallel": {{"{axis}": 2}}, "rank": {need}}}}})
+looking = ray.remote(concurrency_groups={{"health": 1}})(Looking)
+ranks = [looking.options(**rank_actor(config)).remote(config, rank) for rank in range(2)]
+print(*sorted(ray.get([rank.look.remote() for rank in ranks], timeout=60)))
+"""
+    done = run_on(three_hosts, script)
+    assert done.stdout.split() == seen, done.stderr
 
 
 @pytest.mark.slow

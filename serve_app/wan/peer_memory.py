@@ -1,0 +1,232 @@
+"""Memory that the devices of one host show each other, and copies of it by the devices' copy engines.
+
+A collective of NCCL is a kernel: it wants the multiprocessors that a product has, so the two hardly go beside each
+other. A copy between devices that NVLink joins wants none. So what ranks that share weights need of each other is
+fetched while products are made: runs of tokens while the own one is multiplied already, parts of sums while the
+products of the next part are made. Products of two parts go to two streams: where the last pieces of one leave
+multiprocessors without work, the other has some. The memory is torch's symmetric memory,
+`torch.distributed._symmetric_memory`.
+
+Ranks come here in the same order with the same sizes, as they do to collectives.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import uuid
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from serve_app.errors import one_line
+from serve_app.logs import get_logger
+from serve_app.wan import exchange
+
+log = get_logger(__name__)
+
+_THERE, _DIVIDED, _FIRST_PART = range(3)
+"""Channels of signals: before runs are fetched, before memory is divided anew, and one for each part of a sum."""
+_NATIVE_ATOMICS = 3
+"""CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED, CUDA's name for what signals between two devices need."""
+_known: dict[str, PeerMemory] = {}
+
+
+class PeerMemory:
+    """That of the ranks of a group.
+
+    Args:
+        group: of the ranks.
+        device: of this one.
+        timeout_s: to wait for another rank. Beyond it the device is of no use to this process.
+    """
+
+    def __init__(self, group: Any, device: torch.device, timeout_s: float) -> None:
+        self._name: str = group.group_name
+        self._device = device
+        self._timeout_ms = int(1e3 * timeout_s)
+        self._copies = torch.cuda.Stream(device, priority=-1)
+        self._beside = torch.cuda.Stream(device)
+        self._shape: tuple[int, ...] = ()
+        self.held_bytes = 0
+        """Of this rank's device. torch's allocator, which does not count it, is left so much less."""
+        self._hold(1)
+
+    def gather(self, own: torch.Tensor, use: Callable[[int, torch.Tensor], None]) -> None:
+        """Have all ranks' runs used: this one's at once, the others when they are there.
+
+        Args:
+            own: `[batch, run, features]`, of one shape on all ranks.
+            use: is called with the rank of each run, and the run. No two calls may write to the same place.
+        """
+        own = own.contiguous()
+        self._divide(own)
+        others = [(self._me + step) % self._size for step in range(1, self._size)]
+        runs = [torch.empty_like(own) for _ in others]
+        main = self._main
+        self._copies.wait_stream(main)
+        with torch.cuda.stream(self._copies):
+            self._area(self._me, own, 0).copy_(own)
+            self._memory.barrier(_THERE, self._timeout_ms)
+        events = [self._fetch(run, self._area(rank, own, 0)) for rank, run in zip(others, runs, strict=True)]
+        try:
+            use(self._me, own)
+            for rank, run, event in zip(others, runs, events, strict=True):
+                self._beside.wait_event(event)
+                with torch.cuda.stream(self._beside):
+                    use(rank, run)
+        finally:  # whoever fails gives memory back that is being written
+            main.wait_stream(self._copies)
+            main.wait_stream(self._beside)
+
+    def sum_products(self, hidden: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> None:
+        """Put into `total` the sum over all ranks of `hidden @ weight.t()`, of this rank's run.
+
+        The products of the others' runs come first, and are fetched by them while the next ones are made. What is
+        fetched from them is what the product of the own run is added to.
+
+        Args:
+            hidden: `[batch, tokens, own features in]`.
+            weight: `[features out, own features in]`.
+            total: `[batch, run, features out]`. There are as many runs as ranks, of which the last may end in rows for
+                no token.
+        """
+        self._divide(total)
+        run, main, steps = total.shape[1], self._main, range(1, self._size)
+        parts = list(enumerate([slice(0, -(-run // 2)), slice(-(-run // 2), run)]))
+        streams = (main, self._beside)
+        more = total.new_empty(self._size - 2, run, total.shape[2])  # had before the first signal: nobody may lack it
+        for sample, (rows, sums) in enumerate(zip(hidden, total, strict=True)):
+            for stream in (self._copies, self._beside):
+                stream.wait_stream(main)  # which may have had use for the memory until now
+            for step in steps:
+                rank = (self._me + step) % self._size
+                products = self._area(self._me, total, step)[sample]
+                for number, part in parts:
+                    with torch.cuda.stream(streams[number]):
+                        _multiply(rows[rank * run :][part], weight, products[part], 0)
+                        self._memory.put_signal(rank, _FIRST_PART + number, self._timeout_ms)
+            events: list[list[torch.cuda.Event]] = [[] for _ in parts]
+            for step in steps:
+                rank = (self._me - step) % self._size
+                products, to = self._area(rank, total, step)[sample], sums if step == 1 else more[step - 2]
+                for number, part in parts:
+                    with torch.cuda.stream(self._copies):
+                        self._memory.wait_signal(rank, _FIRST_PART + number, self._timeout_ms)
+                    events[number].append(self._fetch(to[part], products[part]))
+            for number, part in parts:
+                with torch.cuda.stream(streams[number]):
+                    for event in events[number]:
+                        streams[number].wait_event(event)
+                    if len(more):
+                        sums[part] += more[:, part].sum(0)
+                    _multiply(rows[self._me * run :][part], weight, sums[part], 1)
+            main.wait_stream(self._beside)
+
+    @property
+    def _main(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)
+
+    def _divide(self, like: torch.Tensor) -> None:
+        """Make room for a run, `[batch, run, features]`, and for as many of sums as there are other ranks."""
+        shape = (*like.shape, like.element_size())
+        if shape == self._shape:
+            return
+        self._hold(self._size * like.nbytes)
+        self._memory.barrier(_DIVIDED, self._timeout_ms)  # what others still fetch lies elsewhere from now on
+        self._shape = shape
+
+    def _area(self, rank: int, like: torch.Tensor, place: int) -> torch.Tensor:
+        """A rank's memory: at place 0 for its run, behind it for products that others fetch."""
+        return self._memory.get_buffer(rank, like.shape, like.dtype, place * like.numel())
+
+    def _fetch(self, to: torch.Tensor, there: torch.Tensor) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        with torch.cuda.stream(self._copies):
+            to.copy_(there)
+            event.record(self._copies)
+        return event
+
+    def _hold(self, size: int) -> None:
+        """Have so much memory at least; all ranks meet here if there is less."""
+        from torch.distributed import _symmetric_memory as symmetric_memory
+
+        torch.cuda.empty_cache()  # what the allocator keeps for later may be what is missing
+        self._memory: Any = symmetric_memory.get_symm_mem_workspace(self._name, size)  # type: ignore[arg-type,unused-ignore]
+        self._me, self._size = self._memory.rank, self._memory.world_size
+        more, self.held_bytes = self._memory.buffer_size - self.held_bytes, self._memory.buffer_size
+        share = torch.cuda.get_per_process_memory_fraction(self._device)
+        whole = torch.cuda.get_device_properties(self._device).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(0.0, share - more / whole), self._device)
+
+
+def connect(group: Any, device: torch.device, timeout_s: float) -> None:
+    """Let the ranks of a group have such memory if their devices can; all of them come here."""
+    made, why = None, _missing(group, device)
+    if _all(why is None, group, device):
+        os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")  # each calls its own device the first
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # newer versions of torch do without
+                from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+                enable_symm_mem_for_group(group.group_name)
+            made = PeerMemory(group, device, timeout_s)
+        except (ImportError, RuntimeError) as error:
+            why = one_line(error)
+        if _all(made is not None, group, device) and made is not None:
+            _known[group.group_name] = made
+    used = "copies between devices" if of(group.group_name) else "NCCL"
+    log.info("exchange", extra={"used": used, "reason": why or ("NVLink" if made else "another rank cannot")})
+
+
+def of(group_name: str) -> PeerMemory | None:
+    """What the ranks of a group have; None where they use collectives."""
+    return _known.get(group_name)
+
+
+def forget() -> None:
+    """For when the groups of this process end."""
+    _known.clear()
+
+
+def _missing(group: Any, device: torch.device) -> str | None:
+    """Why this rank's device cannot show its memory to those of the others; None if it can."""
+    own = _uuid(device.index)
+    everyone = [bytes(one.tolist()) for one in exchange.gather(torch.tensor(list(own), device=device), group)]
+    seen = {_uuid(index): index for index in range(torch.cuda.device_count())}
+    if len(set(everyone)) < len(everyone):
+        return "ranks share a device"
+    if any(one not in seen for one in everyone):
+        return "ranks are on several hosts, or do not see each other's devices"
+    for one in everyone:
+        if one != own and not _joined(device.index, seen[one]):
+            return f"devices {device.index} and {seen[one]} are not joined by NVLink"
+    return None
+
+
+def _uuid(index: int) -> bytes:
+    return uuid.UUID(str(torch.cuda.get_device_properties(index).uuid)).bytes
+
+
+def _joined(first: int, second: int) -> bool:
+    """Whether a device reads another one's memory, and tells by it what other devices see at once."""
+    if not torch.cuda.can_device_access_peer(first, second):
+        return False
+    atomics = ctypes.c_int(0)
+    failed = ctypes.CDLL("libcuda.so.1").cuDeviceGetP2PAttribute(ctypes.byref(atomics), _NATIVE_ATOMICS, first, second)
+    return not failed and bool(atomics.value)
+
+
+def _all(said: bool, group: Any, device: torch.device) -> bool:
+    """Whether all ranks say so."""
+    return all(bool(one) for one in exchange.gather(torch.tensor([said], device=device), group))
+
+
+def _multiply(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, keep: int) -> None:
+    """The product into `out`, added to what is there if `keep` is 1. There may be fewer rows than it has."""
+    found = out[: len(rows)]
+    torch.addmm(found, rows, weight.t(), beta=keep, out=found)
+    out[len(rows) :] = 0

@@ -1,0 +1,127 @@
+"""Layers that ranks share, by memory that their devices show each other."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.parity import Seen, run_ranks
+from serve_app.wan import peer_memory
+from serve_app.wan.mesh import Mesh
+from serve_app.wan.peer_memory import PeerMemory
+from serve_app.wan.row_parallel import ColumnParallel, RowParallel
+from serve_app.wan.world import World, init_world
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+WIDTH, INSIDE = 64, 96
+SHAPES = [(1, 37), (2, 1001), (1, 3), (3, 20000), (1, 37)]
+"""Videos and tokens: growing, shrinking, and with a last run that is not full."""
+
+
+def shared(rank: int, mesh: Mesh, port: int, sees: Seen, output: Path) -> None:
+    world = meet(rank, mesh, port, sees)
+    first, second = layers()
+    column = SimpleNamespace(weight=part(first.weight, 0, rank), bias=part(first.bias, 0, rank))
+    row = SimpleNamespace(weight=part(second.weight, 1, rank), bias=second.bias)
+    layer, after = ColumnParallel(column, world.tensor.group), RowParallel(row, world.tensor.group)  # type: ignore[arg-type]
+    layer, after = layer.to(world.device), after.to(world.device)
+    found = []
+    with torch.no_grad():
+        for compiled in (False, True):
+            make: Any = lambda own: after(F.gelu(layer(own), approximate="tanh"))  # noqa: E731
+            make = torch.compile(make, fullgraph=True, dynamic=True) if compiled else make
+            for hidden in videos():
+                tokens = F.pad(hidden, (0, 0, 0, hidden.shape[1] % 2)).chunk(2, 1)[rank]
+                found.append(make(tokens.to(world.device)).cpu())
+        found.append(after(layer(tokens.to(world.device), gelu=True)).cpu())
+    torch.save(found, output / f"{rank}.pt")
+    world.close()
+
+
+def meet(rank: int, mesh: Mesh, port: int, sees: Seen, timeout_s: float = 60) -> World:
+    device = torch.device("cuda", rank if sees == "all" else 0)
+    world = init_world(rank, mesh, "127.0.0.1", port, device, timeout_s=timeout_s)
+    assert peer_memory.of(world.tensor.group.group_name) is not None  # type: ignore[union-attr]
+    return world
+
+
+def part(whole: torch.Tensor, dim: int, rank: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(whole.detach().chunk(2, dim)[rank].contiguous(), requires_grad=False)
+
+
+def layers() -> tuple[torch.nn.Linear, torch.nn.Linear]:
+    torch.manual_seed(0)
+    return torch.nn.Linear(WIDTH, INSIDE), torch.nn.Linear(INSIDE, WIDTH)
+
+
+def videos() -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(*shape, WIDTH) for shape in SHAPES]
+
+
+@pytest.mark.parametrize("sees", ["all", "own first"])
+def test_a_pair_of_layers_is_what_one_device_makes_of_it(sees: Seen, tmp_path: Path) -> None:
+    run_ranks(shared, Mesh(tensor=2), sees, tmp_path, sees=sees)
+    first, second = layers()
+    runs = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    wanted = [*videos(), *videos(), videos()[-1]]
+    with torch.no_grad():
+        for hidden, *got in zip(wanted, *runs, strict=True):
+            whole = torch.cat(got, dim=1)[:, : hidden.shape[1]]
+            expected = second(F.gelu(first(hidden), approximate="tanh"))
+            torch.testing.assert_close(whole, expected, rtol=1e-2, atol=1e-2)  # TF32 may be on
+
+
+def short(rank: int, run: torch.Tensor) -> None:
+    raise MemoryError
+
+
+def left(rank: int, mesh: Mesh, port: int) -> None:
+    world = meet(rank, mesh, port, "own first")
+    peers = peer_memory.of(world.tensor.group.group_name)  # type: ignore[union-attr]
+    assert peers is not None
+    fraction = torch.cuda.get_per_process_memory_fraction(world.device)
+    own = torch.full((1, 1000, 1000), float(rank), device=world.device)
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            peers.gather(own, short)
+        found: dict[int, torch.Tensor] = {}
+        peers.gather(own, found.__setitem__)
+        assert {other: run.mean().item() for other, run in found.items()} == {0: 0.0, 1: 1.0}
+    whole = torch.cuda.get_device_properties(world.device).total_memory
+    assert peers.held_bytes == 2 * own.nbytes
+    less = fraction - torch.cuda.get_per_process_memory_fraction(world.device)
+    assert less * whole == pytest.approx(own.nbytes * 2, rel=1e-3), "the allocator is left less"
+    world.close()
+
+
+def test_who_is_interrupted_can_go_on(tmp_path: Path) -> None:
+    run_ranks(left, Mesh(tensor=2), sees="own first")
+
+
+def nothing(rank: int, run: torch.Tensor) -> None:
+    pass
+
+
+def alone(rank: int, mesh: Mesh, port: int) -> None:
+    world = meet(rank, mesh, port, "own first")
+    peers = PeerMemory(world.tensor.group, world.device, timeout_s=2)
+    own = torch.ones(1, 10, 10, device=world.device)
+    peers.gather(own, nothing)
+    torch.cuda.synchronize()
+    if rank == 0:
+        with pytest.raises(RuntimeError):
+            peers.gather(own, nothing)
+            torch.cuda.synchronize()
+    os._exit(0)  # the device is of no use any more
+
+
+def test_who_waits_in_vain_fails_in_time() -> None:
+    run_ranks(alone, Mesh(tensor=2), sees="own first", timeout_s=60)
