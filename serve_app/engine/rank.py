@@ -245,6 +245,7 @@ class Rank:
         """The seconds that the step took, and for samples that did not survive it, why."""
         import torch
 
+        from serve_app.wan.peer_memory import OutOfStep
         from serve_app.wan.sampler import NotFinite, advance
 
         assert self._experts is not None
@@ -258,10 +259,11 @@ class Rank:
         except NotFinite as error:  # the other samples of the batch have made their step
             failed = {sample.name: str(error) for sample in error.samples}
         except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) and not isinstance(error, OutOfStep):
                 self._experts.forget_texts()
                 raise OutOfMemory(one_line(error)) from None
-            if "CUDA error" in str(error):  # a failed assertion or access in a kernel: every later call fails alike
+            # A failed assertion or access in a kernel: every later call fails alike.
+            if isinstance(error, OutOfStep) or "CUDA error" in str(error) or "CUDA driver error" in str(error):
                 raise DeviceBroken(one_line(error)) from None
             raise
         finally:

@@ -7,7 +7,8 @@ products of the next part are made. Products of two parts go to two streams: whe
 multiprocessors without work, the other has some. The memory is torch's symmetric memory,
 `torch.distributed._symmetric_memory`.
 
-Ranks come here in the same order with the same sizes, as they do to collectives.
+Ranks come here in the same order with the same sizes, as they do to collectives, and gathers and sums take turns: by
+each of them ranks learn that what the one before has left was fetched.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ _NATIVE_ATOMICS = 3
 _known: dict[str, PeerMemory] = {}
 
 
+class OutOfStep(RuntimeError):
+    """A rank broke off between signals. Those that nobody has waited for would be taken for later ones, so its group is
+    of no use any more."""
+
+
 class PeerMemory:
     """That of the ranks of a group.
 
@@ -44,7 +50,7 @@ class PeerMemory:
     """
 
     def __init__(self, group: Any, device: torch.device, timeout_s: float) -> None:
-        self._name: str = group.group_name
+        self._group = group
         self._device = device
         self._timeout_ms = int(1e3 * timeout_s)
         self._copies = torch.cuda.Stream(device, priority=-1)
@@ -92,38 +98,54 @@ class PeerMemory:
             weight: `[features out, own features in]`.
             total: `[batch, run, features out]`. There are as many runs as ranks, of which the last may end in rows for
                 no token.
+
+        Raises:
+            OutOfStep: it was broken off.
         """
         self._divide(total)
-        run, main, steps = total.shape[1], self._main, range(1, self._size)
+        # Had before the first signal: from there on nothing may be short.
+        came = total.new_empty(self._size - 1, *total.shape[1:]) if self._size > 2 else None
+        try:
+            for sample in range(len(total)):
+                self._sum(hidden[sample], weight, total, sample, came)
+        except Exception as error:
+            raise OutOfStep(f"a sum was broken off by {type(error).__name__}: {one_line(error)}") from error
+        finally:
+            self._main.wait_stream(self._copies)
+            self._main.wait_stream(self._beside)
+
+    def _sum(
+        self, rows: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, sample: int, came: torch.Tensor | None
+    ) -> None:
+        """One sample of it. `came` is for what is fetched from each of several other ranks."""
+        run, sums, main, steps = total.shape[1], total[sample], self._main, range(1, self._size)
         parts = list(enumerate([slice(0, -(-run // 2)), slice(-(-run // 2), run)]))
         streams = (main, self._beside)
-        more = total.new_empty(self._size - 2, run, total.shape[2])  # had before the first signal: nobody may lack it
-        for sample, (rows, sums) in enumerate(zip(hidden, total, strict=True)):
-            for stream in (self._copies, self._beside):
-                stream.wait_stream(main)  # which may have had use for the memory until now
-            for step in steps:
-                rank = (self._me + step) % self._size
-                products = self._area(self._me, total, step)[sample]
-                for number, part in parts:
-                    with torch.cuda.stream(streams[number]):
-                        _multiply(rows[rank * run :][part], weight, products[part], 0)
-                        self._memory.put_signal(rank, _FIRST_PART + number, self._timeout_ms)
-            events: list[list[torch.cuda.Event]] = [[] for _ in parts]
-            for step in steps:
-                rank = (self._me - step) % self._size
-                products, to = self._area(rank, total, step)[sample], sums if step == 1 else more[step - 2]
-                for number, part in parts:
-                    with torch.cuda.stream(self._copies):
-                        self._memory.wait_signal(rank, _FIRST_PART + number, self._timeout_ms)
-                    events[number].append(self._fetch(to[part], products[part]))
+        main.wait_stream(self._beside)  # with the sample before
+        for stream in (self._copies, self._beside):
+            stream.wait_stream(main)  # which may have had use for the memory until now
+        for step in steps:
+            rank = (self._me + step) % self._size
+            products = self._area(self._me, total, step)[sample]
             for number, part in parts:
                 with torch.cuda.stream(streams[number]):
-                    for event in events[number]:
-                        streams[number].wait_event(event)
-                    if len(more):
-                        sums[part] += more[:, part].sum(0)
-                    _multiply(rows[self._me * run :][part], weight, sums[part], 1)
-            main.wait_stream(self._beside)
+                    _multiply(rows[rank * run :][part], weight, products[part], 0)
+                    self._memory.put_signal(rank, _FIRST_PART + number, self._timeout_ms)
+        events: list[list[torch.cuda.Event]] = [[] for _ in parts]
+        for step in steps:
+            rank = (self._me - step) % self._size
+            products, to = self._area(rank, total, step)[sample], sums if came is None else came[step - 1]
+            for number, part in parts:
+                with torch.cuda.stream(self._copies):
+                    self._memory.wait_signal(rank, _FIRST_PART + number, self._timeout_ms)
+                events[number].append(self._fetch(to[part], products[part]))
+        for number, part in parts:
+            with torch.cuda.stream(streams[number]):
+                for event in events[number]:
+                    streams[number].wait_event(event)
+                if came is not None:
+                    torch.sum(came[:, part], 0, out=sums[part])
+                _multiply(rows[self._me * run :][part], weight, sums[part], 1)
 
     @property
     def _main(self) -> torch.cuda.Stream:
@@ -134,7 +156,8 @@ class PeerMemory:
         shape = (*like.shape, like.element_size())
         if shape == self._shape:
             return
-        self._hold(self._size * like.nbytes)
+        if self._size * like.nbytes > self.held_bytes:
+            self._hold(self._size * like.nbytes)
         self._memory.barrier(_DIVIDED, self._timeout_ms)  # what others still fetch lies elsewhere from now on
         self._shape = shape
 
@@ -154,8 +177,10 @@ class PeerMemory:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
         torch.cuda.empty_cache()  # what the allocator keeps for later may be what is missing
-        self._memory: Any = symmetric_memory.get_symm_mem_workspace(self._name, size)  # type: ignore[arg-type,unused-ignore]
+        self._memory: Any = symmetric_memory.get_symm_mem_workspace(self._group.group_name, size)
         self._me, self._size = self._memory.rank, self._memory.world_size
+        # torch may have a device still clear its signals, which others would give in vain.
+        exchange.gather(torch.zeros(1, device=self._device), self._group)
         more, self.held_bytes = self._memory.buffer_size - self.held_bytes, self._memory.buffer_size
         share = torch.cuda.get_per_process_memory_fraction(self._device)
         whole = torch.cuda.get_device_properties(self._device).total_memory
@@ -174,7 +199,7 @@ def connect(group: Any, device: torch.device, timeout_s: float) -> None:
 
                 enable_symm_mem_for_group(group.group_name)
             made = PeerMemory(group, device, timeout_s)
-        except (ImportError, RuntimeError) as error:
+        except Exception as error:  # whatever versions of torch and drivers come up with
             why = one_line(error)
         if _all(made is not None, group, device) and made is not None:
             _known[group.group_name] = made
@@ -196,14 +221,17 @@ def _missing(group: Any, device: torch.device) -> str | None:
     """Why this rank's device cannot show its memory to those of the others; None if it can."""
     own = _uuid(device.index)
     everyone = [bytes(one.tolist()) for one in exchange.gather(torch.tensor(list(own), device=device), group)]
-    seen = {_uuid(index): index for index in range(torch.cuda.device_count())}
     if len(set(everyone)) < len(everyone):
         return "ranks share a device"
-    if any(one not in seen for one in everyone):
-        return "ranks are on several hosts, or do not see each other's devices"
-    for one in everyone:
-        if one != own and not _joined(device.index, seen[one]):
-            return f"devices {device.index} and {seen[one]} are not joined by NVLink"
+    try:
+        seen = {_uuid(index): index for index in range(torch.cuda.device_count())}
+        if any(one not in seen for one in everyone):
+            return "ranks are on several hosts, or do not see each other's devices"
+        for one in everyone:
+            if one != own and not _joined(device.index, seen[one]):
+                return f"devices {device.index} and {seen[one]} are not joined by NVLink"
+    except Exception as error:  # the other ranks wait for what this one says
+        return one_line(error)
     return None
 
 

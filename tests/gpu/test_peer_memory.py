@@ -6,15 +6,17 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from benchmarks.parity import Seen, run_ranks
 from serve_app.wan import peer_memory
 from serve_app.wan.mesh import Mesh
-from serve_app.wan.peer_memory import PeerMemory
+from serve_app.wan.peer_memory import OutOfStep, PeerMemory
 from serve_app.wan.row_parallel import ColumnParallel, RowParallel
 from serve_app.wan.world import World, init_world
 
@@ -37,7 +39,9 @@ def shared(rank: int, mesh: Mesh, port: int, sees: Seen, output: Path) -> None:
         for compiled in (False, True):
             make: Any = lambda own: after(F.gelu(layer(own), approximate="tanh"))  # noqa: E731
             make = torch.compile(make, fullgraph=True, dynamic=True) if compiled else make
-            for hidden in videos():
+            for number, hidden in enumerate(videos()):
+                if number % 2 == rank:
+                    torch.cuda._sleep(50_000_000)  # the other one is ahead
                 tokens = F.pad(hidden, (0, 0, 0, hidden.shape[1] % 2)).chunk(2, 1)[rank]
                 found.append(make(tokens.to(world.device)).cpu())
         found.append(after(layer(tokens.to(world.device), gelu=True)).cpu())
@@ -88,21 +92,34 @@ def left(rank: int, mesh: Mesh, port: int) -> None:
     peers = peer_memory.of(world.tensor.group.group_name)  # type: ignore[union-attr]
     assert peers is not None
     fraction = torch.cuda.get_per_process_memory_fraction(world.device)
-    own = torch.full((1, 1000, 1000), float(rank), device=world.device)
-    for _ in range(3):
+    for again in range(3):
+        own = torch.full((1, 1000, 1000), float(rank + 10 * again), device=world.device)
         with pytest.raises(MemoryError):
             peers.gather(own, short)
         found: dict[int, torch.Tensor] = {}
         peers.gather(own, found.__setitem__)
-        assert {other: run.mean().item() for other, run in found.items()} == {0: 0.0, 1: 1.0}
+        assert {other: run.mean().item() for other, run in found.items()} == {0: 10.0 * again, 1: 10.0 * again + 1}
+        torch.cuda.synchronize()
+        dist.barrier()  # no sum has told the other rank that its run was fetched
     whole = torch.cuda.get_device_properties(world.device).total_memory
     assert peers.held_bytes == 2 * own.nbytes
     less = fraction - torch.cuda.get_per_process_memory_fraction(world.device)
     assert less * whole == pytest.approx(own.nbytes * 2, rel=1e-3), "the allocator is left less"
+    multiply = peer_memory._multiply
+
+    def broken(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, keep: int) -> None:
+        if keep:
+            raise MemoryError
+        multiply(rows, weight, out, keep)
+
+    total = torch.empty(1, 4, 8, device=world.device)
+    hidden, weight = torch.ones(1, 8, 16, device=world.device), torch.ones(8, 16, device=world.device)
+    with patch.object(peer_memory, "_multiply", broken), pytest.raises(OutOfStep, match="MemoryError"):
+        peers.sum_products(hidden, weight, total)
     world.close()
 
 
-def test_who_is_interrupted_can_go_on(tmp_path: Path) -> None:
+def test_who_is_interrupted_can_go_on_or_knows_that_it_cannot() -> None:
     run_ranks(left, Mesh(tensor=2), sees="own first")
 
 

@@ -1,0 +1,41 @@
+"""What a rank says of errors in a step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from serve_app.config import Config
+from serve_app.engine.messages import DeviceBroken, OutOfMemory
+from serve_app.engine.rank import Rank
+from serve_app.wan import sampler
+from serve_app.wan.peer_memory import OutOfStep
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), OutOfMemory),
+        (RuntimeError("CUDA driver error: out of memory"), OutOfMemory),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), DeviceBroken),
+        (RuntimeError("CUDA driver error: unknown error"), DeviceBroken),
+        (OutOfStep("a sum was broken off by OutOfMemoryError: CUDA out of memory."), DeviceBroken),
+        (RuntimeError("shapes do not match"), RuntimeError),
+    ],
+)
+def test_what_is_raised_in_a_step_is_told_as_what_it_means(
+    error: Exception, said: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sampler, "advance", fail)
+    rank = Rank(Config(), 0)
+    rank._device = torch.device("cpu")
+    rank._experts = SimpleNamespace(use=lambda name: None, forget_texts=lambda: None)  # type: ignore[assignment]
+    rank._samples["a"] = SimpleNamespace(latents=torch.zeros(1), expert="transformer")  # type: ignore[assignment]
+    with pytest.raises(said) as raised:
+        rank.step([["a"], [], {}])
+    assert type(raised.value) is said

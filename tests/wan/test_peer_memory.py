@@ -1,0 +1,147 @@
+"""The order in which ranks use each other's memory, in threads of one process; devices are for tests/gpu.
+
+Streams do what they are given at once here, so that each rank goes through its calls in the order in which it makes
+them. Ranks rest at random before they read and write, so that a rank that does not wait for what it needs finds
+something else.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.wan import peer_memory
+from serve_app.wan.peer_memory import OutOfStep, PeerMemory
+
+DEADLINE_S = 30
+FEATURES, INSIDE = 6, 12
+
+
+class Host:
+    """What ranks have in common: memory, signals that are given or taken, and where they meet."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.memory = [torch.zeros(1 << 14, dtype=torch.float64) for _ in range(ranks)]
+        self.changed = threading.Condition()
+        self.given: set[tuple[int, int, int]] = set()
+        self.meetings: dict[int, threading.Barrier] = defaultdict(lambda: threading.Barrier(ranks))
+
+
+class Handle:
+    """One rank's view of it, as torch's `_SymmetricMemory`."""
+
+    def __init__(self, host: Host, rank: int) -> None:
+        self.host, self.rank, self.world_size = host, rank, host.ranks
+
+    def get_buffer(self, rank: int, shape: Any, dtype: torch.dtype, offset: int) -> torch.Tensor:
+        return self.host.memory[rank][offset : offset + math.prod(shape)].view(*shape)
+
+    def barrier(self, channel: int, timeout_ms: int) -> None:
+        with self.host.changed:
+            meeting = self.host.meetings[channel]
+        meeting.wait(DEADLINE_S)
+
+    def put_signal(self, rank: int, channel: int, timeout_ms: int) -> None:
+        self._turn((self.rank, rank, channel), given=False)
+
+    def wait_signal(self, rank: int, channel: int, timeout_ms: int) -> None:
+        self._turn((rank, self.rank, channel), given=True)
+
+    def _turn(self, signal: tuple[int, int, int], given: bool) -> None:
+        with self.host.changed:
+            assert self.host.changed.wait_for(lambda: (signal in self.host.given) == given, DEADLINE_S)
+            (self.host.given.remove if given else self.host.given.add)(signal)
+            self.host.changed.notify_all()
+
+
+class Stream:
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+    def wait_event(self, event: None) -> None:
+        pass
+
+
+class Peers(PeerMemory):
+    def __init__(self, host: Host, rank: int) -> None:
+        self._memory: Any = Handle(host, rank)
+        self._me, self._size, self._timeout_ms = rank, host.ranks, 0
+        self._copies, self._beside = Stream(), Stream()  # type: ignore[assignment]
+        self._shape = ()
+        self.held_bytes = host.memory[rank].nbytes
+
+    @property
+    def _main(self) -> Any:
+        return Stream()
+
+    def _fetch(self, to: torch.Tensor, there: torch.Tensor) -> Any:
+        rest()
+        for row, source in zip(to.flatten(0, -2), there.flatten(0, -2), strict=True):
+            row.copy_(source)
+            rest()
+
+
+def rest() -> None:
+    if random.random() < 0.2:
+        time.sleep(random.random() / 1e3)
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = peer_memory._multiply
+
+    def slowly(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, keep: int) -> None:
+        rest()
+        multiply(rows, weight, out, keep)
+        rest()
+
+    monkeypatch.setattr(peer_memory, "_multiply", slowly)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_runs_and_sums_are_those_of_one_device(ranks: int) -> None:
+    torch.manual_seed(0)
+    host = Host(ranks)
+    videos = [torch.randn(batch, tokens, FEATURES).double() for batch, tokens in [(1, 21), (2, 9), (1, 2), (2, 9)] * 3]
+    weight = torch.randn(FEATURES, INSIDE).double()
+    inside = [torch.randn(*video.shape[:2], INSIDE).double() for video in videos]
+
+    def rank_does(rank: int) -> None:
+        peers = Peers(host, rank)
+        for video, hidden in zip(videos, inside, strict=True):
+            run = -(-video.shape[1] // ranks)
+            padded = torch.cat([video, video.new_zeros(len(video), ranks * run - video.shape[1], FEATURES)], dim=1)
+            found: dict[int, torch.Tensor] = {}
+            peers.gather(padded[:, rank * run : (rank + 1) * run], found.__setitem__)
+            whole = torch.cat([found[other] for other in range(ranks)], dim=1)
+            assert torch.equal(whole, padded)
+            total = torch.full((len(video), run, FEATURES), math.nan).double()
+            peers.sum_products(hidden.chunk(ranks, 2)[rank], weight.chunk(ranks, 1)[rank], total)
+            expected = torch.zeros_like(padded)
+            expected[:, : video.shape[1]] = hidden @ weight.t()
+            torch.testing.assert_close(total, expected[:, rank * run : (rank + 1) * run])
+
+    with ThreadPoolExecutor(ranks) as threads:
+        list(threads.map(rank_does, range(ranks)))
+    assert not host.given, "every signal was waited for"
+
+
+def test_a_sum_that_is_broken_off_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(peer_memory, "_multiply", short)
+    peers = Peers(Host(1), 0)
+    with pytest.raises(OutOfStep, match="OutOfMemoryError: CUDA out of memory"):
+        peers.sum_products(torch.ones(1, 4, 2), torch.ones(3, 2), torch.ones(1, 4, 3))
