@@ -9,7 +9,19 @@ from serve_app.errors import ServeAppError
 
 
 class OutOfMemory(ServeAppError):
-    """A step did not fit into memory. No sample has changed."""
+    """A step did not fit into memory. No sample has changed.
+
+    Args:
+        message: what was refused.
+        exchanged: messages between ranks that the step had begun until then.
+    """
+
+    def __init__(self, message: str, exchanged: int = 0) -> None:
+        super().__init__(message, exchanged)
+        self.exchanged = exchanged
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class DeviceBroken(ServeAppError):

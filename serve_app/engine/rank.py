@@ -116,7 +116,7 @@ class Rank:
         set_threads(stage.threads or max(1, (os.cpu_count() or 1) // shared))
         self._device = pick_device(stage.device)
         self._mesh = mesh
-        world = init_world(self._rank, mesh, address, port, self._device, timeout_s=stage.start_timeout_s)
+        self._world = world = init_world(self._rank, mesh, address, port, self._device, timeout_s=stage.start_timeout_s)
         self._dtype = getattr(torch, self._config.model.dtype)
         self._checkpoint = Checkpoint(self._config.model.folder, self._config.model.random)
         limit = limit_memory(self._device, stage.memory_fraction)
@@ -249,7 +249,8 @@ class Rank:
         from serve_app.wan.sampler import NotFinite, advance
 
         assert self._experts is not None
-        started = self._busy_since = time.monotonic()
+        started, before = time.monotonic(), self._world.exchanged
+        self._busy_since = started
         failed: dict[str, str] = {}
         try:
             for sample_id in parked:
@@ -261,7 +262,7 @@ class Rank:
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error) and not isinstance(error, OutOfStep):
                 self._experts.forget_texts()
-                raise OutOfMemory(one_line(error)) from None
+                raise OutOfMemory(one_line(error), self._world.exchanged - before) from None
             # A failed assertion or access in a kernel: every later call fails alike.
             if isinstance(error, OutOfStep) or "CUDA error" in str(error) or "CUDA driver error" in str(error):
                 raise DeviceBroken(one_line(error)) from None

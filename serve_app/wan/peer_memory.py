@@ -58,6 +58,8 @@ class PeerMemory:
         self._shape: tuple[int, ...] = ()
         self.held_bytes = 0
         """Of this rank's device. torch's allocator, which does not count it, is left so much less."""
+        self.exchanged = 0
+        """Gathers and sums that were begun."""
         self._hold(1)
 
     def gather(self, own: torch.Tensor, use: Callable[[int, torch.Tensor], None]) -> None:
@@ -72,6 +74,7 @@ class PeerMemory:
         others = [(self._me + step) % self._size for step in range(1, self._size)]
         runs = [torch.empty_like(own) for _ in others]
         main = self._main
+        self.exchanged += 1
         self._copies.wait_stream(main)
         with torch.cuda.stream(self._copies):
             self._area(self._me, own, 0).copy_(own)
@@ -105,6 +108,7 @@ class PeerMemory:
         self._divide(total)
         # Had before the first signal: from there on nothing may be short.
         came = total.new_empty(self._size - 1, *total.shape[1:]) if self._size > 2 else None
+        self.exchanged += 1
         try:
             for sample in range(len(total)):
                 self._sum(hidden[sample], weight, total, sample, came)

@@ -61,6 +61,14 @@ class World:
         """The ranks that have the other shards of the weights."""
         return self.axes["tensor"]
 
+    @property
+    def exchanged(self) -> int:
+        """Messages and collectives that this rank has begun. As many as on every other rank, if they are in step."""
+        groups = [axis.group for axis in self.axes.values() if axis.group is not None]
+        peers = [peer_memory.of(group.group_name) for group in groups]
+        begun = sum(one.exchanged for one in peers if one is not None)
+        return begun + sum(group._get_sequence_number_for_group() for group in groups)
+
     def close(self) -> None:
         """Leave the group. The process cannot join another one afterwards."""
         peer_memory.forget()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from serve_app.config import Config
 from serve_app.engine import group as module
 from serve_app.engine.group import Group, GroupLost
+from serve_app.engine.messages import OutOfMemory
 
 
 class Reference:
@@ -41,3 +43,13 @@ async def test_an_error_on_one_rank_alone_is_put_down_to_the_one_that_died_of_it
     asyncio.get_running_loop().call_later(0.01, dead.answer.set_exception, ActorDiedError())
     with pytest.raises(GroupLost, match="a rank died"):
         await Group([], Config())._within(3600, peer, dead)
+
+
+@pytest.mark.parametrize(("places", "lost"), [((7, 7), False), ((7, 9), True)])
+async def test_ranks_that_ran_out_of_memory_in_one_place_are_in_step(places: tuple[int, int], lost: bool) -> None:
+    ranks = [Reference(), Reference()]
+    for rank, place in zip(ranks, places, strict=True):
+        error = pickle.loads(pickle.dumps(OutOfMemory("too many", place)))
+        rank.answer.set_exception(RayTaskError("step", "", error).as_instanceof_cause())
+    with pytest.raises(GroupLost if lost else OutOfMemory, match="too many"):
+        await Group([], Config())._within(60, *ranks)

@@ -29,13 +29,18 @@ def test_what_is_raised_in_a_step_is_told_as_what_it_means(
     error: Exception, said: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
+        world.exchanged += 7
         raise error
 
     monkeypatch.setattr(sampler, "advance", fail)
+    world = SimpleNamespace(exchanged=100)
     rank = Rank(Config(), 0)
+    rank._world = world  # type: ignore[assignment]
     rank._device = torch.device("cpu")
     rank._experts = SimpleNamespace(use=lambda name: None, forget_texts=lambda: None)  # type: ignore[assignment]
     rank._samples["a"] = SimpleNamespace(latents=torch.zeros(1), expert="transformer")  # type: ignore[assignment]
     with pytest.raises(said) as raised:
         rank.step([["a"], [], {}])
     assert type(raised.value) is said
+    if isinstance(raised.value, OutOfMemory):
+        assert raised.value.exchanged == 7 and str(error) in str(raised.value)

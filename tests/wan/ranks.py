@@ -28,6 +28,7 @@ def main(rank: int, size: int, address: str, port: int, folder: str, output: str
         result = {
             "latents": generator.latents(CASES[CASE]),
             "dtypes": {name: p.dtype for name, p in generator.experts["transformer"].named_parameters()},
+            "exchanged": world.exchanged,
             "parameters": sum(p.numel() for p in generator.experts["transformer"].parameters()),
         }
         torch.save(result, Path(output) / f"{dtype}-{rank}.pt")

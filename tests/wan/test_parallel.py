@@ -95,6 +95,12 @@ def test_stdout_stays_quiet(bare: Ended) -> None:
     assert bare.stdout == ""
 
 
+def test_ranks_in_step_have_exchanged_as_much(bare: Ended) -> None:
+    counts = [[rank["exchanged"] for rank in bare.results[dtype]] for dtype in ("float32", "bfloat16")]
+    assert [first == second for first, second in counts] == [True, True]
+    assert 0 < counts[0][0] < counts[1][0], "they go on counting"
+
+
 def test_each_rank_holds_about_half(bare: Ended, generator: Generator) -> None:
     whole = sum(p.numel() for p in generator.experts["transformer"].parameters())
     for rank in bare.results["float32"]:

@@ -78,7 +78,7 @@ class Peers(PeerMemory):
         self._me, self._size, self._timeout_ms = rank, host.ranks, 0
         self._copies, self._beside = Stream(), Stream()  # type: ignore[assignment]
         self._shape = ()
-        self.held_bytes = host.memory[rank].nbytes
+        self.held_bytes, self.exchanged = host.memory[rank].nbytes, 0
 
     @property
     def _main(self) -> Any:
