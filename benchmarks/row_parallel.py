@@ -73,8 +73,8 @@ _Ways = list[Callable[[], object] | None]
 
 def _gathered(own: torch.Tensor, features: int, ranks: int, group: object, options: argparse.Namespace) -> _Ways:
     """Of layers that take all ranks' runs."""
-    layer = SimpleNamespace(weight=own.new_empty(features // ranks, _WIDTH).normal_(), bias=own.new_zeros(1))
-    layer.bias = layer.bias.expand(features // ranks).contiguous()
+    wide = features // ranks
+    layer = SimpleNamespace(weight=own.new_empty(wide, _WIDTH).normal_(), bias=own.new_zeros(wide))
     tokens = ranks * own.shape[1]
     whole = own.new_empty(tokens, _WIDTH).normal_()
 

@@ -215,10 +215,9 @@ class Group:
                 raise GroupLost(f"a rank died: {_first_line(error)}", host=_host_died(error)) from error
             if isinstance(error, DeviceBroken):
                 raise GroupLost(f"a rank's device failed: {error}") from error
-        if errors and (late or len(errors) < len(answers)):
-            raise GroupLost(f"the ranks are out of step: {_first_line(errors[0])}") from errors[0]
         # On a device a rank runs ahead: what it has begun alone the others would take for the first of the next step.
-        if len({getattr(error, "exchanged", 0) for error in errors}) > 1:
+        apart = len({getattr(error, "exchanged", 0) for error in errors}) > 1
+        if errors and (late or apart or len(errors) < len(answers)):
             raise GroupLost(f"the ranks are out of step: {_first_line(errors[0])}") from errors[0]
         if errors:
             raise errors[0]

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from serve_app.compute import is_out_of_memory, limit_memory, pick_device, see_own_first, set_threads, settle
+from serve_app.compute import (
+    SEE_ALL_GPUS,
+    is_out_of_memory,
+    limit_memory,
+    pick_device,
+    see_own_first,
+    set_threads,
+    settle,
+)
 from serve_app.config import Config
 from serve_app.engine.messages import Admitted, DeviceBroken, OutOfMemory, RankStatus, Survey
 from serve_app.engine.profile import StepProfile
@@ -51,7 +59,7 @@ class Rank:
         self._samples: dict[str, Sample] = {}
         self._experts: Experts | None = None
         self._profile: StepProfile | None = None
-        if "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES" in os.environ:
+        if SEE_ALL_GPUS.keys() <= os.environ.keys():
             context = ray.get_runtime_context()
             (here,) = (node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
             see_own_first(context.get_accelerator_ids().get("GPU", []), int(here["Resources"].get("GPU", 0)))
