@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=["auto"])
     parser.add_argument("--compile", choices=("no", "also", "only"), default="no", help="blocks compiled")
     parser.add_argument("--diffusers", action="store_true")
-    parser.add_argument("--profile", type=Path, help="write the kernels of one pass at the first size into this folder")
+    parser.add_argument(
+        "--profile", type=Path, help="folder for the kernels of one pass at the first size, a table and a trace"
+    )
     parser.add_argument("--keep", type=Path, help="folder of predictions, to compare those of several runs")
     parser.add_argument("--float32", action="store_true", help="also a pass in float32, at the last size, for --keep")
     parser.add_argument("--text-tokens", type=int, nargs="+", default=[MAX_TOKENS])
@@ -299,7 +301,8 @@ _KINDS = (
 
 @torch.no_grad()
 def _profile(run: Callable[[], Any], file: Path, seconds: float) -> dict[str, float]:
-    """Write the kernels of one pass, and sum up by their kinds what share of its `seconds` they run."""
+    """Write the kernels of one pass, as a table and as a trace for Chrome, and sum up by their kinds what share of its
+    `seconds` they run."""
     cuda = torch.cuda.is_available()
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profile:
@@ -309,6 +312,7 @@ def _profile(run: Callable[[], Any], file: Path, seconds: float) -> dict[str, fl
     key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(averages.table(sort_by=key, row_limit=40, max_name_column_width=90))
+    profile.export_chrome_trace(str(file.with_suffix(".json.gz")))
     shares = dict.fromkeys((kind for kind, _ in _KINDS), 0.0)
     for event in averages:
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:

@@ -99,6 +99,7 @@ def _summed(own: torch.Tensor, features: int, ranks: int, group: object, options
     rows = own.new_empty(ranks * own.shape[1], features // ranks).normal_()
     weight = own.new_empty(_WIDTH, features // ranks).normal_()
     whole = rows @ weight.t()
+    others = own.new_empty(ranks - 1, *own.shape)
 
     def product() -> None:
         torch.mm(rows, weight.t(), out=whole)
@@ -116,7 +117,7 @@ def _summed(own: torch.Tensor, features: int, ranks: int, group: object, options
     def beside() -> None:
         peers = _peers(group)
         assert peers is not None
-        peers.sum_products(rows[None], weight, own)
+        peers.share_products(rows[None], weight, own, others)
 
     return [product, exchange, both, *map(parts, options.parts), beside if _peers(group) else None]
 

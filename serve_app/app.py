@@ -119,7 +119,7 @@ def _check_parallel(parallel: Parallel, checkpoint: Checkpoint) -> None:
         if parallel.mesh is not None:
             parallel.mesh.check(shape)
         else:
-            default_mesh(parallel.size, shape, weight_bytes=0, device_bytes=1)
+            default_mesh(parallel.size, shape, weight_bytes=lambda tensor: 0, device_bytes=1)
 
 
 def _check_prepared(config: Config, checkpoint: Checkpoint) -> None:

@@ -107,7 +107,9 @@ class Group:
                     config.model.itemsize,
                     compiled=config.denoiser.compile,
                 )
-                group.mesh, why = default_mesh(parallel.size, seen.shape, seen.weight_bytes, seen.device_bytes, work)
+                group.mesh, why = default_mesh(
+                    parallel.size, seen.shape, seen.weight_bytes.__getitem__, seen.device_bytes, work
+                )
                 log.info("mesh picked", extra={"mesh": str(group.mesh), "reason": why})
             address, port = (await group._within(timeout, ranks[0].rendezvous.remote()))[0]
             loaded = await group._all("load", address, port, group.mesh, timeout_s=timeout)

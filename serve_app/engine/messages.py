@@ -64,11 +64,11 @@ class Stepped:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a mesh is picked by: an expert's configuration; bytes of all the weights that a rank would hold, and of its
-    device's memory, as much as it may take."""
+    """What a mesh is picked by: an expert's configuration; bytes of the weights that a rank would hold, by the
+    size of tensor parallelism, and of its device's memory, as much as it may take."""
 
     shape: dict[str, Any]
-    weight_bytes: float
+    weight_bytes: dict[int, float]
     device_bytes: float
 
 

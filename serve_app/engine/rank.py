@@ -85,12 +85,17 @@ class Rank:
         stage, checkpoint = self._config.denoiser, Checkpoint(self._config.model.folder)
         experts = self._wanted or checkpoint.experts
         # Blocks that pass through leave as much room as there is.
-        held = Room(self._config, checkpoint, experts, Mesh()).weight_bytes if stage.offload == "none" else 0.0
+        size, passing = stage.parallel.size, stage.offload != "none"
+        held = {
+            tensor: 0.0 if passing else Room(self._config, checkpoint, experts, Mesh(tensor=tensor)).weight_bytes
+            for tensor in range(1, size + 1)
+            if size % tensor == 0
+        }
         device = pick_device(stage.device)
         if device.type == "cuda":
             memory = limit_memory(device, stage.memory_fraction)
         else:  # the host's, which the ranks on it share
-            memory = stage.memory_fraction * psutil.virtual_memory().total / stage.parallel.size
+            memory = stage.memory_fraction * psutil.virtual_memory().total / size
         return Survey(checkpoint.expert_config(experts[0]), held, memory)
 
     def load(self, address: str, port: int, mesh: Mesh) -> dict[str, float]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
-from serve_app.wan import cross_weights
-from serve_app.wan.exchange import add_up
+from serve_app.wan.exchange import add_up, gather
 from serve_app.wan.fused import norm_rotate
 from serve_app.wan.kernels import Kernel
 from serve_app.wan.row_parallel import column_parallel
@@ -95,11 +92,14 @@ class SelfAttention:
 class CrossAttention:
     """The counterpart of diffusers' `WanAttnProcessor` in the attention to the text, whose keys and values are given.
 
+    Ranks that share weights have a run of the tokens each, and all heads for it, so that no token has to go anywhere:
+    the layers before and after the attention are whole on all of them, a seventh of an expert's weights. Keys and
+    values they make together, and keep whole.
+
     Args:
         kernel: what computes the attention itself.
-        group: of the ranks that share the weights. Each has a run of the tokens, and all heads for it. None for one
-            rank.
-        memory: which of them are kept.
+        group: of the ranks that share weights; None for one rank.
+        memory: of keys and values.
     """
 
     def __init__(self, kernel: Kernel, group: Any | None, memory: TextMemory) -> None:
@@ -119,37 +119,28 @@ class CrossAttention:
             if known is None:
                 known = self.keys_values(block.attn2, text)
                 self.memory.put(layer, known)
-            if self.group is None:
-                return (hidden, known, *others)
-            return (hidden, cross_weights.begin(block.attn2, known, self.group), *others)
+            return (hidden, known, *others)
 
         block.register_forward_pre_hook(replace)
 
     def keys_values(self, attn: WanAttention, text: torch.Tensor) -> torch.Tensor:
-        """What cross-attention makes of a text `[batch, tokens, dim]`: `[2, batch, tokens, own heads, features]`."""
+        """What cross-attention makes of a text `[batch, tokens, dim]`: `[2, batch, tokens, heads, features]`."""
         (key,) = _normalised(self.group, (attn.norm_k, attn.to_k(text)))
-        return torch.stack([key, attn.to_v(text)]).unflatten(3, (attn.heads, -1))
+        own = torch.stack([key, attn.to_v(text)]).unflatten(3, (attn.heads, -1))
+        return own if self.group is None else torch.cat(gather(own, self.group), dim=3)
 
     def __call__(
         self,
         attn: WanAttention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | cross_weights.Coming,
+        encoder_hidden_states: torch.Tensor,
         attention_mask: None,
         rotary_emb: None,
     ) -> torch.Tensor:
-        if isinstance(encoder_hidden_states, torch.Tensor):
-            keys_values, output = encoder_hidden_states, attn.to_out[0]
-            query = attn.norm_q(attn.to_q(hidden_states))
-        else:
-            width = hidden_states.shape[2]
-            whole = cross_weights.finish(encoder_hidden_states, width)
-            keys_values, output = whole.keys_values, partial(F.linear, weight=whole.output, bias=attn.to_out[0].bias)
-            query = F.linear(hidden_states, whole.query, whole.query_bias)
-            query = F.rms_norm(query, (width,), whole.query_norm, attn.norm_q.eps)
-        key, value = keys_values.unbind()
+        query = attn.norm_q(attn.to_q(hidden_states))
+        key, value = encoder_hidden_states.unbind()
         hidden_states = self.kernel(query.unflatten(2, key.shape[2:]), key, value, self.memory.bias)
-        attended: torch.Tensor = output(hidden_states.flatten(2, 3).type_as(query))
+        attended: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
         return attended
 
 

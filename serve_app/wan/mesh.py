@@ -88,7 +88,7 @@ class Mesh:
 def default_mesh(
     ranks: int,
     config: dict[str, Any],
-    weight_bytes: float,
+    weight_bytes: Callable[[int], float],
     device_bytes: float,
     work_bytes: Callable[[Mesh], float] = lambda mesh: 0.0,
 ) -> tuple[Mesh, str]:
@@ -100,7 +100,7 @@ def default_mesh(
 
     Args:
         config: of an expert.
-        weight_bytes: of all that one rank would hold of the weights without tensor parallelism.
+        weight_bytes: of the weights that a rank holds, by the size of tensor parallelism.
         device_bytes: of each rank's device, as much as the rank may take.
         work_bytes: what a step takes beside the weights on a rank of a mesh.
 
@@ -121,7 +121,7 @@ def default_mesh(
             f"denoiser.parallel.ranks has value {ranks}, expected one that the model's "
             f"{config['num_attention_heads']} heads and feed-forward width {config['ffn_dim']} can be shared by"
         )
-    fitting = [mesh for mesh in meshes if weight_bytes / mesh.tensor + work_bytes(mesh) < device_bytes]
+    fitting = [mesh for mesh in meshes if weight_bytes(mesh.tensor) + work_bytes(mesh) < device_bytes]
     # Where none fits, the most tensor parallelism comes closest; loading then says what is missing.
     chosen = (
         max(fitting, key=lambda mesh: (mesh.guidance, mesh.sequence))
@@ -130,7 +130,7 @@ def default_mesh(
     )
     gib = 2**30
     why = (
-        f"{weight_bytes / gib:.1f} GiB of weights, {weight_bytes / gib / chosen.tensor:.1f} a rank, beside "
+        f"{weight_bytes(1) / gib:.1f} GiB of weights, {weight_bytes(chosen.tensor) / gib:.1f} a rank, beside "
         f"{work_bytes(chosen) / gib:.1f} for a step, "
         f"{'fit' if fitting else 'do not fit'} into the {device_bytes / gib:.1f} GiB of a device that it may take; "
         "guidance before sequence, and as little tensor as that takes"

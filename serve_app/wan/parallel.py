@@ -7,10 +7,11 @@ modules that stay in float32, and weights that go from the file to the shard wit
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanAttention, WanRotaryPosEmbed, WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from torch import nn
 
 from serve_app.errors import CheckpointError
@@ -31,6 +32,9 @@ from serve_app.wan.weights import Weights
 from serve_app.wan.world import Axis, World
 
 log = get_logger(__name__)
+
+_UNCUT = ("to_q", "norm_q", "to_out")
+"""Of cross-attention, what each rank has whole; see `CrossAttention`."""
 
 TEXT_MEMORY_BYTES = 2.0**30
 """Enough for one 720p sample of A14B, both halves of guidance."""
@@ -143,6 +147,8 @@ def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
     """Replace the blocks' linear layers by this rank's shards; parameters are allocated, not filled."""
     import deepspeed
 
+    # Copies, since DeepSpeed cuts the parameters themselves.
+    uncut = [{name: copy.deepcopy(getattr(block.attn2, name)) for name in _UNCUT} for block in model.blocks]  # type: ignore[union-attr]
     engine = deepspeed.init_inference(
         model,
         # The default grain of 64 cuts unevenly where the feed-forward width is no multiple of 64 times the size.
@@ -159,16 +165,18 @@ def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
     )
     model = engine.module
     blocks: Any = model.blocks
-    for block in blocks:  # DeepSpeed begins a sum when the product is finished, and makes it of all tokens
+    for block, whole in zip(blocks, uncut, strict=True):
+        # DeepSpeed begins a sum when the product is finished, and makes it of all tokens.
         for pair, second in ((block.attn1.to_out, 0), (block.ffn.net, 2)):
             pair[second] = RowParallel(pair[second], tensor.group)
         block.ffn.net[0].proj = ColumnParallel(block.ffn.net[0].proj, tensor.group)
-    for module in model.modules():
-        if isinstance(module, WanAttention):
-            module.heads //= tensor.size
-            for name in ("norm_q", "norm_k"):
-                norm = getattr(module, name)
-                setattr(module, name, ShardedNorm(norm.normalized_shape[0], tensor.size, norm.eps, dtype))
+        for attention, names in ((block.attn1, ("norm_q", "norm_k")), (block.attn2, ("norm_k",))):
+            attention.heads //= tensor.size
+            for name in names:
+                norm = getattr(attention, name)
+                setattr(attention, name, ShardedNorm(norm.normalized_shape[0], tensor.size, norm.eps, dtype))
+        for name, module in whole.items():
+            setattr(block.attn2, name, module)
     return model
 
 

@@ -2,9 +2,9 @@
 
 A collective of NCCL is a kernel: it wants the multiprocessors that a product has, so the two hardly go beside each
 other. A copy between devices that NVLink joins wants none. So what ranks that share weights need of each other is
-fetched while products are made: runs of tokens while the own one is multiplied already, parts of sums while the
-products of the next part are made. Products of two parts go to two streams: where the last pieces of one leave
-multiprocessors without work, the other has some. The memory is torch's symmetric memory,
+fetched while products are made: runs of tokens while the own one is multiplied already, others' parts of sums while the
+own one is made. Where the products of two runs do not wait for each other they go to two streams: where the last pieces
+of one leave multiprocessors without work, the other has some. The memory is torch's symmetric memory,
 `torch.distributed._symmetric_memory`.
 
 Ranks come here in the same order with the same sizes, as they do to collectives, and gathers and sums take turns: by
@@ -28,8 +28,8 @@ from serve_app.wan import exchange
 
 log = get_logger(__name__)
 
-_THERE, _DIVIDED, _FIRST_PART = range(3)
-"""Channels of signals: before runs are fetched, before memory is divided anew, and one for each part of a sum."""
+_THERE, _DIVIDED, _MADE = range(3)
+"""Channels of signals: before runs are fetched, before memory is divided anew, and before parts of sums are fetched."""
 _NATIVE_ATOMICS = 3
 """CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED, CUDA's name for what signals between two devices need."""
 _known: dict[str, PeerMemory] = {}
@@ -90,66 +90,42 @@ class PeerMemory:
             main.wait_stream(self._copies)
             main.wait_stream(self._beside)
 
-    def sum_products(self, hidden: torch.Tensor, weight: torch.Tensor, total: torch.Tensor) -> None:
-        """Put into `total` the sum over all ranks of `hidden @ weight.t()`, of this rank's run.
+    def share_products(
+        self, hidden: torch.Tensor, weight: torch.Tensor, own: torch.Tensor, others: torch.Tensor
+    ) -> None:
+        """Have each rank get what all of them have for its run of `hidden @ weight.t()`: a part of a sum.
 
-        The products of the others' runs come first, and are fetched by them while the next ones are made. What is
-        fetched from them is what the product of the own run is added to.
+        The products of the others' runs come first, and are fetched by them while the own one is made.
 
         Args:
             hidden: `[batch, tokens, own features in]`.
             weight: `[features out, own features in]`.
-            total: `[batch, run, features out]`. There are as many runs as ranks, of which the last may end in rows for
-                no token.
+            own: `[batch, run, features out]`, for the part that is made here. There are as many runs as ranks, of which
+                the last may end in rows for no token.
+            others: `[other ranks, batch, run, features out]`, for theirs.
 
         Raises:
             OutOfStep: it was broken off.
         """
-        self._divide(total)
-        # Had before the first signal: from there on nothing may be short.
-        came = total.new_empty(self._size - 1, *total.shape[1:]) if self._size > 2 else None
+        self._divide(own)
+        main, run = self._main, own.shape[1]
         self.exchanged += 1
+        self._copies.wait_stream(main)  # which may have had use for the memory until now
         try:
-            for sample in range(len(total)):
-                self._sum(hidden[sample], weight, total, sample, came)
+            for step in range(1, self._size):
+                rank = (self._me + step) % self._size
+                _multiply(hidden[:, rank * run :], weight, self._area(self._me, own, step))
+                self._memory.put_signal(rank, _MADE, self._timeout_ms)
+            for step, part in enumerate(others, 1):
+                rank = (self._me - step) % self._size
+                with torch.cuda.stream(self._copies):
+                    self._memory.wait_signal(rank, _MADE, self._timeout_ms)
+                self._fetch(part, self._area(rank, own, step))
+            _multiply(hidden[:, self._me * run :], weight, own)
         except Exception as error:
             raise OutOfStep(f"a sum was broken off by {type(error).__name__}: {one_line(error)}") from error
         finally:
-            self._main.wait_stream(self._copies)
-            self._main.wait_stream(self._beside)
-
-    def _sum(
-        self, rows: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, sample: int, came: torch.Tensor | None
-    ) -> None:
-        """One sample of it. `came` is for what is fetched from each of several other ranks."""
-        run, sums, main, steps = total.shape[1], total[sample], self._main, range(1, self._size)
-        parts = list(enumerate([slice(0, -(-run // 2)), slice(-(-run // 2), run)]))
-        streams = (main, self._beside)
-        main.wait_stream(self._beside)  # with the sample before
-        for stream in (self._copies, self._beside):
-            stream.wait_stream(main)  # which may have had use for the memory until now
-        for step in steps:
-            rank = (self._me + step) % self._size
-            products = self._area(self._me, total, step)[sample]
-            for number, part in parts:
-                with torch.cuda.stream(streams[number]):
-                    _multiply(rows[rank * run :][part], weight, products[part], 0)
-                    self._memory.put_signal(rank, _FIRST_PART + number, self._timeout_ms)
-        events: list[list[torch.cuda.Event]] = [[] for _ in parts]
-        for step in steps:
-            rank = (self._me - step) % self._size
-            products, to = self._area(rank, total, step)[sample], sums if came is None else came[step - 1]
-            for number, part in parts:
-                with torch.cuda.stream(self._copies):
-                    self._memory.wait_signal(rank, _FIRST_PART + number, self._timeout_ms)
-                events[number].append(self._fetch(to[part], products[part]))
-        for number, part in parts:
-            with torch.cuda.stream(streams[number]):
-                for event in events[number]:
-                    streams[number].wait_event(event)
-                if came is not None:
-                    torch.sum(came[:, part], 0, out=sums[part])
-                _multiply(rows[self._me * run :][part], weight, sums[part], 1)
+            main.wait_stream(self._copies)
 
     @property
     def _main(self) -> torch.cuda.Stream:
@@ -257,8 +233,9 @@ def _all(said: bool, group: Any, device: torch.device) -> bool:
     return all(bool(one) for one in exchange.gather(torch.tensor([said], device=device), group))
 
 
-def _multiply(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, keep: int) -> None:
-    """The product into `out`, added to what is there if `keep` is 1. There may be fewer rows than it has."""
-    found = out[: len(rows)]
-    torch.addmm(found, rows, weight.t(), beta=keep, out=found)
-    out[len(rows) :] = 0
+def _multiply(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """The product of each sample, `[batch, tokens, features]`. There may be fewer tokens than `out` has, or more."""
+    for rows, found in zip(hidden, out, strict=True):
+        rows = rows[: len(found)]
+        torch.mm(rows, weight.t(), out=found[: len(rows)])
+        found[len(rows) :] = 0

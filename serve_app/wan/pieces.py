@@ -25,11 +25,12 @@ _READERS = 4
 """Threads that read the weights of an expert."""
 
 # Column-parallel layers have some of the outputs, those of the rank's heads; the norms of these outputs follow. Row-
-# parallel ones have some of the inputs and are summed over the ranks: their bias, added after that, is whole.
+# parallel ones have some of the inputs and are summed over the ranks: their bias, added after that, is whole. In cross-
+# attention ranks share keys and values alone, see `CrossAttention`.
 _CUT = re.compile(
     r"blocks\.\d+\.(?:"
-    r"(?P<outputs>(?:attn[12]\.(?:to_[qkv]|norm_[qk])|ffn\.net\.0\.proj)\.(?:weight|bias))"
-    r"|(?P<inputs>(?:attn[12]\.to_out\.0|ffn\.net\.2)\.weight))"
+    r"(?P<outputs>(?:attn1\.(?:to_q|norm_q)|attn[12]\.(?:to_[kv]|norm_k)|ffn\.net\.0\.proj)\.(?:weight|bias))"
+    r"|(?P<inputs>(?:attn1\.to_out\.0|ffn\.net\.2)\.weight))"
 )
 
 

@@ -20,7 +20,7 @@ from serve_app.wan.checkpoint import Checkpoint, Expert, weight_files
 if TYPE_CHECKING:
     from serve_app.wan.weights import Weights
 
-FORMAT = 1
+FORMAT = 2
 """Of the folder. It grows whenever the files or the manifest change; only the current one is read."""
 
 MANIFEST = "manifest.json"

@@ -27,8 +27,8 @@ _MOST_PARTS = 4
 
 class RowParallel(nn.Module):
     """The second layer of a pair: takes the place of DeepSpeed's `LinearAllreduce`, after which each rank has all
-    tokens, and whose product is finished before its sum begins. On CUDA the product is made in parts here, and each is
-    added up while the next one is made.
+    tokens, and whose product is finished before its sum begins. On CUDA parts of the product are made here while others
+    are on their way.
 
     Args:
         linear: with this rank's `weight`, `[features out, own features in]`, and the whole `bias`, which may be None.
@@ -47,7 +47,9 @@ class RowParallel(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks of `hidden`, `[batch, tokens, own features in]`: of this rank's run of the tokens,
         `[batch, run, features out]`. The last run may end in rows that stand for no token."""
-        total: torch.Tensor = torch.ops.wan_serve.row_parallel(hidden, self.weight, self._size, self._group)
+        total, others = torch.ops.wan_serve.row_parallel(hidden, self.weight, self._size, self._group)
+        for part in others.unbind():  # which what is compiled adds up with all that follows
+            total = total + part
         return total if self.bias is None else total + self.bias
 
 
@@ -136,21 +138,29 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: 
 
 
 @torch.library.custom_op("wan_serve::row_parallel", mutates_args=())
-def _row_parallel(hidden: torch.Tensor, weight: torch.Tensor, ranks: int, group_name: str) -> torch.Tensor:
-    group, run = _group(group_name), -(-hidden.shape[1] // ranks)
-    total = hidden.new_empty(hidden.shape[0], run, weight.shape[0])
+def _row_parallel(
+    hidden: torch.Tensor, weight: torch.Tensor, ranks: int, group_name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, `[batch, run, features out]`, and parts that it still lacks, `[parts, batch, run, features out]`."""
+    total, others = _of_run(hidden, weight, ranks, group_name)
     peers = peer_memory.of(group_name)
     if peers is not None:
-        peers.sum_products(hidden, weight, total)
-        return total
+        peers.share_products(hidden, weight, total, others)
+        return total, others
+    group, parts = _group(group_name), parts_of(total.shape[1])
     for rows, sums in zip(hidden, total, strict=True):
-        _beside(rows, weight, ranks, group, parts_of(run), sums)
-    return total
+        _beside(rows, weight, ranks, group, parts, sums)
+    return total, others
 
 
 @_row_parallel.register_fake
-def _(hidden: torch.Tensor, weight: torch.Tensor, ranks: int, group_name: str) -> torch.Tensor:
-    return hidden.new_empty(hidden.shape[0], -(-hidden.shape[1] // ranks), weight.shape[0])
+def _of_run(
+    hidden: torch.Tensor, weight: torch.Tensor, ranks: int, group_name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for it."""
+    shape = (hidden.shape[0], -(-hidden.shape[1] // ranks), weight.shape[0])
+    parts = 0 if peer_memory.of(group_name) is None else ranks - 1
+    return hidden.new_empty(shape), hidden.new_empty(parts, *shape)
 
 
 def parts_of(run: int) -> int:

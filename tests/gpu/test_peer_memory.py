@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,15 +108,15 @@ def left(rank: int, mesh: Mesh, port: int) -> None:
     assert less * whole == pytest.approx(own.nbytes * 2, rel=1e-3), "the allocator is left less"
     multiply = peer_memory._multiply
 
-    def broken(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, keep: int) -> None:
-        if keep:
+    def broken(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        if out is parts[0]:
             raise MemoryError
-        multiply(rows, weight, out, keep)
+        multiply(hidden, weight, out)
 
-    total = torch.empty(1, 4, 8, device=world.device)
+    parts = list(torch.empty(2, 1, 4, 8, device=world.device))
     hidden, weight = torch.ones(1, 8, 16, device=world.device), torch.ones(8, 16, device=world.device)
     with patch.object(peer_memory, "_multiply", broken), pytest.raises(OutOfStep, match="MemoryError"):
-        peers.sum_products(hidden, weight, total)
+        peers.share_products(hidden, weight, parts[0], parts[1][None])
     world.close()
 
 
@@ -142,3 +143,23 @@ def alone(rank: int, mesh: Mesh, port: int) -> None:
 
 def test_who_waits_in_vain_fails_in_time() -> None:
     run_ranks(alone, Mesh(tensor=2), sees="own first", timeout_s=60)
+
+
+def killed(rank: int, mesh: Mesh, port: int) -> None:
+    world = meet(rank, mesh, port, "own first", timeout_s=600)
+    peers = peer_memory.of(world.tensor.group.group_name)  # type: ignore[union-attr]
+    assert peers is not None
+    own = torch.ones(1, 1000, 1000, device=world.device)
+    for _ in range(100):
+        peers.gather(own, nothing)
+    torch.cuda.synchronize()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    peers.gather(own, nothing)
+    torch.cuda.synchronize()  # its device waits for one that is gone
+
+
+def test_devices_of_a_killed_rank_and_of_one_that_waited_for_it_serve_the_next_ones(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"\[None, -9\]"):
+        run_ranks(killed, Mesh(tensor=2), sees="own first", timeout_s=30)
+    run_ranks(shared, Mesh(tensor=2), "own first", tmp_path, sees="own first")

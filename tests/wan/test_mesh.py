@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,11 @@ from serve_app.wan.mesh import AXES, Mesh, default_mesh
 A14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
 GIB = 2**30
 sizes = st.integers(1, 4)
+
+
+def shared(gib: float) -> Callable[[int], float]:
+    """Bytes of a rank, if nothing is on more than one of them."""
+    return lambda tensor: gib * GIB / tensor
 
 
 @given(sizes, sizes, sizes)
@@ -61,7 +67,7 @@ def test_a_mesh_that_does_not_fit(mesh: Mesh, changes: dict[str, Any], message: 
     ],
 )
 def test_the_mesh_that_is_picked(ranks: int, weights_gib: float, device_gib: float, expected: Mesh) -> None:
-    mesh, why = default_mesh(ranks, A14B, weights_gib * GIB, device_gib * GIB)
+    mesh, why = default_mesh(ranks, A14B, shared(weights_gib), device_gib * GIB)
     assert mesh == expected, why
     assert f"{weights_gib:.1f} GiB of weights, {weights_gib / expected.tensor:.1f} a rank, " in why
     assert ("do not fit" in why) == (weights_gib / expected.tensor > device_gib)
@@ -69,20 +75,20 @@ def test_the_mesh_that_is_picked(ranks: int, weights_gib: float, device_gib: flo
 
 def test_a_step_needs_room_beside_the_weights() -> None:
     work = functools.partial(activation_bytes, A14B, 75_600, 2, compiled=True)
-    mesh, why = default_mesh(2, A14B, 57 * GIB, 60 * GIB, work)
+    mesh, why = default_mesh(2, A14B, shared(57), 60 * GIB, work)
     assert mesh == Mesh(tensor=2)
     assert "57.0 GiB of weights, 28.5 a rank, beside 5.3 for a step, fit into the 60.0 GiB" in why
-    assert default_mesh(2, A14B, 57 * GIB, 64 * GIB, work)[0] == Mesh(guidance=2)
+    assert default_mesh(2, A14B, shared(57), 64 * GIB, work)[0] == Mesh(guidance=2)
 
 
 def test_ranks_that_cannot_share_the_model() -> None:
     with pytest.raises(ConfigError, match=r"denoiser\.parallel\.ranks has value 3, expected one that the model's 40"):
-        default_mesh(3, A14B, 57 * GIB, 140 * GIB)
+        default_mesh(3, A14B, shared(57), 140 * GIB)
 
 
 @given(st.sampled_from([1, 2, 4, 5, 8, 10, 16, 20]), st.floats(1, 200), st.floats(16, 200))
 def test_a_picked_mesh_has_the_ranks_and_fits_where_one_does(ranks: int, weights: float, device: float) -> None:
-    mesh, _ = default_mesh(ranks, A14B, weights * GIB, device * GIB)
+    mesh, _ = default_mesh(ranks, A14B, shared(weights), device * GIB)
     mesh.check(A14B)
     assert mesh.ranks == ranks
     if weights / mesh.tensor >= device:  # then no other would have: all the others have less of it

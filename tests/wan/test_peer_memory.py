@@ -100,9 +100,9 @@ def rest() -> None:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     multiply = peer_memory._multiply
 
-    def slowly(rows: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, keep: int) -> None:
+    def slowly(*given: torch.Tensor) -> None:
         rest()
-        multiply(rows, weight, out, keep)
+        multiply(*given)
         rest()
 
     monkeypatch.setattr(peer_memory, "_multiply", slowly)
@@ -126,11 +126,11 @@ def test_runs_and_sums_are_those_of_one_device(ranks: int) -> None:
             peers.gather(padded[:, rank * run : (rank + 1) * run], found.__setitem__)
             whole = torch.cat([found[other] for other in range(ranks)], dim=1)
             assert torch.equal(whole, padded)
-            total = torch.full((len(video), run, FEATURES), math.nan).double()
-            peers.sum_products(hidden.chunk(ranks, 2)[rank], weight.chunk(ranks, 1)[rank], total)
+            parts = torch.full((ranks, len(video), run, FEATURES), math.nan).double()
+            peers.share_products(hidden.chunk(ranks, 2)[rank], weight.chunk(ranks, 1)[rank], parts[0], parts[1:])
             expected = torch.zeros_like(padded)
             expected[:, : video.shape[1]] = hidden @ weight.t()
-            torch.testing.assert_close(total, expected[:, rank * run : (rank + 1) * run])
+            torch.testing.assert_close(parts.sum(0), expected[:, rank * run : (rank + 1) * run])
 
     with ThreadPoolExecutor(ranks) as threads:
         list(threads.map(rank_does, range(ranks)))
@@ -144,4 +144,4 @@ def test_a_sum_that_is_broken_off_is_not_tried_again(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(peer_memory, "_multiply", short)
     peers = Peers(Host(1), 0)
     with pytest.raises(OutOfStep, match="OutOfMemoryError: CUDA out of memory"):
-        peers.sum_products(torch.ones(1, 4, 2), torch.ones(3, 2), torch.ones(1, 4, 3))
+        peers.share_products(torch.ones(1, 4, 2), torch.ones(3, 2), torch.ones(1, 4, 3), torch.ones(0, 1, 4, 3))

@@ -165,7 +165,7 @@ def test_two_at_once(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small(checkpoint: Path, small_disk: Disk) -> None:
     out = small_disk.folder / "out"
-    with pytest.raises(ConfigError, match=r"OUT has value .* with 8 MB free, expected 11 MB for the 4 files to write"):
+    with pytest.raises(ConfigError, match=r"OUT has value .* with 8 MB free, expected 12 MB for the 4 files to write"):
         prepare(Checkpoint(checkpoint), out, 2, "bfloat16")
     assert contents(small_disk.folder) == {}
     prepare(Checkpoint(checkpoint), out, 2, "bfloat16", experts=("transformer",))  # half of it fits
