@@ -1,4 +1,4 @@
-"""What a compiled block does in one kernel on CUDA where the compiler takes several.
+"""What a compiled block does on CUDA in one kernel where the compiler takes several, or a slower one.
 
 Rounded where the compiler's kernels round, and no less exact: the values in between stay in float32.
 """
@@ -13,7 +13,9 @@ from torch import nn
 
 from serve_app.wan.row_parallel import ColumnParallel
 
-_WARPS = 8
+_WARPS, _WARPS_MODULATED = 8, 4
+_ROWS = 2
+"""Tokens that share what scales and shifts them: read for each of them, it is more than the token."""
 
 
 class LinearGelu(nn.Module):
@@ -86,8 +88,8 @@ def _norm_rotate(
     batch, tokens, width = hidden.shape
     head = cos.shape[-1]
     rotated = torch.empty_like(hidden)
-    kernel, powers = _kernel()
-    kernel[(batch * tokens,)](
+    kernels = _kernels()
+    kernels.norm_rotate[(batch * tokens,)](
         hidden,
         weight,
         hidden if squares is None else squares.contiguous(),
@@ -99,8 +101,8 @@ def _norm_rotate(
         eps,
         HEADS=width // head,
         HEAD=head,
-        MANY=powers(width // head),
-        WIDE=powers(head),
+        MANY=kernels.next_power_of_2(width // head),
+        WIDE=kernels.next_power_of_2(head),
         GIVEN=squares is not None,
         num_warps=_WARPS,
     )
@@ -113,8 +115,80 @@ def _(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
     return hidden.new_empty(*hidden.shape[:2], hidden.shape[2] // head, head)
 
 
+def block_forward(
+    block: Any, hidden: torch.Tensor, text: torch.Tensor, embedding: torch.Tensor, rotary_emb: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """What a `WanTransformerBlock` does, with the norms that are modulated as kernels of their own.
+
+    Args:
+        hidden: `[batch, tokens, width]`.
+        text: what `attn2` takes for it.
+        embedding: of the timestep, `[batch, 6, width]`.
+    """
+    modulation = block.scale_shift_table + embedding.float()
+    _, _, gate, _, _, last_gate = modulation.chunk(6, dim=1)
+    normed = torch.ops.wan_serve.norm_modulate(hidden, modulation, 0, block.norm1.eps)
+    attended = block.attn1(normed, None, None, rotary_emb)
+    hidden = (hidden.float() + attended * gate).type_as(hidden)
+    told = block.attn2(block.norm2(hidden.float()).type_as(hidden), text, None, None)
+    hidden, normed = torch.ops.wan_serve.add_norm_modulate(hidden, told, modulation, 3, block.norm3.eps)
+    output: torch.Tensor = (hidden.float() + block.ffn(normed).float() * last_gate).type_as(hidden)
+    return output
+
+
+@torch.library.custom_op("wan_serve::norm_modulate", mutates_args=())
+def _norm_modulate(hidden: torch.Tensor, modulation: torch.Tensor, first: int, eps: float) -> torch.Tensor:
+    """LayerNorm, `[batch, tokens, width]`, times one and the scale, plus the shift: of the rows of `modulation`,
+    `[batch, rows, width]` in float32, `first` is the shift, and the next one the scale."""
+    return _modulated(hidden, None, modulation, first, eps)[1]
+
+
+@_norm_modulate.register_fake
+def _(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+    return torch.empty_like(hidden)
+
+
+@torch.library.custom_op("wan_serve::add_norm_modulate", mutates_args=())
+def _add_norm_modulate(
+    hidden: torch.Tensor, added: torch.Tensor, modulation: torch.Tensor, first: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of both, and what `norm_modulate` makes of it."""
+    return _modulated(hidden, added, modulation, first, eps)
+
+
+@_add_norm_modulate.register_fake
+def _(hidden: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(hidden)
+
+
+def _modulated(
+    hidden: torch.Tensor, added: torch.Tensor | None, modulation: torch.Tensor, first: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden, modulation = hidden.contiguous(), modulation.contiguous()
+    batch, tokens, width = hidden.shape
+    total, output = hidden if added is None else torch.empty_like(hidden), torch.empty_like(hidden)
+    kernels = _kernels()
+    kernels.norm_modulate[(-(-tokens // _ROWS), batch)](
+        hidden,
+        hidden if added is None else added.contiguous(),
+        modulation,
+        total,
+        output,
+        tokens,
+        first,
+        eps,
+        WIDTH=width,
+        WIDE=kernels.next_power_of_2(width),
+        KINDS=modulation.shape[1],
+        ROWS=_ROWS,
+        ADDED=added is not None,
+        num_warps=_WARPS_MODULATED,
+    )
+    return total, output
+
+
 @functools.cache
-def _kernel() -> tuple[Any, Any]:
+def _kernels() -> Any:
     from serve_app.wan import triton_kernels  # Triton comes with torch for CUDA alone
 
-    return triton_kernels.norm_rotate, triton_kernels.next_power_of_2
+    return triton_kernels

@@ -8,6 +8,7 @@ modules that stay in float32, and weights that go from the file to the shard wit
 from __future__ import annotations
 
 import copy
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from serve_app.errors import CheckpointError
 from serve_app.logs import get_logger
 from serve_app.wan.attention import CrossAttention, SelfAttention, ShardedNorm
 from serve_app.wan.checkpoint import Checkpoint, Expert
-from serve_app.wan.fused import LinearGelu
+from serve_app.wan.fused import LinearGelu, block_forward
 from serve_app.wan.kernels import KernelName, pick_kernel
 from serve_app.wan.pieces import Piece, each, empty_expert, pieces
 from serve_app.wan.prepared import Prepared
@@ -88,6 +89,7 @@ def load_expert(
     for layer, block in enumerate(model.blocks):
         if fused:
             block.ffn.net[0] = LinearGelu(block.ffn.net[0].proj)
+            block.forward = MethodType(block_forward, block)
         block.attn1.set_processor(SelfAttention(kernel, tensor.group, tokens, fused))
         cross = CrossAttention(kernel, tensor.group, model.text_memory)
         block.attn2.set_processor(cross)

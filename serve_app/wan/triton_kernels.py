@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton import next_power_of_2
 
-__all__ = ["next_power_of_2", "norm_rotate"]
+__all__ = ["next_power_of_2", "norm_modulate", "norm_rotate"]
 
 
 # The number of tokens differs by video: specialized for, some requests would wait for a compiler.
@@ -57,3 +57,44 @@ def norm_rotate(
         tl.reshape(rotated, (MANY, WIDE)).to(output.dtype.element_ty),
         mask=inside,
     )
+
+
+@triton.jit(do_not_specialize=["tokens", "first"])
+def norm_modulate(
+    hidden,
+    added,
+    modulation,
+    total,
+    output,
+    tokens,
+    first,
+    eps,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    KINDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADDED: tl.constexpr,
+):
+    """`ROWS` tokens of a sample a program: the sum with `added`, if there is one, LayerNorm of it, scale and shift.
+
+    `modulation` has `KINDS` rows for a sample, the shift at `first`, the scale behind it. `WIDE` is `WIDTH` up to a
+    power of two.
+    """
+    sample = tl.program_id(1).to(tl.int64)
+    place = tl.arange(0, WIDE)
+    within = place < WIDTH
+    shift_at = modulation + (sample * KINDS + first) * WIDTH + place
+    shift = tl.load(shift_at, mask=within, other=0.0)
+    scale = 1 + tl.load(shift_at + WIDTH, mask=within, other=0.0)
+    for number in tl.static_range(ROWS):
+        row = tl.program_id(0) * ROWS + number
+        at = (sample * tokens + row) * WIDTH + place
+        inside = within & (row < tokens)
+        values = tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32)
+        if ADDED:
+            values += tl.load(added + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(total + at, values.to(total.dtype.element_ty), mask=inside)
+            values = values.to(total.dtype.element_ty).to(tl.float32)  # what the next sum begins with
+        centred = tl.where(inside, values - tl.sum(values, axis=0) / WIDTH, 0.0)
+        deviation = tl.rsqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
+        tl.store(output + at, (centred * deviation * scale + shift).to(output.dtype.element_ty), mask=inside)

@@ -85,7 +85,7 @@ def test_what_is_said_to_fit_is_what_was_seen_to(
 
 
 def test_texts_count_as_far_as_they_are_kept(a14b: Path) -> None:
-    """Two texts of 2 x 40 layers x 512 tokens x 5120 features x 2 bytes for each expert; who shares weights has all of it."""
+    """Two texts of 2 x 40 layers x 512 tokens x 5120 features x 2 bytes for each expert, on all of its ranks."""
     for mesh, texts in ((ONE, 4), (Mesh(guidance=2), 2), (Mesh(tensor=2), 4)):
         more = _least(room(a14b, mesh)) - _least(room(a14b, mesh, text_memory_mib=0))
         assert more == pytest.approx(texts * 0.419 * GB, rel=0.01)

@@ -43,6 +43,24 @@ def test_norm_and_rotation_in_one_kernel(heads: int, head: int, given: bool) -> 
     assert (got - expected).float().norm() <= 1e-3 * expected.float().norm()
 
 
+@pytest.mark.parametrize("width", [5120, 72])
+@pytest.mark.parametrize("tokens", [70, 1])
+def test_norm_and_modulation_in_one_kernel(width: int, tokens: int) -> None:
+    hidden, added = torch.randn(2, 2, tokens, width, dtype=torch.bfloat16) * 3 + 1
+    modulation = torch.randn(2, 6, width)
+    modulation[0] *= 2
+
+    def expected(hidden: torch.Tensor, first: int) -> torch.Tensor:
+        normed = F.layer_norm(hidden.float(), (width,), eps=1e-6)
+        return (normed * (1 + modulation[:, [first + 1]]) + modulation[:, [first]]).bfloat16()
+
+    got = torch.ops.wan_serve.norm_modulate(hidden, modulation, 0, 1e-6)
+    torch.testing.assert_close(got, expected(hidden, 0), rtol=1e-2, atol=1e-3)
+    total, got = torch.ops.wan_serve.add_norm_modulate(hidden, added, modulation, 3, 1e-6)
+    assert torch.equal(total, hidden + added)
+    torch.testing.assert_close(got, expected(hidden + added, 3), rtol=1e-2, atol=1e-3)
+
+
 def test_a_product_that_writes_its_gelu() -> None:
     hidden = torch.randn(2, 300, 256, dtype=torch.bfloat16)
     proj = torch.nn.Linear(256, 512, dtype=torch.bfloat16)

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch._dynamo.utils import counters
 
 from benchmarks.parity import relative_error, run_ranks
 from serve_app.request import Params
+from serve_app.wan import fused
 from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.fused import block_forward
 from serve_app.wan.generate import Generator
 from serve_app.wan.mesh import Mesh
 from serve_app.wan.parallel import load_expert
@@ -20,13 +23,17 @@ from serve_app.wan.sample import Sample
 from serve_app.wan.sampler import advance
 from serve_app.wan.warm_up import warm_up
 from serve_app.wan.world import init_world
+from tests.wan.test_fused import modulated
 from tests.wan.test_sampler import BASE
 
 
-@pytest.fixture
-def compiled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Generator]:
+@pytest.fixture(params=[False, True], ids=["blocks of diffusers", "our own blocks"])
+def compiled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Generator]:
     """Both experts, traced and guarded as on a GPU, but run as they are."""
     torch._dynamo.reset()
+    if request.param:
+        monkeypatch.setattr(WanTransformerBlock, "forward", block_forward)
+        monkeypatch.setattr(fused, "_modulated", modulated)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     yield Generator(checkpoint, compiled=True)
     torch._dynamo.reset()
