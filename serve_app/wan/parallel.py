@@ -22,7 +22,7 @@ from serve_app.wan.checkpoint import Checkpoint, Expert
 from serve_app.wan.fused import LinearGelu, block_forward
 from serve_app.wan.kernels import KernelName, pick_kernel
 from serve_app.wan.pieces import Piece, each, empty_expert, pieces
-from serve_app.wan.prepared import Prepared
+from serve_app.wan.prepared import AGAIN, Prepared
 from serve_app.wan.random_weights import RandomWeights
 from serve_app.wan.rotary import Rotary
 from serve_app.wan.row_parallel import ColumnParallel, RowParallel
@@ -188,7 +188,7 @@ def _check_dtypes(parts: list[Piece], weights: Weights) -> None:
         if weights.dtype(part.name) != part.dtype:
             raise CheckpointError(
                 f"{weights.where}: the tensor {part.name!r} is {weights.dtype(part.name)}, expected {part.dtype}; "
-                "prepare the model again"
+                f"{AGAIN}"
             )
 
 

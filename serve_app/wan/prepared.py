@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 """Of the folder. It grows whenever the files or the manifest change; only the current one is read."""
+AGAIN = "prepare the model again, into an empty folder"
 
 MANIFEST = "manifest.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
@@ -73,17 +74,15 @@ class Manifest(_Part):
         try:
             content = json.loads(path.read_bytes())
         except ValueError as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from None
+            raise CheckpointError(f"{path}: cannot be read as JSON: {error}; {AGAIN}") from None
         found = content.get("format") if isinstance(content, dict) else None
         if found != FORMAT:
-            raise CheckpointError(f"{path}: has format {found!r}, expected {FORMAT}; prepare the model again")
+            raise CheckpointError(f"{path}: has format {found!r}, expected {FORMAT}; {AGAIN}")
         try:
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            raise CheckpointError(
-                f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; prepare the model again"
-            ) from None
+            raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {AGAIN}") from None
 
     def check(self, folder: Path, checkpoint: Checkpoint, tensor: int, dtype: str) -> None:
         """Whether the folder is of this model, number of ranks and dtype.

@@ -14,7 +14,7 @@ from benchmarks.rank_memory import MB, write_large
 from serve_app.errors import CheckpointError, ConfigError
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.prepare import prepare
-from serve_app.wan.prepared import MANIFEST
+from serve_app.wan.prepared import FORMAT, MANIFEST
 from tests.jobs.disks import Disk, small_disk
 
 __all__ = ["small_disk"]
@@ -104,6 +104,16 @@ def test_nothing_is_left_of_an_error(checkpoint: Path, tmp_path: Path) -> None:
         "rank-0-of-2.safetensors",
         "rank-1-of-2.safetensors",
     }
+
+
+def test_a_folder_of_an_older_version_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+    prepare(Checkpoint(checkpoint), tmp_path, 2, "bfloat16")
+    manifest = tmp_path / MANIFEST
+    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: has format 1, expected \d+; .* into an empty folder"):
+        prepare(Checkpoint(checkpoint), tmp_path, 2, "bfloat16")
+    assert contents(tmp_path) == before
 
 
 def test_verify_writes_damaged_files_again(

@@ -157,7 +157,7 @@ def test_one_expert_only(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 1}, "has format 1, expected 2; prepare the model again"),
+        ({"format": 1}, "has format 1, expected 2; prepare the model again, into an empty folder"),
         ({"tensor": 2}, "was prepared with tensor 2, expected 1"),
         ({"dtype": "float32"}, "was prepared with dtype float32, expected bfloat16"),
         ({"revision": "0123456789ab"}, "was prepared with revision 0123456789ab, expected .*, that of .*checkpoint"),
