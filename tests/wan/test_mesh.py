@@ -81,6 +81,16 @@ def test_a_step_needs_room_beside_the_weights() -> None:
     assert default_mesh(2, A14B, shared(57), 64 * GIB, work)[0] == Mesh(guidance=2)
 
 
+def test_what_every_rank_has_whole_counts() -> None:
+    def weight_bytes(tensor: int) -> float:
+        return (48 / tensor + 9) * GIB
+
+    mesh, why = default_mesh(4, A14B, weight_bytes, 30 * GIB)
+    assert mesh == Mesh(tensor=4) and "57.0 GiB of weights, 21.0 a rank, " in why and "fit into" in why
+    assert default_mesh(4, A14B, weight_bytes, 34 * GIB)[0] == Mesh(guidance=2, tensor=2)
+    assert "do not fit" in default_mesh(4, A14B, weight_bytes, 20 * GIB)[1]
+
+
 def test_ranks_that_cannot_share_the_model() -> None:
     with pytest.raises(ConfigError, match=r"denoiser\.parallel\.ranks has value 3, expected one that the model's 40"):
         default_mesh(3, A14B, shared(57), 140 * GIB)
