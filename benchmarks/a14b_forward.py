@@ -19,7 +19,6 @@ import argparse
 import gc
 import itertools
 import json
-import re
 import statistics
 import tempfile
 import time
@@ -29,9 +28,8 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch.autograd import DeviceType
 
-from benchmarks import hollow
+from benchmarks import hollow, trace
 from benchmarks.machine import describe, timed
 from benchmarks.parity import Seen, relative_error, run_ranks
 from serve_app.wan import peer_memory
@@ -135,7 +133,7 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
                 _keep(options.keep, rank, mesh, size, what, prediction)
                 if options.profile and (size, text_tokens) == (options.sizes[0], options.text_tokens[0]):
                     file = options.profile / f"{attention}{'-compiled' if compiled else ''}-{rank}.txt"
-                    shares = _profile(run, file, found["passes"][-1]["seconds"])
+                    shares = _profile(run, file)
                     found["shares"].append({"size": size, "what": what, **shares})
                 expert.text_memory.clear()  # type: ignore[operator, union-attr]
                 del run
@@ -288,37 +286,21 @@ def _ceiling(device: torch.device, repeats: int) -> float:
     return 2 * side**3 / statistics.median(timed(lambda: left @ right, device) for _ in range(max(5, repeats)))
 
 
-_REST = "norms and elementwise"
-_KINDS = (
-    # Named after all that they feed, products and attention too.
-    (_REST, r"^triton_"),
-    ("attention", r"flash|fmha|cudnn.*sdpa|attention"),
-    ("communication", r"nccl"),
-    ("matrix products", r"gemm|nvjet|cublas|cutlass|matmul"),
-)
-"""Kinds of kernels by what their names hold, the first that does; others are norms, RoPE, modulation and the like."""
-
-
 @torch.no_grad()
-def _profile(run: Callable[[], Any], file: Path, seconds: float) -> dict[str, float]:
-    """Write the kernels of one pass, as a table and as a trace for Chrome, and sum up by their kinds what share of its
-    `seconds` they run."""
+def _profile(run: Callable[[], Any], file: Path) -> dict[str, float]:
+    """Write the kernels of one pass, as a table and as a trace for Chrome; returns what share of it each kind takes."""
     cuda = torch.cuda.is_available()
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profile:
         run()
         _wait(torch.device("cuda" if cuda else "cpu"))
-    averages = profile.key_averages()
     key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(averages.table(sort_by=key, row_limit=40, max_name_column_width=90))
-    profile.export_chrome_trace(str(file.with_suffix(".json.gz")))
-    shares = dict.fromkeys((kind for kind, _ in _KINDS), 0.0)
-    for event in averages:
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            kind = next((kind for kind, names in _KINDS if re.search(names, event.key, re.IGNORECASE)), _REST)
-            shares[kind] += event.self_device_time_total / 1e6 / seconds
-    return shares | {"gaps": max(0.0, 1 - sum(shares.values()))}
+    file.write_text(profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=90))
+    written = file.with_suffix(".json.gz")
+    profile.export_chrome_trace(str(written))
+    kernels = trace.read(written)
+    return {kind: found / (trace.span_ms(kernels) or 1) for kind, found in trace.milliseconds(kernels).items()}
 
 
 if __name__ == "__main__":
