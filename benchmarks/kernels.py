@@ -1,10 +1,12 @@
 """The kernels of an A14B block, each alone: milliseconds, rates, and errors against the same in float32.
 
-    python -m benchmarks.kernels [--sizes 832x480 1280x720] [--attention flash4 cudnn] [--tiles 128x128 128x176]
+    python -m benchmarks.kernels [--sizes 832x480 1280x720] [--only attention gelu norms]
+                                 [--attention flash4 cudnn] [--tiles 128x128 128x176]
 
-On one CUDA device, in bfloat16, one rank's whole layer over 81 frames: attention by each backend, and FlashAttention-4
-by sizes of its tiles; the feed-forward's first layer with GELU; the norm and rotation of queries. `compiled` is what
-torch.compile makes of diffusers' formula. Errors are relative ones of the norms, on the first rows.
+On one CUDA device, in bfloat16, over 81 frames: attention by each backend, and FlashAttention-4 by sizes of its tiles;
+the feed-forward's first layer with GELU; norms, those of queries with all heads and with half of them, as two ranks
+have them. `compiled` is what torch.compile makes of diffusers' formula. Errors are relative ones of the norms, on the
+first rows; of norms GB/s counts what has to be read and written of all tokens.
 """
 
 from __future__ import annotations
@@ -21,17 +23,20 @@ import torch.nn.functional as F
 from benchmarks.machine import describe, timed, tokens_of
 from serve_app.errors import one_line
 from serve_app.wan import kernels
-from serve_app.wan.attention import _rotate
-from serve_app.wan.fused import LinearGelu, norm_rotate
+from serve_app.wan.attention import ShardedNorm, _rotate
+from serve_app.wan.fused import LinearGelu, norm_rotate, square_sums
 
 _HEADS, _HEAD, _INSIDE = 40, 128, 13824
 _SOME = 512
+_HEAD_START = 4_000_000
+"""Clock cycles, about 2 ms."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["832x480", "1280x720"])
     parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--only", nargs="+", choices=_KINDS, default=list(_KINDS))
     parser.add_argument("--attention", nargs="*", default=["flash4", "cudnn", "flash"])
     parser.add_argument("--tiles", nargs="*", default=["128x128", "128x144", "128x160", "128x176", "192x128"])
     parser.add_argument("--repeats", type=int, default=5)
@@ -43,8 +48,9 @@ def main() -> None:
     with torch.no_grad(), device:
         for size in options.sizes:
             tokens = tokens_of(size, options.frames)
-            for rows in (_attention, _gelu, _norm):
-                rows(size, tokens, options)
+            for kind in options.only:
+                for rows in _KINDS[kind]:
+                    rows(size, tokens, options)
 
 
 def _attention(size: str, tokens: int, options: argparse.Namespace) -> None:
@@ -104,30 +110,71 @@ def _gelu(size: str, tokens: int, options: argparse.Namespace) -> None:
 
 
 def _norm(size: str, tokens: int, options: argparse.Namespace) -> None:
-    hidden = torch.randn(1, tokens, _HEADS * _HEAD, dtype=torch.bfloat16)
-    norm = torch.nn.RMSNorm(_HEADS * _HEAD, eps=1e-6, dtype=torch.bfloat16)
-    norm.weight.uniform_(0.5, 1.5)
-    angle = torch.rand(1, tokens, 1, _HEAD // 2).repeat_interleave(2, -1)
-    cos, sin = angle.cos(), angle.sin()
+    for heads in (_HEADS, _HEADS // 2):
+        width, whole = heads * _HEAD, heads == _HEADS
+        hidden = torch.randn(1, tokens, width, dtype=torch.bfloat16)
+        norm = ShardedNorm(_HEADS * _HEAD, _HEADS // heads, 1e-6, torch.bfloat16).cuda()
+        norm.weight.uniform_(0.5, 1.5)
+        angle = torch.rand(1, tokens, 1, _HEAD // 2).repeat_interleave(2, -1)
+        angles = angle.cos(), angle.sin()
+        what = f"norm and rotation of {heads} heads{'' if whole else ', sums given'}"
+        squares = norm.squares(hidden)
 
-    def formula(norm: torch.nn.RMSNorm, hidden: torch.Tensor, *angles: torch.Tensor) -> torch.Tensor:
-        return _rotate(norm(hidden).unflatten(2, (_HEADS, _HEAD)), *angles)
+        def compiled(
+            hidden: torch.Tensor, squares: torch.Tensor | None, *angles: torch.Tensor, norm: Any = norm
+        ) -> torch.Tensor:
+            squares = norm.squares(hidden) if squares is None else squares
+            return _rotate(norm(hidden, squares).unflatten(2, (-1, _HEAD)), *angles)
 
-    exact = torch.nn.RMSNorm(_HEADS * _HEAD, eps=1e-6, dtype=torch.float64)
-    exact.weight.copy_(norm.weight)
-    expected = formula(exact, hidden[:, :_SOME].double(), cos[:, :_SOME].double(), sin[:, :_SOME].double())
-    gigabytes = 2.0 * hidden.nbytes / 1e9
-    plain = torch.compile(formula)
-    _row(size, "norm and rotation", "compiled", lambda: plain(norm, hidden, cos, sin), gigabytes, expected, options)
-    _row(
-        size,
-        "norm and rotation",
-        "ours",
-        lambda: norm_rotate(hidden, norm, None, cos, sin),
-        gigabytes,
-        expected,
-        options,
-    )
+        some = [one[:, :_SOME].double() for one in (hidden, squares, *angles)]
+        scale = torch.rsqrt(some[1] / norm.features + norm.eps)
+        expected = _rotate((some[0] * scale * norm.weight.double()).unflatten(2, (heads, _HEAD)), *some[2:])
+        given = None if whole else squares
+        ways: dict[str, Callable[[], torch.Tensor]] = {
+            "compiled": functools.partial(torch.compile(compiled, dynamic=False), hidden, given, *angles),
+            "ours": functools.partial(norm_rotate, hidden, norm, given, *angles),
+        }
+        for by, run in ways.items():
+            _row(size, what, by, run, 2.0 * hidden.nbytes / 1e9, expected, options)
+    exact = hidden[:, :_SOME].double().square().sum(-1, keepdim=True)
+    plain = torch.compile(norm.squares, dynamic=False)
+    what, gigabytes = f"sum of squares of {heads} heads", hidden.nbytes / 1e9
+    _row(size, what, "compiled", lambda: plain(hidden), gigabytes, exact, options)
+    _row(size, what, "ours", lambda: square_sums([hidden]), gigabytes, exact, options)
+
+
+def _modulation(size: str, tokens: int, options: argparse.Namespace) -> None:
+    hidden, added = torch.randn(2, 1, tokens, _HEADS * _HEAD, dtype=torch.bfloat16)
+    modulation = torch.randn(1, 6, _HEADS * _HEAD)
+
+    def formula(hidden: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
+        normed = F.layer_norm(hidden, (_HEADS * _HEAD,), eps=1e-6)
+        return normed * (1 + modulation[:, [1]]) + modulation[:, [0]]
+
+    plain = torch.compile(lambda: formula(hidden.float(), modulation).bfloat16(), dynamic=False)
+    expected = formula(hidden[:, :_SOME].double(), modulation.double())
+    what, gigabytes = "norm, scale and shift", 2.0 * hidden.nbytes / 1e9
+    _row(size, what, "compiled", plain, gigabytes, expected, options)
+    ours = torch.ops.wan_serve.norm_modulate
+    _row(size, what, "ours", lambda: ours(hidden, modulation, 0, 1e-6), gigabytes, expected, options)
+
+    def summed() -> tuple[torch.Tensor, torch.Tensor]:
+        total = hidden + added
+        return total, formula(total.float(), modulation).bfloat16()
+
+    both = torch.compile(summed, dynamic=False)
+    expected = formula((hidden + added)[:, :_SOME].double(), modulation.double())
+    what, gigabytes = "sum, norm, scale and shift", 4.0 * hidden.nbytes / 1e9
+    _row(size, what, "compiled", lambda: both()[1], gigabytes, expected, options)
+    ours_too = torch.ops.wan_serve.add_norm_modulate
+    _row(size, what, "ours", lambda: ours_too(hidden, added, modulation, 0, 1e-6)[1], gigabytes, expected, options)
+
+
+_KINDS: dict[str, tuple[Callable[[str, int, argparse.Namespace], None], ...]] = {
+    "attention": (_attention,),
+    "gelu": (_gelu,),
+    "norms": (_norm, _modulation),
+}
 
 
 def _row(
@@ -141,7 +188,10 @@ def _row(
 ) -> None:
     some = run()[:, :_SOME].double()
     error = "" if expected is None else f"{float((some - expected).norm() / expected.norm()):.1e}"
-    times = [timed(run, torch.device("cuda")) for _ in range(options.repeats + 1)]
+    times = []
+    for _ in range(options.repeats + 1):
+        torch.cuda._sleep(_HEAD_START)  # or it waits for who gives it work, where that is soon done
+        times.append(timed(run, torch.device("cuda")))
     milliseconds = 1e3 * statistics.median(times[1:])
     print(f"| {size} | {what} | {by} | {milliseconds:.3f} | {work / milliseconds * 1e3:.0f} | {error} |", flush=True)
 

@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import nn
 
 from serve_app.wan.exchange import add_up, gather
-from serve_app.wan.fused import norm_rotate
+from serve_app.wan.fused import norm_rotate, square_sums
 from serve_app.wan.kernels import Kernel
 from serve_app.wan.row_parallel import column_parallel
 from serve_app.wan.sequence import Tokens
@@ -145,24 +145,31 @@ class CrossAttention:
 
 
 def _normalised(group: Any | None, *parts: tuple[nn.Module, torch.Tensor]) -> list[torch.Tensor]:
-    """Each tensor through its norm. Those over several ranks share one all-reduce: a separate one each would double the
-    latency, which on a slow link is all there is to such a small message."""
+    """Each tensor through its norm."""
     if group is None:
         return [norm(hidden) for norm, hidden in parts]
-    return [norm(hidden, squares) for (norm, hidden), squares in zip(parts, _all_squares(group, *parts), strict=True)]
+    own = torch.cat([norm.squares(hidden) for norm, hidden in parts], dim=1)  # type: ignore[operator]
+    squares = _of_all_ranks(own, group, *parts)
+    return [norm(hidden, one) for (norm, hidden), one in zip(parts, squares, strict=True)]
 
 
 def _fused(
     group: Any | None, rotary_emb: tuple[torch.Tensor, torch.Tensor], *parts: tuple[nn.Module, torch.Tensor]
 ) -> list[torch.Tensor]:
     """Each tensor through its norm, by heads and rotated."""
-    squares = [None] * len(parts) if group is None else _all_squares(group, *parts)
+    squares: Sequence[torch.Tensor | None] = [None] * len(parts)
+    if group is not None:
+        squares = _of_all_ranks(square_sums([hidden for _, hidden in parts]), group, *parts)
     return [norm_rotate(hidden, norm, one, *rotary_emb) for (norm, hidden), one in zip(parts, squares, strict=True)]
 
 
-def _all_squares(group: Any, *parts: tuple[nn.Module, torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Of each tensor the sum of squares over the features of all ranks."""
-    squares = torch.cat([norm.squares(hidden) for norm, hidden in parts], dim=1)  # type: ignore[operator]
+def _of_all_ranks(squares: torch.Tensor, group: Any, *parts: tuple[nn.Module, torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Each tensor's sums of squares over the features of all ranks. One all-reduce for all of them: a separate one each
+    would double the latency, which on a slow link is all there is to such a small message.
+
+    Args:
+        squares: over this rank's features, one tensor's tokens behind the other's; changed.
+    """
     add_up(squares, group)
     return squares.split([hidden.shape[1] for _, hidden in parts], dim=1)
 

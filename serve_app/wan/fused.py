@@ -6,6 +6,7 @@ Rounded where the compiler's kernels round, and no less exact: the values in bet
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import nn
 
 from serve_app.wan.row_parallel import ColumnParallel
 
-_WARPS, _WARPS_MODULATED = 8, 4
+_WARPS, _WARPS_MODULATED = 4, 4
+_WARPS_SQUARED, _ROWS_SQUARED, _SOME_SQUARED = 8, 4, 1024
+"""Of a program of `square_sums`: warps, tokens, and features at a time."""
 _ROWS = 2
 """Tokens that share what scales and shifts them: read for each of them, it is more than the token."""
 
@@ -113,6 +116,41 @@ def _norm_rotate(
 def _(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
     head = others[-1].shape[-1]
     return hidden.new_empty(*hidden.shape[:2], hidden.shape[2] // head, head)
+
+
+def square_sums(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of squares over the last dimension of each tensor `[batch, tokens, width]`, float32, those of one behind
+    those of the other: `[batch, all tokens, 1]`."""
+    sums: torch.Tensor = torch.ops.wan_serve.square_sums(list(parts))
+    return sums
+
+
+@torch.library.custom_op("wan_serve::square_sums", mutates_args=())
+def _square_sums(parts: list[torch.Tensor]) -> torch.Tensor:
+    sums = _sums_of(parts)
+    first = 0
+    for part in parts:
+        batch, tokens, width = part.shape
+        _kernels().square_sums[(-(-tokens // _ROWS_SQUARED), batch)](
+            part.contiguous(),
+            sums,
+            tokens,
+            sums.shape[1],
+            first,
+            WIDTH=width,
+            SOME=_SOME_SQUARED,
+            ROWS=_ROWS_SQUARED,
+            num_warps=_WARPS_SQUARED,
+        )
+        first += tokens
+    return sums
+
+
+@_square_sums.register_fake
+def _sums_of(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Memory for it."""
+    tokens = sum(part.shape[1] for part in parts)
+    return parts[0].new_empty(parts[0].shape[0], tokens, 1, dtype=torch.float32)
 
 
 def block_forward(

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton import next_power_of_2
 
-__all__ = ["next_power_of_2", "norm_modulate", "norm_rotate"]
+__all__ = ["next_power_of_2", "norm_modulate", "norm_rotate", "square_sums"]
 
 
 # The number of tokens differs by video: specialized for, some requests would wait for a compiler.
@@ -57,6 +57,33 @@ def norm_rotate(
         tl.reshape(rotated, (MANY, WIDE)).to(output.dtype.element_ty),
         mask=inside,
     )
+
+
+@triton.jit(do_not_specialize=["tokens", "stride", "first"])
+def square_sums(
+    hidden,
+    output,
+    tokens,
+    stride,
+    first,
+    WIDTH: tl.constexpr,
+    SOME: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """`ROWS` tokens of a sample a program: each one's sum of squares, read `SOME` features at a time.
+
+    Those of a sample lie `stride` from those of the next one, and begin with `first`.
+    """
+    sample = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = rows < tokens
+    sums = tl.zeros((ROWS, SOME), tl.float32)
+    for begin in tl.static_range(0, WIDTH, SOME):
+        place = begin + tl.arange(0, SOME)[None, :]
+        at = hidden + (sample * tokens + rows)[:, None] * WIDTH + place
+        values = tl.load(at, mask=here[:, None] & (place < WIDTH), other=0.0).to(tl.float32)
+        sums += values * values
+    tl.store(output + sample * stride + first + rows, tl.sum(sums, axis=1), mask=here)
 
 
 @triton.jit(do_not_specialize=["tokens", "first"])

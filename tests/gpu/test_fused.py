@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from benchmarks.parity import run_ranks
 from serve_app.wan import peer_memory
 from serve_app.wan.attention import ShardedNorm, _rotate
-from serve_app.wan.fused import LinearGelu, norm_rotate
+from serve_app.wan.fused import LinearGelu, norm_rotate, square_sums
 from serve_app.wan.mesh import Mesh
 from serve_app.wan.row_parallel import ROWS, RowParallel
 from serve_app.wan.world import init_world
@@ -41,6 +41,16 @@ def test_norm_and_rotation_in_one_kernel(heads: int, head: int, given: bool) -> 
     assert got.shape == expected.shape and got.dtype == torch.bfloat16
     # The order of a sum may move a value to the neighbouring one.
     assert (got - expected).float().norm() <= 1e-3 * expected.float().norm()
+
+
+@pytest.mark.parametrize("width", [2560, 72])
+def test_sums_of_squares_of_several(width: int) -> None:
+    norm = ShardedNorm(2 * width, 2, 1e-6, torch.bfloat16)
+    parts = [torch.randn(2, tokens, width, dtype=torch.bfloat16) for tokens in (70, 1, 4)]
+    expected = torch.cat([norm.squares(part) for part in parts], dim=1)
+    got = square_sums(parts)
+    assert got.shape == (2, 75, 1)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("width", [5120, 72])
