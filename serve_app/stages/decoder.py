@@ -26,8 +26,8 @@ log = get_logger(__name__)
 
 _Storing: TypeAlias = asyncio.Task[tuple[dict[str, str], int, float]]
 
-SPRITES = 16
-SPRITE_COLUMNS = 4
+SPRITES = (4, 16)
+"""Columns of a spritesheet, and tiles."""
 
 
 @dataclass(frozen=True)
@@ -186,30 +186,36 @@ class Decoder:
         metadata: dict[str, Any] = {"id": item.job_id, "model": self._model_name, "revision": self._revision}
         metadata.update(item.params.model_dump())
 
-        def write(path: Path) -> np.ndarray:
-            frames: np.ndarray = arrival.frames()[place]
-            write_mp4(frames, path, item.params.fps, metadata, arrival.wait)
-            return frames
+        def write(path: Path) -> None:
+            write_mp4(arrival.frames()[place], path, item.params.fps, metadata, arrival.wait)
 
         with TemporaryDirectory(prefix="wan-serve-") as folder:
             path = Path(folder) / "video.mp4"
-            frames = await asyncio.to_thread(write, path)
-            began = await decoded
-            if item.abandoned:
-                raise asyncio.CancelledError
-            if item.again:
-                await self._storage.delete_prefix(item.prefix)
-            files: dict[str, bytes | Path] = {
-                "thumbnail.jpg": await asyncio.to_thread(thumbnail, frames),
-                "spritesheet.jpg": await asyncio.to_thread(spritesheet, frames, SPRITE_COLUMNS, SPRITES),
+            writing = asyncio.create_task(asyncio.to_thread(write, path))
+            try:
+                began = await decoded
+                if item.abandoned:
+                    raise asyncio.CancelledError
+                if item.again:
+                    await self._storage.delete_prefix(item.prefix)
+                outputs: dict[str, str] = {}
+                frames = arrival.frames()[place]  # of which the encoder still has some to do
+                small = await asyncio.to_thread(lambda: (thumbnail(frames), spritesheet(frames, *SPRITES)))
+                await self._put(item, "thumbnail.jpg", small[0], outputs)
+                await self._put(item, "spritesheet.jpg", small[1], outputs)
+                await asyncio.shield(writing)
                 # Last, so that whoever finds the video finds the rest too.
-                "video.mp4": path,
-            }
-            outputs = {}
-            for name, content in files.items():
-                key = outputs[name.partition(".")[0]] = f"{item.prefix}/{name}"
-                await self._storage.put(key, content, download_name(item.job_id, key))
+                await self._put(item, "video.mp4", path, outputs)
+            finally:
+                # A thread cannot be stopped, and wants its folder.
+                await asyncio.gather(writing, return_exceptions=True)
             return outputs, path.stat().st_size, time.monotonic() - began
+
+    async def _put(self, item: _Item, name: str, content: bytes | Path, outputs: dict[str, str]) -> None:
+        """Store one of a video's files, and note its key."""
+        key = f"{item.prefix}/{name}"
+        await self._storage.put(key, content, download_name(item.job_id, key))
+        outputs[name.partition(".")[0]] = key
 
     def _warm_up(self, latents: np.ndarray, params: Params) -> None:
         from serve_app.wan.video import spritesheet, thumbnail, write_mp4
@@ -218,4 +224,4 @@ class Decoder:
         with TemporaryDirectory(prefix="wan-serve-") as folder:
             write_mp4(frames, Path(folder) / "video.mp4", params.fps, {})
         thumbnail(frames)
-        spritesheet(frames, SPRITE_COLUMNS, SPRITES)
+        spritesheet(frames, *SPRITES)

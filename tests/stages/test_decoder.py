@@ -18,6 +18,7 @@ from serve_app.errors import JobFailed
 from serve_app.request import Params
 from serve_app.stages.decoder import Decoder
 from serve_app.tiny import CHECKPOINT
+from serve_app.wan import video
 from serve_app.wan.arrival import Arrival
 
 PARAMS: Params = next(iter(CASES.values()))
@@ -87,6 +88,50 @@ async def test_a_decode_that_nobody_waits_for_any_more_stores_nothing(decoder: A
     assert not writing(tmp_path) and not stored(tmp_path)
     await decoder.decode(latents(), PARAMS, "videos/b/1", "b")
     assert stored(tmp_path)["video.mp4"].parent.parent.name == "b"
+
+
+@pytest.fixture
+def encoding(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """When all frames are with the encoder, and when it may end."""
+    fed, go_on = threading.Event(), threading.Event()
+    write = video.write_mp4
+
+    def held(*given: Any) -> None:
+        write(*given)
+        fed.set()
+        assert go_on.wait(30)
+
+    monkeypatch.setattr(video, "write_mp4", held)
+    return fed, go_on
+
+
+async def test_small_files_do_not_wait_for_the_encoder(
+    decoder: Any, encoding: tuple[threading.Event, threading.Event], tmp_path: Path
+) -> None:
+    _, go_on = encoding
+    call = asyncio.create_task(decoder.decode(latents(), PARAMS, "videos/a/1", "a"))
+    for _ in range(300):
+        if len(list((tmp_path / "videos").rglob("*.jpg"))) == 2:
+            break
+        await asyncio.sleep(0.1)
+    assert set(stored(tmp_path / "videos")) == {"thumbnail.jpg", "spritesheet.jpg"}
+    go_on.set()
+    await call
+    assert "video.mp4" in stored(tmp_path / "videos")
+
+
+async def test_a_call_that_ends_while_its_video_is_encoded_leaves_nothing_behind(
+    decoder: Any, encoding: tuple[threading.Event, threading.Event], tmp_path: Path
+) -> None:
+    fed, go_on = encoding
+    call = asyncio.create_task(decoder.decode(latents(), PARAMS, "videos/a/1", "a"))
+    await asyncio.to_thread(fed.wait, 30)
+    call.cancel()
+    asyncio.get_running_loop().call_later(0.3, go_on.set)
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert go_on.is_set() and not writing(tmp_path), "the folder is the encoder's as long as it works"
+    assert "video.mp4" not in stored(tmp_path / "videos")
 
 
 @pytest.mark.parametrize(
