@@ -21,7 +21,7 @@ from serve_app.wan.attention import CrossAttention, SelfAttention, ShardedNorm
 from serve_app.wan.checkpoint import Checkpoint, Expert
 from serve_app.wan.fused import LinearGelu, block_forward
 from serve_app.wan.kernels import KernelName, pick_kernel
-from serve_app.wan.pieces import Piece, each, empty_expert, pieces
+from serve_app.wan.pieces import Piece, cut_dim, each, empty_expert, pieces
 from serve_app.wan.prepared import AGAIN, Prepared
 from serve_app.wan.random_weights import RandomWeights
 from serve_app.wan.rotary import Rotary
@@ -33,9 +33,6 @@ from serve_app.wan.weights import Weights
 from serve_app.wan.world import Axis, World
 
 log = get_logger(__name__)
-
-_UNCUT = ("to_q", "norm_q", "to_out")
-"""Of cross-attention, what each rank has whole; see `CrossAttention`."""
 
 TEXT_MEMORY_BYTES = 2.0**30
 """Enough for one 720p sample of A14B, both halves of guidance."""
@@ -149,8 +146,7 @@ def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
     """Replace the blocks' linear layers by this rank's shards; parameters are allocated, not filled."""
     import deepspeed
 
-    # Copies, since DeepSpeed cuts the parameters themselves.
-    uncut = [{name: copy.deepcopy(getattr(block.attn2, name)) for name in _UNCUT} for block in model.blocks]  # type: ignore[union-attr]
+    uncut = [_whole(block.attn2) for block in model.blocks]  # type: ignore[union-attr]
     engine = deepspeed.init_inference(
         model,
         # The default grain of 64 cuts unevenly where the feed-forward width is no multiple of 64 times the size.
@@ -180,6 +176,16 @@ def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
         for name, module in whole.items():
             setattr(block.attn2, name, module)
     return model
+
+
+def _whole(cross_attention: Any) -> dict[str, nn.Module]:
+    """Those of its modules that each rank has whole, though DeepSpeed cuts some. Copies, since it cuts the parameters
+    themselves."""
+    return {
+        name: copy.deepcopy(module)
+        for name, module in cross_attention.named_children()
+        if all(cut_dim(f"blocks.0.attn2.{name}.{leaf}") is None for leaf, _ in module.named_parameters())
+    }
 
 
 def _check_dtypes(parts: list[Piece], weights: Weights) -> None:
