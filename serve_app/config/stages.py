@@ -143,6 +143,9 @@ class Denoiser(Stage):
     next one uses again if the same samples step. A batch beyond it has them made anew at every step."""
     attention: Literal["auto", "flash4", "flash3", "cudnn", "flash", "native"] = "auto"
     """The kernel of attention. `auto` is the fastest that works on the ranks' device; the log says which and why."""
+    peer_memory: bool = True
+    """Whether ranks that share weights send each other what they need by copies between their devices, where NVLink
+    joins them; else by NCCL. The log says which and why."""
     compile: bool = False
     """Compile the experts' blocks at the start, for GPUs. Steps then differ from others by rounding."""
     checkpoint_s: NonNegativeFloat = 30

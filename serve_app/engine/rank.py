@@ -129,7 +129,9 @@ class Rank:
         set_threads(stage.threads or max(1, (os.cpu_count() or 1) // shared))
         self._device = pick_device(stage.device)
         self._mesh = mesh
-        self._world = world = init_world(self._rank, mesh, address, port, self._device, timeout_s=stage.start_timeout_s)
+        self._world = world = init_world(
+            self._rank, mesh, address, port, self._device, stage.start_timeout_s, stage.peer_memory
+        )
         self._dtype = getattr(torch, self._config.model.dtype)
         self._checkpoint = Checkpoint(self._config.model.folder, self._config.model.random)
         limit = limit_memory(self._device, stage.memory_fraction)

@@ -167,10 +167,10 @@ class PeerMemory:
         torch.cuda.set_per_process_memory_fraction(max(0.0, share - more / whole), self._device)
 
 
-def connect(group: Any, device: torch.device, timeout_s: float) -> None:
-    """Let the ranks of a group have such memory if their devices can; all of them come here."""
-    made, why = None, _missing(group, device)
-    if _all(why is None, group, device):
+def connect(group: Any, device: torch.device, timeout_s: float, wanted: bool = True) -> None:
+    """Let the ranks of a group have such memory if it is wanted and their devices can; all of them come here."""
+    made, why = None, _missing(group, device) if wanted else "asked for"
+    if wanted and _all(why is None, group, device):
         os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")  # each calls its own device the first
         try:
             with warnings.catch_warnings():

@@ -76,12 +76,21 @@ class World:
             torch.distributed.destroy_process_group()
 
 
-def init_world(rank: int, mesh: Mesh, address: str, port: int, device: torch.device, timeout_s: float) -> World:
+def init_world(
+    rank: int,
+    mesh: Mesh,
+    address: str,
+    port: int,
+    device: torch.device,
+    timeout_s: float,
+    peers: bool = True,
+) -> World:
     """Join the group of ranks that share an expert; returns when all of them are there.
 
     Args:
         address, port: where rank 0 listens, as the other ranks reach it.
         timeout_s: for the others to come, and for every exchange with them later.
+        peers: whether ranks that share weights use each other's memory (`peer_memory`) if their devices can.
 
     Raises:
         torch.distributed.DistError: the group did not come together in time.
@@ -117,7 +126,7 @@ def init_world(rank: int, mesh: Mesh, address: str, port: int, device: torch.dev
         torch.cuda.set_device(device)
     world = World(rank, mesh, device, {axis: _join(axis, rank, mesh, timeout_s) for axis in AXES})
     if cuda and world.tensor.group is not None:
-        peer_memory.connect(world.tensor.group, device, timeout_s)
+        peer_memory.connect(world.tensor.group, device, timeout_s, peers)
     return world
 
 

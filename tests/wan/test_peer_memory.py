@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -145,3 +146,12 @@ def test_a_sum_that_is_broken_off_is_not_tried_again(monkeypatch: pytest.MonkeyP
     peers = Peers(Host(1), 0)
     with pytest.raises(OutOfStep, match="OutOfMemoryError: CUDA out of memory"):
         peers.share_products(torch.ones(1, 4, 2), torch.ones(3, 2), torch.ones(1, 4, 3), torch.ones(0, 1, 4, 3))
+
+
+def test_it_can_be_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    group = SimpleNamespace(group_name="of ranks that nobody asks")
+    with caplog.at_level("INFO"):
+        peer_memory.connect(group, torch.device("cuda", 0), timeout_s=1, wanted=False)
+    assert peer_memory.of(group.group_name) is None
+    (line,) = caplog.records
+    assert (line.message, line.used, line.reason) == ("exchange", "NCCL", "asked for")  # type: ignore[attr-defined]
