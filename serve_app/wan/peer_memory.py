@@ -2,13 +2,14 @@
 
 A collective of NCCL is a kernel: it wants the multiprocessors that a product has, so the two hardly go beside each
 other. A copy between devices that NVLink joins wants none. So what ranks that share weights need of each other is
-fetched while products are made: runs of tokens while the own one is multiplied already, others' parts of sums while the
-own one is made. Where the products of two runs do not wait for each other they go to two streams: where the last pieces
-of one leave multiprocessors without work, the other has some. The memory is torch's symmetric memory,
+copied while products are made: runs of tokens are sent while the own one is multiplied already, others' parts of sums
+are fetched while the own one is made. Nor does the signal that a run is there want any: a kernel for it would wait for
+the product that it goes beside. Where the products of two runs do not wait for each other they go to two streams: where
+the last pieces of one leave multiprocessors without work, the other has some. The memory is torch's symmetric memory,
 `torch.distributed._symmetric_memory`.
 
 Ranks come here in the same order with the same sizes, as they do to collectives, and gathers and sums take turns: by
-each of them ranks learn that what the one before has left was fetched.
+each of them ranks learn that what the one before has left is not wanted any more.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ from serve_app.wan import exchange
 
 log = get_logger(__name__)
 
-_THERE, _DIVIDED, _MADE = range(3)
-"""Channels of signals: before runs are fetched, before memory is divided anew, and before parts of sums are fetched."""
+_DIVIDED, _MADE, _THERE = range(3)
+"""Channels of signals: before memory is divided anew, before parts of sums are fetched, and when a run is there: that
+one and the next in turns, since who gives such a signal does not look whether the last one was waited for."""
+_TRIED_RUNS, _TRIED_WIDTH = (64, 1024, 1024, 1024, 64, 64), 256
+"""Tokens and features of what is sent once to see that copies work."""
 _NATIVE_ATOMICS = 3
 """CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED, CUDA's name for what signals between two devices need."""
 _known: dict[str, PeerMemory] = {}
@@ -55,12 +59,15 @@ class PeerMemory:
         self._timeout_ms = int(1e3 * timeout_s)
         self._copies = torch.cuda.Stream(device, priority=-1)
         self._beside = torch.cuda.Stream(device)
+        self._gathers = 0
         self._shape: tuple[int, ...] = ()
         self.held_bytes = 0
         """Of this rank's device. torch's allocator, which does not count it, is left so much less."""
         self.exchanged = 0
         """Gathers and sums that were begun."""
         self._hold(1)
+        self._try_signals()
+        self._try_copies()
 
     def gather(self, own: torch.Tensor, use: Callable[[int, torch.Tensor], None]) -> None:
         """Have all ranks' runs used: this one's at once, the others when they are there.
@@ -72,21 +79,21 @@ class PeerMemory:
         own = own.contiguous()
         self._divide(own)
         others = [(self._me + step) % self._size for step in range(1, self._size)]
-        runs = [torch.empty_like(own) for _ in others]
-        main = self._main
+        main, channel = self._main, _THERE + self._gathers % 2
         self.exchanged += 1
+        self._gathers += 1
         self._copies.wait_stream(main)
-        with torch.cuda.stream(self._copies):
-            self._area(self._me, own, 0).copy_(own)
-            self._memory.barrier(_THERE, self._timeout_ms)
-        events = [self._fetch(run, self._area(rank, own, 0)) for rank, run in zip(others, runs, strict=True)]
+        for place, rank in enumerate(reversed(others)):  # whose first place is for the rank after it, and so on
+            self._copy(self._area(rank, own, place), own)
+            self._tell(rank, channel)
+        events = [self._told(rank, channel) for rank in others]
         try:
             use(self._me, own)
-            for rank, run, event in zip(others, runs, events, strict=True):
+            for place, (rank, event) in enumerate(zip(others, events, strict=True)):
                 self._beside.wait_event(event)
                 with torch.cuda.stream(self._beside):
-                    use(rank, run)
-        finally:  # whoever fails gives memory back that is being written
+                    use(rank, self._area(self._me, own, place))
+        finally:  # whoever fails gives memory back that is being read
             main.wait_stream(self._copies)
             main.wait_stream(self._beside)
 
@@ -114,13 +121,12 @@ class PeerMemory:
         try:
             for step in range(1, self._size):
                 rank = (self._me + step) % self._size
-                _multiply(hidden[:, rank * run :], weight, self._area(self._me, own, step))
+                _multiply(hidden[:, rank * run :], weight, self._area(self._me, own, self._size - 2 + step))
                 self._memory.put_signal(rank, _MADE, self._timeout_ms)
             for step, part in enumerate(others, 1):
                 rank = (self._me - step) % self._size
-                with torch.cuda.stream(self._copies):
-                    self._memory.wait_signal(rank, _MADE, self._timeout_ms)
-                self._fetch(part, self._area(rank, own, step))
+                self._told(rank, _MADE)
+                self._copy(part, self._area(rank, own, self._size - 2 + step))
             _multiply(hidden[:, self._me * run :], weight, own)
         except Exception as error:
             raise OutOfStep(f"a sum was broken off by {type(error).__name__}: {one_line(error)}") from error
@@ -132,25 +138,76 @@ class PeerMemory:
         return torch.cuda.current_stream(self._device)
 
     def _divide(self, like: torch.Tensor) -> None:
-        """Make room for a run, `[batch, run, features]`, and for as many of sums as there are other ranks."""
+        """Make room for two runs, `[batch, run, features]`, of each other rank: its own, and a part of its sum."""
         shape = (*like.shape, like.element_size())
         if shape == self._shape:
             return
-        if self._size * like.nbytes > self.held_bytes:
-            self._hold(self._size * like.nbytes)
-        self._memory.barrier(_DIVIDED, self._timeout_ms)  # what others still fetch lies elsewhere from now on
+        if 2 * (self._size - 1) * like.nbytes > self.held_bytes:
+            self._hold(2 * (self._size - 1) * like.nbytes)
+        self._memory.barrier(_DIVIDED, self._timeout_ms)  # what others still want lies elsewhere from now on
         self._shape = shape
 
     def _area(self, rank: int, like: torch.Tensor, place: int) -> torch.Tensor:
-        """A rank's memory: at place 0 for its run, behind it for products that others fetch."""
+        """A rank's memory: first for the runs of those after it, behind that for products that they fetch."""
         return self._memory.get_buffer(rank, like.shape, like.dtype, place * like.numel())
 
-    def _fetch(self, to: torch.Tensor, there: torch.Tensor) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+    def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         with torch.cuda.stream(self._copies):
-            to.copy_(there)
-            event.record(self._copies)
-        return event
+            to.copy_(source)
+
+    def _tell(self, rank: int, channel: int) -> None:
+        """Give a rank the signal that it has what was copied to it, as torch would, but without a kernel."""
+        with torch.cuda.stream(self._copies):
+            self._memory.stream_write_value32(self._signals(rank), self._size * channel + self._me, 1)
+
+    def _told(self, rank: int, channel: int) -> Any:
+        """Wait for a rank's signal before the next copy; returns the event that it is there."""
+        with torch.cuda.stream(self._copies):
+            self._memory.wait_signal(rank, channel, self._timeout_ms)
+        return self._copies.record_event()
+
+    def _signals(self, rank: int, dtype: torch.dtype = torch.uint32) -> torch.Tensor:
+        """A rank's signals, of each channel one by each rank: 1 from when they are given until they are waited for."""
+        signals: torch.Tensor = self._memory.get_signal_pad(rank, (self._size * (_THERE + 2),), dtype)
+        return signals
+
+    def _try_signals(self) -> None:
+        """See whether `_tell` arrives where torch waits for it; all ranks meet here."""
+        self._memory.put_signal(self._me, _MADE, self._timeout_ms)
+        for rank in range(self._size):
+            if rank != self._me:
+                self._tell(rank, _MADE)
+        self._main.wait_stream(self._copies)
+        exchange.gather(torch.zeros(1, device=self._device), self._group)
+        given = self._signals(self._me, torch.int32)
+        found = given.tolist()
+        given.zero_()
+        exchange.gather(torch.zeros(1, device=self._device), self._group)
+        if found != [int(channel == _MADE) for channel in range(_THERE + 2) for _ in range(self._size)]:
+            raise RuntimeError("signals lie elsewhere in this version of torch")
+
+    def _try_copies(self) -> None:
+        """See whether runs and sums are what they should be; all ranks meet here."""
+        numbers = torch.Generator(self._device).manual_seed(0)
+        one = torch.eye(_TRIED_WIDTH, dtype=torch.bfloat16, device=self._device)
+        wrong = torch.zeros((), device=self._device)
+        for run in _TRIED_RUNS:
+            shape = (1, self._size, run, _TRIED_WIDTH)
+            # Small enough for bfloat16 to be exact, and the same on all ranks.
+            drawn = torch.randint(-2, 3, shape, generator=numbers, device=self._device)
+            whole = drawn.bfloat16().flatten(1, 2)
+            mine = slice(self._me * run, (self._me + 1) * run)
+            found, parts = torch.empty_like(whole), whole.new_empty(self._size, 1, run, _TRIED_WIDTH)
+
+            def use(rank: int, rows: torch.Tensor, found: torch.Tensor = found, run: int = run) -> None:
+                found[:, rank * run : (rank + 1) * run] = rows
+
+            self.gather(whole[:, mine], use)
+            self.share_products(whole * (self._me + 1), one, parts[0], parts[1:])
+            times = self._size * (self._size + 1) // 2
+            wrong += (found != whole).any() | (parts.sum(0) != whole[:, mine] * times).any()
+        if wrong:
+            raise RuntimeError("what is copied between devices is not what it was")
 
     def _hold(self, size: int) -> None:
         """Have so much memory at least; all ranks meet here if there is less."""

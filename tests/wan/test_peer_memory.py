@@ -32,7 +32,7 @@ class Host:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self.memory = [torch.zeros(1 << 14, dtype=torch.float64) for _ in range(ranks)]
+        self.memory = [torch.zeros(1 << 18, dtype=torch.float64) for _ in range(ranks)]
         self.changed = threading.Condition()
         self.given: set[tuple[int, int, int]] = set()
         self.meetings: dict[int, threading.Barrier] = defaultdict(lambda: threading.Barrier(ranks))
@@ -45,12 +45,19 @@ class Handle:
         self.host, self.rank, self.world_size = host, rank, host.ranks
 
     def get_buffer(self, rank: int, shape: Any, dtype: torch.dtype, offset: int) -> torch.Tensor:
-        return self.host.memory[rank][offset : offset + math.prod(shape)].view(*shape)
+        return self.host.memory[rank].view(dtype)[offset : offset + math.prod(shape)].view(*shape)
 
     def barrier(self, channel: int, timeout_ms: int) -> None:
         with self.host.changed:
             meeting = self.host.meetings[channel]
         meeting.wait(DEADLINE_S)
+
+    def tell(self, rank: int, channel: int) -> None:
+        with self.host.changed:
+            signal = (self.rank, rank, channel)
+            assert signal not in self.host.given, "nobody has waited for the last one, so one of them is lost"
+            self.host.given.add(signal)
+            self.host.changed.notify_all()
 
     def put_signal(self, rank: int, channel: int, timeout_ms: int) -> None:
         self._turn((self.rank, rank, channel), given=False)
@@ -77,19 +84,26 @@ class Peers(PeerMemory):
     def __init__(self, host: Host, rank: int) -> None:
         self._memory: Any = Handle(host, rank)
         self._me, self._size, self._timeout_ms = rank, host.ranks, 0
+        self._device = torch.device("cpu")
         self._copies, self._beside = Stream(), Stream()  # type: ignore[assignment]
-        self._shape = ()
+        self._shape, self._gathers = (), 0
         self.held_bytes, self.exchanged = host.memory[rank].nbytes, 0
 
     @property
     def _main(self) -> Any:
         return Stream()
 
-    def _fetch(self, to: torch.Tensor, there: torch.Tensor) -> Any:
+    def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
         rest()
-        for row, source in zip(to.flatten(0, -2), there.flatten(0, -2), strict=True):
-            row.copy_(source)
+        for row, other in zip(to.flatten(0, -2), source.flatten(0, -2), strict=True):
+            row.copy_(other)
             rest()
+
+    def _tell(self, rank: int, channel: int) -> None:
+        self._memory.tell(rank, channel)
+
+    def _told(self, rank: int, channel: int) -> None:
+        self._memory.wait_signal(rank, channel, 0)
 
 
 def rest() -> None:
@@ -112,9 +126,13 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_runs_and_sums_are_those_of_one_device(ranks: int) -> None:
+    def short(rank: int, run: torch.Tensor) -> None:
+        raise MemoryError
+
     torch.manual_seed(0)
     host = Host(ranks)
-    videos = [torch.randn(batch, tokens, FEATURES).double() for batch, tokens in [(1, 21), (2, 9), (1, 2), (2, 9)] * 3]
+    shapes = [(1, 21), (1, 21), (2, 9), (2, 9), (2, 9), (1, 2), (1, 2)] * 3  # ranks meet where they change
+    videos = [torch.randn(*shape, FEATURES).double() for shape in shapes]
     weight = torch.randn(FEATURES, INSIDE).double()
     inside = [torch.randn(*video.shape[:2], INSIDE).double() for video in videos]
 
@@ -123,8 +141,10 @@ def test_runs_and_sums_are_those_of_one_device(ranks: int) -> None:
         for video, hidden in zip(videos, inside, strict=True):
             run = -(-video.shape[1] // ranks)
             padded = torch.cat([video, video.new_zeros(len(video), ranks * run - video.shape[1], FEATURES)], dim=1)
-            found: dict[int, torch.Tensor] = {}
-            peers.gather(padded[:, rank * run : (rank + 1) * run], found.__setitem__)
+            own, found = padded[:, rank * run : (rank + 1) * run], {}
+            with pytest.raises(MemoryError):
+                peers.gather(own, short)  # and again
+            peers.gather(own, found.__setitem__)
             whole = torch.cat([found[other] for other in range(ranks)], dim=1)
             assert torch.equal(whole, padded)
             parts = torch.full((ranks, len(video), run, FEATURES), math.nan).double()
@@ -136,6 +156,27 @@ def test_runs_and_sums_are_those_of_one_device(ranks: int) -> None:
     with ThreadPoolExecutor(ranks) as threads:
         list(threads.map(rank_does, range(ranks)))
     assert not host.given, "every signal was waited for"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_copies_that_are_tried_are_right_or_said_to_be_wrong(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_memory, "_TRIED_RUNS", (6, 9, 9))
+    monkeypatch.setattr(peer_memory, "_TRIED_WIDTH", 8)
+    host = Host(ranks)
+    with ThreadPoolExecutor(ranks) as threads:
+        list(threads.map(lambda rank: Peers(host, rank)._try_copies(), range(ranks)))
+
+    class Wrong(Peers):
+        def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+            super()._copy(to, source)
+            if self._me == 1:
+                to[0, -1, 0] += 1
+
+    host = Host(ranks)
+    with ThreadPoolExecutor(ranks) as threads:
+        tried = [threads.submit(Wrong(host, rank)._try_copies) for rank in range(ranks)]
+    failed = [one.exception() for one in tried]
+    assert any(failed) and all(error is None or "is not what it was" in str(error) for error in failed)
 
 
 def test_a_sum_that_is_broken_off_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
