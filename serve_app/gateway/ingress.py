@@ -41,7 +41,7 @@ class Gateway:
         self, config: Config, dispatcher: DeploymentHandle, expert: dict[str, Any] | None = None
     ) -> None:
         self._config = config
-        self._dispatcher = dispatcher
+        self._dispatcher = dispatcher.options()  # looks for its replicas now, and not when the first job waits for it
         with starting():
             check_hosts(config, alive_hosts())
             self._broker = broker(config)

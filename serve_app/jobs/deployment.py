@@ -86,7 +86,7 @@ class ServePipeline:
         handle = await self._connected()
         response = None
         try:
-            response = handle.options(stream=True).generate.remote({**job, "caller": this_process()})
+            response = handle.generate.remote({**job, "caller": this_process()})
             async for event in response:
                 yield event
         except asyncio.CancelledError:
@@ -104,11 +104,17 @@ class ServePipeline:
                 with suppress(Exception):
                     response.cancel()
 
+    async def prepare(self) -> None:
+        """Look for the pipeline's replicas before the first job waits for that, if it is deployed already."""
+        with suppress(PipelineUnavailable):
+            await self._connected()
+
     async def _connected(self) -> Any:
         if self._handle is None:
             try:
                 # Asks the controller and blocks, so not on the event loop.
-                self._handle = await asyncio.to_thread(serve.get_app_handle, self._application)
+                handle = await asyncio.to_thread(serve.get_app_handle, self._application)
+                self._handle = handle.options(stream=True)
             except (RayServeException, RayError, OSError) as error:
                 raise PipelineUnavailable(f"application {self._application!r} is not deployed") from error
         return self._handle
@@ -193,6 +199,7 @@ class DispatcherDeployment:
         self._notifier = Notifier(self._store.database, config)
         self._dispatcher.start()
         self._notifier.start()
+        self._preparing = asyncio.create_task(pipeline.prepare(), name="prepare")
 
     async def wake(self) -> None:
         """There is something new in the store."""

@@ -58,10 +58,11 @@ class Pipeline:
         low_noise_denoiser: DeploymentHandle | None = None,
         store_wait_s: float = 3600,
     ) -> None:
-        self._encoder = encoder
+        # `options` has a handle look for its replicas now, and not when the first job waits for it.
+        self._encoder = encoder.options()
         self._denoiser = denoiser.options(stream=True)
         self._low_noise_denoiser = (low_noise_denoiser or denoiser).options(stream=True)
-        self._decoder = decoder
+        self._decoder = decoder.options()
         self._store_wait_s = store_wait_s
         self._decode_s_per_pixel = 0.0
         self._callers = Callers()

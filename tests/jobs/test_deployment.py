@@ -112,8 +112,7 @@ class Response:
 
 def pipeline(response: Response) -> ServePipeline:
     pipeline = ServePipeline("wan")
-    generate = SimpleNamespace(remote=lambda job: response)
-    pipeline._handle = SimpleNamespace(options=lambda stream: SimpleNamespace(generate=generate))
+    pipeline._handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda job: response))
     return pipeline
 
 
@@ -163,6 +162,22 @@ async def test_a_controller_that_cannot_be_asked_is_away(trouble: Exception, mon
     monkeypatch.setattr("serve_app.jobs.deployment.serve.get_app_handle", ask)
     with pytest.raises(PipelineUnavailable, match="'wan' is not deployed"):
         await events(ServePipeline("wan"))
+    await ServePipeline("wan").prepare()  # the first job will tell
+
+
+async def test_the_first_job_does_not_wait_for_the_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    looks = SimpleNamespace(options=lambda stream: asked.append("replicas") or looks)
+
+    def ask(name: str) -> Any:
+        asked.append(name)
+        return looks
+
+    monkeypatch.setattr("serve_app.jobs.deployment.serve.get_app_handle", ask)
+    run = ServePipeline("wan")
+    await run.prepare()
+    assert asked == ["wan", "replicas"]
+    assert await run._connected() is looks and asked == ["wan", "replicas"]
 
 
 def test_sqlite_serves_one_host() -> None:

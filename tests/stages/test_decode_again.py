@@ -25,6 +25,9 @@ class FakeDecoder:
         self.given: list[np.ndarray] = []
         self.decode = self
 
+    def options(self) -> FakeDecoder:
+        return self
+
     async def remote(self, latents: np.ndarray, *_: Any) -> Decoded:
         self.given.append(latents)
         if self.failures:
