@@ -145,7 +145,7 @@ class Denoiser(Stage):
     """The kernel of attention. `auto` is the fastest that works on the ranks' device; the log says which and why."""
     peer_memory: bool = True
     """Whether ranks that share weights send each other what they need by copies between their devices, where NVLink
-    joins them; else by NCCL. The log says which and why."""
+    joins them and a trial at the start goes well; else by NCCL. The log says which and why."""
     compile: bool = False
     """Compile the experts' blocks at the start, for GPUs. Steps then differ from others by rounding."""
     checkpoint_s: NonNegativeFloat = 30
