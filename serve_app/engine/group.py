@@ -230,9 +230,9 @@ class Group:
 
 def rank_actor(config: Config) -> dict[str, Any]:
     """Ray's options for a rank."""
-    need, mesh = config.denoiser.rank, config.denoiser.parallel.mesh
+    stage, need, mesh = config.denoiser, config.denoiser.rank, config.denoiser.parallel.mesh
     # Those that share weights show each other their devices' memory, see `peer_memory`.
-    shared = need.num_gpus > 0 and (mesh.tensor > 1 if mesh else config.denoiser.parallel.size > 1)
+    shared = stage.peer_memory and need.num_gpus > 0 and (mesh.tensor > 1 if mesh else stage.parallel.size > 1)
     return {
         "num_cpus": need.num_cpus,
         "num_gpus": need.num_gpus,

@@ -34,6 +34,7 @@ _DIVIDED, _MADE, _THERE = range(3)
 one and the next in turns, since who gives such a signal does not look whether the last one was waited for."""
 _TRIED_RUNS, _TRIED_WIDTH = (64, 1024, 1024, 1024, 64, 64), 256
 """Tokens and features of what is sent once to see that copies work."""
+_TRIED_S = 60
 _NATIVE_ATOMICS = 3
 """CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED, CUDA's name for what signals between two devices need."""
 _known: dict[str, PeerMemory] = {}
@@ -56,7 +57,6 @@ class PeerMemory:
     def __init__(self, group: Any, device: torch.device, timeout_s: float) -> None:
         self._group = group
         self._device = device
-        self._timeout_ms = int(1e3 * timeout_s)
         self._copies = torch.cuda.Stream(device, priority=-1)
         self._beside = torch.cuda.Stream(device)
         self._gathers = 0
@@ -66,8 +66,11 @@ class PeerMemory:
         self.exchanged = 0
         """Gathers and sums that were begun."""
         self._hold(1)
+        self._timeout_ms = int(1e3 * min(timeout_s, _TRIED_S))
         self._try_signals()
         self._try_copies()
+        torch.cuda.synchronize(device)
+        self._timeout_ms = int(1e3 * timeout_s)
 
     def gather(self, own: torch.Tensor, use: Callable[[int, torch.Tensor], None]) -> None:
         """Have all ranks' runs used: this one's at once, the others when they are there.
@@ -182,8 +185,8 @@ class PeerMemory:
         given = self._signals(self._me, torch.int32)
         found = given.tolist()
         given.zero_()
-        exchange.gather(torch.zeros(1, device=self._device), self._group)
-        if found != [int(channel == _MADE) for channel in range(_THERE + 2) for _ in range(self._size)]:
+        right = found == [int(channel == _MADE) for channel in range(_THERE + 2) for _ in range(self._size)]
+        if not _all(right, self._group, self._device):
             raise RuntimeError("signals lie elsewhere in this version of torch")
 
     def _try_copies(self) -> None:
@@ -225,7 +228,11 @@ class PeerMemory:
 
 
 def connect(group: Any, device: torch.device, timeout_s: float, wanted: bool = True) -> None:
-    """Let the ranks of a group have such memory if it is wanted and their devices can; all of them come here."""
+    """Let the ranks of a group have such memory if it is wanted and their devices can; all of them come here.
+
+    Raises:
+        RuntimeError: the device is of no use to this process any more.
+    """
     made, why = None, _missing(group, device) if wanted else "asked for"
     if wanted and _all(why is None, group, device):
         os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")  # each calls its own device the first
@@ -238,6 +245,8 @@ def connect(group: Any, device: torch.device, timeout_s: float, wanted: bool = T
             made = PeerMemory(group, device, timeout_s)
         except Exception as error:  # whatever versions of torch and drivers come up with
             why = one_line(error)
+            if "CUDA error" in why or "CUDA driver error" in why:  # after which nothing on the device succeeds
+                raise RuntimeError(f"{why}; denoiser.peer_memory: false does without what failed") from error
         if _all(made is not None, group, device) and made is not None:
             _known[group.group_name] = made
     used = "copies between devices" if of(group.group_name) else "NCCL"

@@ -162,8 +162,11 @@ print("all" if visible is None else "one" if visible == own[0] else visible)
     assert done.stdout.split() == [seen], done.stderr
 
 
-@pytest.mark.parametrize(("axis", "seen"), [("tensor", ["0,1", "1,0"]), ("guidance", ["0", "1"])])
-def test_ranks_that_share_weights_see_all_gpus_of_their_host_and_their_own_first(three_hosts, axis, seen):
+@pytest.mark.parametrize(
+    ("axis", "peers", "seen"),
+    [("tensor", True, ["0,1", "1,0"]), ("tensor", False, ["0", "1"]), ("guidance", True, ["0", "1"])],
+)
+def test_ranks_that_share_weights_see_all_gpus_of_their_host_and_their_own_first(three_hosts, axis, peers, seen):
     need = {"num_cpus": 0.1, "num_gpus": 0.8, "resources": {"codec": 1}}
     script = f"""
 import os
@@ -182,7 +185,7 @@ class Looking(Rank):
         return os.environ["CUDA_VISIBLE_DEVICES"]
 
 ray.init(logging_level="ERROR", log_to_driver=False)
-config = validate({{"denoiser": {{"parallel": {{"{axis}": 2}}, "rank": {need}}}}})
+config = validate({{"denoiser": {{"parallel": {{"{axis}": 2}}, "rank": {need}, "peer_memory": {peers}}}}})
 looking = ray.remote(concurrency_groups={{"health": 1}})(Looking)
 ranks = [looking.options(**rank_actor(config)).remote(config, rank) for rank in range(2)]
 print(*sorted(ray.get([rank.look.remote() for rank in ranks], timeout=60)))

@@ -196,3 +196,16 @@ def test_it_can_be_left_out(caplog: pytest.LogCaptureFixture) -> None:
     assert peer_memory.of(group.group_name) is None
     (line,) = caplog.records
     assert (line.message, line.used, line.reason) == ("exchange", "NCCL", "asked for")  # type: ignore[attr-defined]
+
+
+def test_a_trial_that_costs_the_device_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(peer_memory, "_missing", lambda *_: None)
+    monkeypatch.setattr(peer_memory, "_all", lambda said, *_: said)
+    monkeypatch.setattr(peer_memory, "PeerMemory", broken)
+    monkeypatch.setattr("torch.distributed._symmetric_memory.enable_symm_mem_for_group", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"unspecified launch failure.*denoiser\.peer_memory: false"):
+        peer_memory.connect(SimpleNamespace(group_name="x"), torch.device("cuda", 0), timeout_s=1)
+    assert peer_memory.of("x") is None
