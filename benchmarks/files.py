@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[8, 16])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    if len(options.decode_s) != len(options.sizes):
+        parser.error(f"--decode-s has {len(options.decode_s)} values, expected {len(options.sizes)}, one for each size")
     print(f"\n{describe()}\n\n| size | what | threads | s | rest s | bytes |\n|---|---|---|---|---|---|", flush=True)
     for size, decode_s in zip(options.sizes, options.decode_s, strict=True):
         width, height = map(int, size.split("x"))
