@@ -150,7 +150,7 @@ async def test_the_beginning_is_told_although_the_store_was_away(
 async def test_a_run_ends_at_its_deadline(store: JobStore, storage: Storage, start: Start) -> None:
     """At the moment, that is, though the next poll is far away."""
     pipeline = FakePipeline(storage, gate=asyncio.Event(), stubborn=True)
-    video_id = await create(store, deadline_s=2)
+    video_id = await create(store, deadline_s=6)  # by which it has to run, however slow the disk is at that moment
     start(pipeline, poll_s=30)
     job = await ended(store, video_id, "failed")
     assert (job.error_code, job.error_message) == ("deadline_exceeded", "Its deadline passed while it ran.")
