@@ -106,14 +106,19 @@ def encoding(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threadin
 
 
 async def test_small_files_do_not_wait_for_the_encoder(
-    decoder: Any, encoding: tuple[threading.Event, threading.Event], tmp_path: Path
+    decoder: Any, encoding: tuple[threading.Event, threading.Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, go_on = encoding
+    put, second = decoder._storage.put, asyncio.Event()
+
+    async def told(key: str, *others: Any) -> None:
+        await put(key, *others)
+        if key.endswith("spritesheet.jpg"):
+            second.set()
+
+    monkeypatch.setattr(decoder._storage, "put", told)
     call = asyncio.create_task(decoder.decode(latents(), PARAMS, "videos/a/1", "a"))
-    for _ in range(300):
-        if len(list((tmp_path / "videos").rglob("*.jpg"))) == 2:
-            break
-        await asyncio.sleep(0.1)
+    await asyncio.wait_for(second.wait(), 20)
     assert set(stored(tmp_path / "videos")) == {"thumbnail.jpg", "spritesheet.jpg"}
     go_on.set()
     await call
