@@ -35,6 +35,7 @@ one and the next in turns, since who gives such a signal does not look whether t
 _TRIED_RUNS, _TRIED_WIDTH = (64, 1024, 1024, 1024, 64, 64), 256
 """Tokens and features of what is sent once to see that copies work."""
 _TRIED_S = 60
+"""For that, where ranks may otherwise wait for as long as a start takes."""
 _NATIVE_ATOMICS = 3
 """CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED, CUDA's name for what signals between two devices need."""
 _known: dict[str, PeerMemory] = {}
