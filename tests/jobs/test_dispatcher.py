@@ -58,8 +58,16 @@ async def test_runs_no_more_than_it_may(store: JobStore, storage: Storage, start
 
 
 async def test_wake_beats_the_poll(store: JobStore, storage: Storage, start: Start) -> None:
+    claim, looked = store.claim, asyncio.Event()
+
+    async def told(*given: Any) -> Any:
+        job = await claim(*given)
+        looked.set()
+        return job
+
+    store.claim = told  # type: ignore[method-assign]
     dispatcher = start(FakePipeline(storage), poll_s=30)
-    await asyncio.sleep(0.1)
+    await asyncio.wait_for(looked.wait(), 10)
     video_id = await create(store)
     dispatcher.wake()
     await ended(store, video_id, "completed")
@@ -170,12 +178,18 @@ async def test_store_away_for_a_while(store: JobStore, storage: Storage, start: 
     await until(lambda: running(store, video_id))
     database = store._db
 
+    asked, often = 0, asyncio.Event()
+
     def away() -> Any:
+        nonlocal asked
+        asked += 1
+        if asked == 6:
+            often.set()
         raise OperationalError("SELECT 1", {}, ConnectionRefusedError("away"))
 
     database.write = database.read = away  # type: ignore[method-assign]
     gate.set()
-    await asyncio.sleep(0.4)
+    await asyncio.wait_for(often.wait(), 20)
     dispatcher.check()
     del database.write, database.read
     assert (await ended(store, video_id, "completed")).attempt == 1

@@ -300,10 +300,21 @@ async def test_package_or_url_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_broker_that_is_away_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    rabbit = RabbitMQ("amqp://me:secret@127.0.0.1:1/", config.Queue(transport="rabbitmq"))
-    with caplog.at_level("INFO", logger="serve_app"):
-        rabbit.start()
-        await asyncio.sleep(2)  # four tries
-        await rabbit.close()
+    tries, often = 0, asyncio.Event()
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal tries
+        writer.close()
+        tries += 1
+        if tries == 4:
+            often.set()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        rabbit = RabbitMQ(f"amqp://me:secret@127.0.0.1:{port}/", config.Queue(transport="rabbitmq"))
+        with caplog.at_level("INFO", logger="serve_app"):
+            rabbit.start()
+            await asyncio.wait_for(often.wait(), 30)
+            await rabbit.close()
     assert [record.message for record in caplog.records] == ["broker away"]
     assert "secret" not in caplog.text
