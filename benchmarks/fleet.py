@@ -27,9 +27,9 @@ from serve_app.config import Config, validate
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Event
 from serve_app.gateway.app import create_app
-from serve_app.jobs.deployment import broker
 from serve_app.jobs.dispatcher import Dispatcher
 from serve_app.jobs.notice.notifier import Notifier
+from serve_app.jobs.rabbitmq import broker
 from serve_app.jobs.store import JobStore
 from serve_app.server import Server
 from serve_app.storage import Storage

@@ -9,7 +9,7 @@ import asyncio
 
 from serve_app.config import Config
 from serve_app.errors import ConfigError
-from serve_app.jobs.rabbitmq import RabbitMQ
+from serve_app.jobs.rabbitmq import RabbitMQ, broker
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage, trouble_with
 
@@ -23,8 +23,8 @@ async def preflight(config: Config) -> list[str]:
     Raises:
         ConfigError: a line for each option without which nothing can be served.
     """
-    broker = RabbitMQ(config.queue_url, config.queue) if config.queue.transport == "rabbitmq" else None
-    looks = [_store(config), _storage(config), *([] if broker is None else [_broker(broker, config)])]
+    messenger = broker(config)
+    looks = [_store(config), _storage(config), *([] if messenger is None else [_broker(messenger, config)])]
     found = await asyncio.gather(*looks, return_exceptions=True)
     for error in found:
         if isinstance(error, BaseException) and not isinstance(error, ConfigError):

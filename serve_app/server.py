@@ -22,8 +22,8 @@ from ray.serve.schema import ApplicationStatus
 from serve_app import app
 from serve_app.config import Config, load_file
 from serve_app.errors import ConfigError, ServeAppError
-from serve_app.jobs.deployment import alive_hosts, check_hosts
 from serve_app.preflight import preflight
+from serve_app.replica import alive_hosts, check_hosts
 
 Say = Callable[[str], None]
 

@@ -13,8 +13,8 @@ from starlette.exceptions import HTTPException
 
 from serve_app.errors import InvalidRequest, Unavailable, one_line
 from serve_app.gateway.schemas import ErrorEnvelope
+from serve_app.jobs.database import STORE_AWAY
 from serve_app.jobs.keys import OverLimit
-from serve_app.jobs.run import STORE_AWAY
 from serve_app.jobs.store import IdempotencyConflict, QueueFull
 from serve_app.logs import get_logger
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,10 +19,12 @@ from serve_app.gateway.auth import Caller
 from serve_app.gateway.errors import ApiError
 from serve_app.gateway.schemas import Variant
 from serve_app.gateway.service import Videos
-from serve_app.jobs.deployment import alive_hosts, broker, check_hosts, starting
+from serve_app.jobs.rabbitmq import broker
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
+from serve_app.replica import alive_hosts, check_hosts, starting
 from serve_app.storage import Storage
+from serve_app.wan.cost import video_tflop
 
 logger = get_logger(__name__)
 
@@ -45,7 +48,8 @@ class Gateway:
         with starting():
             check_hosts(config, alive_hosts())
             self._broker = broker(config)
-            self._store = JobStore.of(config, self._broker, expert)
+            work_of = None if expert is None else partial(video_tflop, expert)
+            self._store = JobStore.of(config, self._broker, work_of)
             await self._store.start()
             self._storage = Storage(config.storage_options)
             await self._storage.check()

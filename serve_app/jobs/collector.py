@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from serve_app.errors import one_line
-from serve_app.jobs.run import STORE_AWAY
+from serve_app.jobs.database import STORE_AWAY
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
 from serve_app.storage import Storage

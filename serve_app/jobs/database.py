@@ -23,6 +23,9 @@ from sqlalchemy.util import await_only
 from serve_app.errors import ConfigError, without_password
 from serve_app.jobs.schema import migrate
 
+STORE_AWAY = (SQLAlchemyError, OSError)
+"""What a call raises while the database is away; asyncpg raises OSError when it cannot connect."""
+
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
 # One lock for whoever changes the tables: a number that other users of the database are unlikely to have chosen.
 _SCHEMA_LOCK = 0x77616E32

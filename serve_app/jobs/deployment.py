@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
-import ray
 from ray import serve
 from ray.exceptions import (
     ActorPlacementGroupRemoved,
@@ -32,18 +31,15 @@ from ray.exceptions import (
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from serve_app.config import Config
-from serve_app.errors import ConfigError, JobFailed
+from serve_app.errors import JobFailed
 from serve_app.events import Event
 from serve_app.jobs.dispatcher import Dispatcher
 from serve_app.jobs.notice.notifier import Notifier
-from serve_app.jobs.rabbitmq import RabbitMQ
+from serve_app.jobs.rabbitmq import broker
 from serve_app.jobs.run import PipelineUnavailable
 from serve_app.jobs.store import JobStore
-from serve_app.logs import get_logger
-from serve_app.stages.callers import this_process
+from serve_app.replica import alive_hosts, check_hosts, starting, this_process
 from serve_app.storage import Storage
-
-logger = get_logger(__name__)
 
 # What happens to a machine or a replica, not to a request: another attempt may well succeed. Each stands for its
 # subclasses too: ObjectLostError for an owner that died and for what cannot be reconstructed, RayActorError for an
@@ -141,44 +137,6 @@ def translate(error: Exception) -> Exception:
 
 def _lost() -> JobFailed:
     return JobFailed("worker_lost", "A process that worked on this video was lost.", retryable=True)
-
-
-def broker(config: Config) -> RabbitMQ | None:
-    """The messenger that a configuration names, not started; None if the store is all there is.
-
-    Raises:
-        ConfigError: no URL is given, or its package is not installed.
-    """
-    return RabbitMQ(config.queue_url, config.queue) if config.queue.transport == "rabbitmq" else None
-
-
-def alive_hosts() -> int:
-    """How many hosts the Ray cluster has now."""
-    return sum(node["Alive"] for node in ray.nodes())
-
-
-def check_hosts(config: Config, hosts: int) -> None:
-    """Whether the store can serve a cluster of so many hosts.
-
-    Raises:
-        ConfigError: it is a file that other hosts do not see.
-    """
-    if hosts > 1 and not config.store.shared_disk and config.store_url.startswith("sqlite"):
-        raise ConfigError(
-            f"store.url has value {config.store_url!r}, expected PostgreSQL: SQLite serves one host, and this cluster "
-            f"has {hosts} (store.shared_disk: true where all of them see the same local disk)"
-        )
-
-
-@contextmanager
-def starting() -> Iterator[None]:
-    """Around a constructor. Serve prints what it raises with all its causes, a hundred lines for each try, among which
-    nobody finds the one that helps."""
-    try:
-        yield
-    except ConfigError as error:
-        logger.error("cannot start", extra={"error": str(error)})
-        raise ConfigError(str(error)) from None
 
 
 @serve.deployment(name="dispatcher")

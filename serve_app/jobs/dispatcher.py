@@ -15,7 +15,8 @@ from typing import Any, Protocol
 from serve_app import config
 from serve_app.errors import one_line
 from serve_app.jobs.collector import Collector
-from serve_app.jobs.run import STORE_AWAY, Run, Runner
+from serve_app.jobs.database import STORE_AWAY
+from serve_app.jobs.run import Run, Runner
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
 from serve_app.storage import Storage

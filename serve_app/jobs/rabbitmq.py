@@ -245,3 +245,12 @@ async def _closed(connection: AbstractConnection) -> None:
     with suppress(Exception):
         async with asyncio.timeout(1):
             await connection.close()
+
+
+def broker(options: config.Config) -> RabbitMQ | None:
+    """Return the broker that a configuration names, not started; None where dispatchers ask the store alone.
+
+    Raises:
+        ConfigError: no URL is given, or its package is not installed.
+    """
+    return RabbitMQ(options.queue_url, options.queue) if options.queue.transport == "rabbitmq" else None

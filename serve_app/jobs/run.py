@@ -11,11 +11,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, Literal
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from serve_app import config
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Done, Event, Progress
+from serve_app.jobs.database import STORE_AWAY
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Job
 from serve_app.logs import get_logger
@@ -30,8 +29,6 @@ Verdict = Literal["cancelled", "deadline", "lost", "stopping"]
 
 # Between two writes of progress, in seconds: what a watching person can tell apart, and a database never notices.
 PROGRESS_S = 0.25
-# The store is away, not wrong: asyncpg raises OSError when it cannot connect.
-STORE_AWAY = (SQLAlchemyError, OSError)
 # Why a run was cut off, as its job's error: code and message.
 _ENDED = {
     "cancelled": ("cancelled", "Cancelled while it ran."),

@@ -6,10 +6,10 @@ Knows nothing of Ray, HTTP or storage.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from sqlalchemy import func, or_, select, text, tuple_
 from sqlalchemy.exc import IntegrityError
@@ -26,7 +26,9 @@ from serve_app.jobs.switches import Switches
 from serve_app.jobs.tables import Job, id_time, new_id
 from serve_app.jobs.upkeep import Upkeep
 from serve_app.request import Params, Urgency
-from serve_app.wan.cost import video_tflop
+
+WorkOf = Callable[[Params], float]
+"""Returns the TFLOP that the denoising of a video takes."""
 
 _WHENEVER = Urgency()
 # Between two looks at the jobs that ended last, in seconds.
@@ -80,8 +82,8 @@ class JobStore(Leases, Upkeep, Switches):
         retention: of jobs that end here; the defaults if None.
         announcer: told of jobs that are created here. Without one, dispatchers find them when they next look.
         ranks: of the groups that they are made for, for GPU-seconds.
-        expert: the configuration of the experts that they are made for, for estimates. Without it the jobs that are
-            created here have no known work.
+        work_of: TFLOP that the denoising of a video takes, for estimates. Without it the jobs that are created here
+            have no known work.
 
     Raises:
         ConfigError: the URL cannot be read, or names another kind of database.
@@ -95,19 +97,19 @@ class JobStore(Leases, Upkeep, Switches):
         retention: Retention | None = None,
         announcer: Announcer | None = None,
         ranks: int = 1,
-        expert: dict[str, Any] | None = None,
+        work_of: WorkOf | None = None,
     ) -> None:
         super().__init__(Database(url), late_outputs_s, retention or Retention())
         self.keys = Keys(self._db)
         self._patience = patience or Patience()
         self._announcer = announcer
         self._ranks = ranks
-        self._expert = expert
+        self._work_of = work_of
         self._pace = Pace()
         self._pace_at = float("-inf")
 
     @classmethod
-    def of(cls, config: Config, announcer: Announcer | None = None, expert: dict[str, Any] | None = None) -> JobStore:
+    def of(cls, config: Config, announcer: Announcer | None = None, work_of: WorkOf | None = None) -> JobStore:
         """The store that a configuration names.
 
         Raises:
@@ -122,7 +124,7 @@ class JobStore(Leases, Upkeep, Switches):
             config.retention,
             announcer,
             config.denoiser.parallel.size,
-            expert,
+            work_of,
         )
 
     @property
@@ -177,7 +179,7 @@ class JobStore(Leases, Upkeep, Switches):
             owner=owner,
             model=model,
             params=params.model_dump(),
-            work=None if self._expert is None else video_tflop(self._expert, params),
+            work=None if self._work_of is None else self._work_of(params),
             ranks=self._ranks,
             idempotency_key=None if idempotency is None else idempotency.key,
             request_digest=None if idempotency is None else idempotency.digest,

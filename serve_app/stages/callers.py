@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import ray
 from ray.exceptions import ActorDiedError, RayError
 
 from serve_app.logs import get_logger
@@ -21,16 +20,6 @@ log = get_logger(__name__)
 _PERIOD_S = 2.0
 # An actor that does not answer for a moment is not dead: its host may be busy, or its link down.
 _ANSWER_S = 30.0
-
-
-def this_process() -> Any:
-    """A handle of the actor that this code runs in, for those that it calls; None outside of actors."""
-    if not ray.is_initialized():  # asking for a context would start a Ray
-        return None
-    try:
-        return ray.get_runtime_context().current_actor
-    except RuntimeError:
-        return None
 
 
 class Callers:

@@ -21,8 +21,9 @@ from serve_app.engine.ticket import Denoised, Moved, Ticket
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Event, Progress
 from serve_app.logs import get_logger
+from serve_app.replica import this_process
 from serve_app.request import Params
-from serve_app.stages.callers import Callers, this_process
+from serve_app.stages.callers import Callers
 from serve_app.stages.decoder import Decoded
 from serve_app.stages.denoiser import Started
 

@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
 from serve_app.wan.checkpoint import Expert
+from serve_app.wan.copies import Copies
 from serve_app.wan.pieces import Piece, each
 from serve_app.wan.weights import Weights
-
-if TYPE_CHECKING:
-    from serve_app.wan.slots import Copies
 
 Key: TypeAlias = tuple[Expert, int]
 """An expert and a layer of it."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from serve_app.errors import ConfigError
 from serve_app.logs import get_logger
 from serve_app.wan.block_store import BlockStore, Key, Layout
 from serve_app.wan.checkpoint import Expert
+from serve_app.wan.copies import Copies, PlainCopies, StreamCopies
 from serve_app.wan.pieces import Piece
 from serve_app.wan.weights import Weights
 
@@ -29,61 +30,6 @@ log = get_logger(__name__)
 
 PASSING = 2
 """Slots that blocks pass through: one to use, one to fill."""
-
-
-class Copies(Protocol):
-    """Copies beside the work of a device, in the order in which they are asked for."""
-
-    def done(self) -> Any:
-        """An event: the work that the device has been given so far is done."""
-
-    def start(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
-        """Copy, not before the event `after`; returns the event that it is done."""
-
-    def wait(self, event: Any) -> None:
-        """Have the work that the device is given from now on wait for an event."""
-
-
-class StreamCopies:
-    """On a CUDA stream of their own: nobody waits but the kernels that need it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def done(self) -> torch.cuda.Event:
-        """See `Copies`."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def start(self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event:
-        """See `Copies`."""
-        if after is not None:
-            self._stream.wait_event(after)
-        with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(self._stream)
-        return event
-
-    def wait(self, event: torch.cuda.Event) -> None:
-        """See `Copies`."""
-        torch.cuda.current_stream(self._device).wait_event(event)
-
-
-class PlainCopies:
-    """On a CPU, which does one thing after the other."""
-
-    def done(self) -> None:
-        """See `Copies`."""
-
-    def start(self, target: torch.Tensor, source: torch.Tensor, after: None) -> None:
-        """See `Copies`."""
-        target.copy_(source)
-
-    def wait(self, event: None) -> None:
-        """See `Copies`."""
 
 
 @dataclass

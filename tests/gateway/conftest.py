@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from serve_app.jobs.keys import Limits as KeyLimits
 from serve_app.jobs.keys import Scope
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
+from serve_app.wan.cost import video_tflop
 from tests.gateway.sites import sdk, site
 from tests.jobs.databases import empty_sqlite, postgres_url, store, store_url
 from tests.jobs.disks import small_disk
@@ -111,7 +113,10 @@ async def server(
         dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2, running_jobs=8),
     )
     shutil.copy(empty_sqlite, tmp_path / "jobs.db")
-    store, storage = JobStore(config.store_url, 0.2, expert=A14B), Storage(config.storage_options)
+    store, storage = (
+        JobStore(config.store_url, 0.2, work_of=partial(video_tflop, A14B)),
+        Storage(config.storage_options),
+    )
     await store.start()
     pipeline = FakePipeline(storage)
     dispatcher = Dispatcher(store, storage, pipeline, config.dispatcher)

@@ -7,12 +7,14 @@ import os
 import secrets
 import shutil
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Base
+from serve_app.wan.cost import video_tflop
 from tests.shapes import A14B
 
 SERVER = os.environ.get("WAN_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/test")
@@ -48,7 +50,7 @@ def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sqlite") / "jobs.db"
 
     async def make() -> None:
-        store = JobStore(f"sqlite:///{path}", 0.2, expert=A14B)
+        store = JobStore(f"sqlite:///{path}", 0.2, work_of=partial(video_tflop, A14B))
         await store.start()
         await store.close()
 
@@ -89,7 +91,7 @@ async def store(store_url: str, empty_sqlite: Path, request: pytest.FixtureReque
         shutil.copy(empty_sqlite, path)
     # Files that a run stores after its end: at once in a folder, later in S3.
     late_outputs_s = 2 if request.config.getoption("--slow") else 0.2
-    store = JobStore(store_url, late_outputs_s, expert=A14B)
+    store = JobStore(store_url, late_outputs_s, work_of=partial(video_tflop, A14B))
     await store.start()
     async with store._db.write() as session:
         for table in Base.metadata.sorted_tables:

@@ -14,8 +14,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from serve_app.config import Config, Store
 from serve_app.errors import ConfigError, JobFailed
 from serve_app.events import Event, Progress
-from serve_app.jobs.deployment import ServePipeline, broker, check_hosts, translate
+from serve_app.jobs.deployment import ServePipeline, translate
+from serve_app.jobs.rabbitmq import broker
 from serve_app.jobs.run import PipelineUnavailable
+from serve_app.replica import check_hosts
 
 
 def wrapped(cause: Exception) -> Exception:

@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy.exc import SQLAlchemyError
 
 from serve_app.config import Dispatcher as Options
+from serve_app.jobs.database import STORE_AWAY
 from serve_app.jobs.dispatcher import Dispatcher
-from serve_app.jobs.run import STORE_AWAY
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 from tests.jobs.disks import Disk

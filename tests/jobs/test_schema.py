@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from serve_app.jobs.notice import tables as notices  # noqa: F401 (its tables ar
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Base
 from serve_app.request import Urgency
+from serve_app.wan.cost import video_tflop
 from tests.jobs.fakes import PARAMS
 from tests.shapes import A14B
 
@@ -97,7 +99,7 @@ async def test_work_in_pixels_is_forgotten(empty_url: str, monkeypatch: pytest.M
     await execute(store, "UPDATE jobs SET work = 294912", "UPDATE alembic_version SET version_num = '0001'")
     await store.close()
 
-    store = JobStore(empty_url, expert=A14B)
+    store = JobStore(empty_url, work_of=partial(video_tflop, A14B))
     await store.start()
     for job in old:
         found = await store.get(job.id)

@@ -17,7 +17,7 @@ from ray import serve
 from serve_app.engine.group import _called
 from serve_app.engine.ticket import Ticket
 from serve_app.events import Done, Progress
-from serve_app.stages.callers import this_process
+from serve_app.replica import this_process
 from tests.stages.conftest import Wan, processes, until
 
 

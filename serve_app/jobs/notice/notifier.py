@@ -12,13 +12,12 @@ from contextlib import suppress
 
 from serve_app.config import Config
 from serve_app.errors import one_line
-from serve_app.jobs.database import Database
+from serve_app.jobs.database import STORE_AWAY, Database
 from serve_app.jobs.notice import webhook
 from serve_app.jobs.notice.mail import Mailer
 from serve_app.jobs.notice.outbound import Outbound
 from serve_app.jobs.notice.outbox import Outbox, Parcel
 from serve_app.jobs.notice.outcome import Outcome
-from serve_app.jobs.run import STORE_AWAY
 from serve_app.logs import get_logger
 
 logger = get_logger(__name__)

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
+from serve_app.jobs.database import STORE_AWAY
 from serve_app.jobs.notice.endpoints import Endpoints
 from serve_app.jobs.notice.notifier import Notifier
 from serve_app.jobs.notice.outbox import Outbox
 from serve_app.jobs.notice.tables import LOGGED_TRIES
-from serve_app.jobs.run import STORE_AWAY
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.tables import Base
 from tests.jobs.databases import SERVER
