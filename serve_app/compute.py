@@ -100,8 +100,8 @@ def limit_memory(device: torch.device, fraction: float) -> float:
 def settle() -> None:
     """Take all objects that are there now out of the garbage collector's rounds; for when first-time work is done.
 
-    A round through all that a rank has imported takes a good part of a second (benchmarks/RESULTS.md, "A job through
-    HTTP"), in which it gives its GPU nothing to do.
+    A round through all that a rank has imported takes a good part of a second
+    (benchmarks/results/2026-11-26-a14b-2xh200.md), in which it gives its GPU nothing to do.
     """
     gc.collect()
     gc.freeze()

@@ -56,7 +56,8 @@ class Room:
     def check(self, limit: float) -> None:
         """Whether the weights and a step of the default size fit, with the keys and values of its texts.
 
-        Of A14B this is within 3 % of what the allocator was seen to hold (benchmarks/RESULTS.md, "Memory").
+        Of A14B this is within 3 % of what the allocator was seen to hold
+        (benchmarks/results/2026-11-25-a14b-2xh100.md).
 
         Args:
             limit: bytes of the device that the rank may take.

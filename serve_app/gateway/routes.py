@@ -174,7 +174,7 @@ def _poll_after_ms(video: Video) -> int:
     """A quarter of the time left, within sense: few polls while there is far to go, and the end is noticed at once.
 
     A poll costs the server some milliseconds of CPU; on two cores that also do the math, twenty polls a second were
-    measured to add two seconds to a video of seven (benchmarks/RESULTS.md).
+    measured to add two seconds to a video of seven (benchmarks/NEGATIVE.md).
     """
     left_s = video.seconds_left if video.seconds_left is not None else 4
     return int(min(max(left_s / 4, 0.1), 5) * 1000)

@@ -25,7 +25,7 @@ log = get_logger(__name__)
 
 # Of a GPU's free memory. The work space of convolutions comes out of the rest, and what the allocator holds in pieces:
 # a whole 720p picture takes 1.2 times what `Picture.bytes` says, and the allocator 1.2 times that. A share that leaves
-# less is slower than tiles are (benchmarks/RESULTS.md, "A job through HTTP").
+# less is slower than tiles are (benchmarks/results/2026-11-26-a14b-2xh200.md).
 _SHARE = 0.67
 MORE_AFTER = 16
 """Decodes in a row that fit, after which larger tiles are tried again: what was short may be there now."""

@@ -76,7 +76,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(a14b: Path) -> N
 def test_what_is_said_to_fit_is_what_was_seen_to(
     a14b: Path, experts: str, tensor: int, at_480p: float, at_720p: float
 ) -> None:
-    """The gigabytes that the allocator held on GPUs of A14B, compiled, 81 frames (benchmarks/RESULTS.md, "Memory")."""
+    """The gigabytes that the allocator held on GPUs of A14B, compiled, 81 frames.
+
+    benchmarks/results/2026-11-25-a14b-2xh100.md, 2026-11-26-a14b-2xh200.md, 2026-11-28-a14b-cross-attention-2xh200.md.
+    """
     for (width, height), seen in (((832, 480), at_480p), ((1280, 720), at_720p)):
         needed = room(a14b, Mesh(tensor=tensor), width, height, experts=experts, compile=True)
         with pytest.raises(ConfigError):

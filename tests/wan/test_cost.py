@@ -44,7 +44,10 @@ def test_a_720p_clip_of_a14b_is_13_pflop_a_step() -> None:
     ("tokens", "compiled", "peak_gb"), [(32_760, False, 32.9), (75_600, False, 37.8), (75_600, True, 34.7)]
 )
 def test_activations_of_a14b_are_near_what_was_measured(tokens: int, compiled: bool, peak_gb: float) -> None:
-    """Peaks of one H200, in bfloat16, with 28.6 GB of weights and 0.4 of a text's keys and values: RESULTS.md."""
+    """Peaks of one H200, in bfloat16, with 28.6 GB of weights and 0.4 of a text's keys and values.
+
+    From benchmarks/results/2026-11-24-a14b-1xh200.md.
+    """
     measured = (peak_gb - 28.6 - 0.4) * 1e9
     assert measured <= activation_bytes(A14B, tokens, 2, Mesh(), compiled) <= 1.25 * measured
 
