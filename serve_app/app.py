@@ -13,6 +13,7 @@ from ray.serve.config import AutoscalingConfig
 from serve_app.compute import SEE_ALL_GPUS
 from serve_app.config import Autoscaling, Config, Parallel, Resources, validate
 from serve_app.errors import CheckpointError, ConfigError
+from serve_app.model import fit, open_model
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.mesh import default_mesh
 from serve_app.wan.prepared import Prepared
@@ -37,7 +38,8 @@ def wan(args: dict[str, Any]) -> Application:
     from serve_app.stages.pipeline import Pipeline
 
     config = validate(args)
-    checkpoint = _checkpoint(config)
+    checkpoint = open_model(config)
+    config = fit(config, checkpoint)
     _check_parallel(config.denoiser.parallel, checkpoint)
     _check_prepared(config, checkpoint)
     encoder = _deployment(
@@ -81,7 +83,7 @@ def gateway(args: dict[str, Any]) -> Application:
     from serve_app.gateway.ingress import Gateway
     from serve_app.jobs.deployment import DispatcherDeployment
 
-    config = validate(args)
+    config, expert = _with_model(validate(args))
     dispatcher = _deployment(
         DispatcherDeployment,
         num_replicas=1,
@@ -94,22 +96,17 @@ def gateway(args: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": config.gateway.num_cpus},
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         max_constructor_retry_count=_STARTS,
-    ).bind(config, dispatcher, _expert(config))
+    ).bind(config, dispatcher, expert)
 
 
-def _expert(config: Config) -> dict[str, Any] | None:
-    """The configuration of the model's experts; None where its folder cannot be read, which `wan` refuses."""
+def _with_model(config: Config) -> tuple[Config, dict[str, Any] | None]:
+    """Return the options as the model has them, and the configuration of its experts; the options as they are and None
+    where its folder cannot be read, which `wan` refuses."""
     try:
-        return _checkpoint(config).expert_config("transformer")
+        checkpoint = open_model(config)
+        return fit(config, checkpoint), checkpoint.expert_config("transformer")
     except ConfigError:
-        return None
-
-
-def _checkpoint(config: Config) -> Checkpoint:
-    try:
-        return Checkpoint(config.model.folder.absolute())
-    except CheckpointError as error:
-        raise ConfigError(f"model.path has value {config.model.path!r}: {error}") from None
+        return config, None
 
 
 def _check_parallel(parallel: Parallel, checkpoint: Checkpoint) -> None:

@@ -49,8 +49,11 @@ def version() -> None:
 def check(config: Path) -> None:
     """Check a configuration file: every key, every value, before anything starts."""
     from serve_app.config import load_file
+    from serve_app.model import fit, makes_videos, open_model
 
-    load_file(config)
+    file, options = load_file(config)
+    if makes_videos(file):
+        fit(options, open_model(options))
     console.print(f"{config}: fine")
 
 

@@ -71,7 +71,8 @@ class Params(BaseModel):
     guidance_scale: float
     guidance_scale_2: float
     flow_shift: float
-    boundary_ratio: float
+    boundary_ratio: float | None = None
+    """None is the checkpoint's own, which may be none: then the first expert does all steps."""
 
     @property
     def guided(self) -> bool:
@@ -153,7 +154,7 @@ def resolve(request: VideoRequest, config: Config) -> Params:
         side = getattr(params, name)
         if side < SIDE_MULTIPLE or side % SIDE_MULTIPLE:
             raise InvalidRequest(name, f"'{name}' is {_short(side)}, expected a positive multiple of {SIDE_MULTIPLE}.")
-        _between(name, side, SIDE_MULTIPLE, limits.pixels // SIDE_MULTIPLE)
+        _between(name, side, SIDE_MULTIPLE, min(limits.side, limits.pixels // SIDE_MULTIPLE))
     if params.width * params.height > limits.pixels:
         raise InvalidRequest(
             "size",
@@ -171,7 +172,8 @@ def resolve(request: VideoRequest, config: Config) -> Params:
     _between("guidance_scale", params.guidance_scale, 0, 100)
     _between("guidance_scale_2", params.guidance_scale_2, 0, 100)
     _between("flow_shift", params.flow_shift, 0.01, 100)
-    _between("boundary_ratio", params.boundary_ratio, 0, 1)
+    if params.boundary_ratio is not None:
+        _between("boundary_ratio", params.boundary_ratio, 0, 1)
     return params
 
 

@@ -22,6 +22,7 @@ from ray.serve.schema import ApplicationStatus
 from serve_app import app
 from serve_app.config import Config, load_file
 from serve_app.errors import ConfigError, ServeAppError
+from serve_app.model import departures, makes_videos, open_model
 from serve_app.preflight import preflight
 from serve_app.replica import alive_hosts, check_hosts
 
@@ -121,6 +122,9 @@ class Server:
             who = "anybody who reaches it" if self.config.auth.open else "anybody on this machine"
             self._say(f"auth.mode is none: {who} may use {self.url}")
         self._say(f"loading {self.config.model.name} from {self.config.model.folder}")
+        if makes_videos(self._file):
+            for line in departures(self.config, open_model(self.config)):
+                self._say(line)
         serve.run_many(
             targets,
             wait_for_ingress_deployment_creation=False,

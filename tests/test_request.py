@@ -13,7 +13,7 @@ from serve_app.request import MAX_DEADLINE_S, Params, Urgency, VideoRequest, par
 
 CONFIG = Config(
     defaults=Defaults(width=128, height=64, num_frames=33, num_inference_steps=8, negative_prompt="blurry"),
-    limits=Limits(pixels=512 * 288, num_frames=81, num_inference_steps=50, prompt_chars=100),
+    limits=Limits(pixels=512 * 288, side=4096, num_frames=81, num_inference_steps=50, prompt_chars=100),
 )
 
 
@@ -118,6 +118,8 @@ def test_limits_are_inclusive() -> None:
             "size",
             "'size' 512x512 is 262144 pixels, expected at most 147456.",
         ),
+        ({"prompt": "a", "width": 9216, "height": 16}, "width", "'width' is 9216, expected 16 to 4096."),
+        ({"prompt": "a", "width": 16, "height": 4112}, "height", "'height' is 4112, expected 16 to 4096."),
         ({"prompt": "a", "num_frames": 4}, "num_frames", "'num_frames' is 4, expected 4k+1 (1, 5, 9, ...)."),
         ({"prompt": "a", "num_frames": 85}, "num_frames", "'num_frames' is 85, expected 1 to 81."),
         ({"prompt": "a", "seed": -1}, "seed", f"'seed' is -1, expected 0 to {2**63 - 1}."),

@@ -18,6 +18,10 @@ WAN_NEGATIVE_PROMPT = (
 )
 
 
+LONGEST_SIDE = 16384
+"""Pixels that the encoder of H.264 takes."""
+
+
 class Model(Section):
     """Which weights to serve."""
 
@@ -83,8 +87,10 @@ class Defaults(Section):
     guidance_scale_2: NonNegativeFloat = 3.0
     """Of the low-noise expert."""
     flow_shift: PositiveFloat = 12.0
-    boundary_ratio: float = Field(0.875, ge=0, le=1)
-    """Share of the training timesteps from which on the high-noise expert denoises."""
+    """12 is what Wan2.2's authors sample with, at all sizes; 3 in the published folder is diffusers' default."""
+    boundary_ratio: float | None = Field(None, ge=0, le=1)
+    """Share of the training timesteps from which on the high-noise expert denoises. None: the folder's, 0.875 for
+    A14B."""
     negative_prompt: str = WAN_NEGATIVE_PROMPT
 
     @property
@@ -99,6 +105,8 @@ class Limits(Section):
     prompt_chars: PositiveInt = 4000
     pixels: PositiveInt = 1280 * 720
     """Width times height of one frame."""
+    side: int = Field(LONGEST_SIDE, ge=16, le=LONGEST_SIDE)
+    """Width or height of a frame. It is less where the model has fewer positions."""
     num_frames: PositiveInt = 161
     num_inference_steps: PositiveInt = 100
     fps: PositiveInt = 60

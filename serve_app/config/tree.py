@@ -51,6 +51,8 @@ class Config(Section):
         d, limit = self.defaults, self.limits
         for option, value, most in (
             ("width x height", d.width * d.height, limit.pixels),
+            ("width", d.width, limit.side),
+            ("height", d.height, limit.side),
             ("num_frames", d.num_frames, limit.num_frames),
             ("num_inference_steps", d.num_inference_steps, limit.num_inference_steps),
             ("fps", d.fps, limit.fps),

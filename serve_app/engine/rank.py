@@ -114,6 +114,7 @@ class Rank:
 
         from serve_app.engine.room import Room
         from serve_app.engine.saver import Saver
+        from serve_app.model import departures
         from serve_app.storage import Storage
         from serve_app.wan.checkpoint import Checkpoint
         from serve_app.wan.experts import Experts
@@ -134,6 +135,9 @@ class Rank:
         )
         self._dtype = getattr(torch, self._config.model.dtype)
         self._checkpoint = Checkpoint(self._config.model.folder, self._config.model.random)
+        if self._rank == 0:
+            for line in departures(self._config, self._checkpoint):
+                log.info(line)
         limit = limit_memory(self._device, stage.memory_fraction)
         model, prepared = self._config.model, None
         if model.prepared_folder is not None:

@@ -95,7 +95,7 @@ def create_app(
 def model_card(config: Config) -> ModelCard:
     """The model of a configuration, as `/v1/models` shows it."""
     limits = config.limits.model_dump(
-        include={"prompt_chars", "pixels", "num_frames", "num_inference_steps", "fps", "queued_jobs"}
+        include={"prompt_chars", "pixels", "side", "num_frames", "num_inference_steps", "fps", "queued_jobs"}
     )
     return ModelCard(
         id=config.model.name, created=int(time.time()), limits=limits, defaults=config.defaults.model_dump()

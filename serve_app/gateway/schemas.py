@@ -123,7 +123,7 @@ class Video(BaseModel):
     guidance_scale: float
     guidance_scale_2: float
     flow_shift: float
-    boundary_ratio: float
+    boundary_ratio: float | None = Field(description="Null is the model's own.")
     started_at: int | None = None
     timings: dict[str, float] = {}
     """Seconds of each stage."""
@@ -195,7 +195,7 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "serve_app"
     limits: dict[str, int]
-    defaults: dict[str, int | float | str]
+    defaults: dict[str, int | float | str | None]
 
 
 class ModelList(BaseModel):

@@ -102,7 +102,12 @@ def prepare(
                 manifest = Manifest.read(out)
             except FileNotFoundError:
                 manifest = Manifest(
-                    format=FORMAT, revision=checkpoint.revision, tensor=tensor, dtype=dtype, sources={}, files={}
+                    format=FORMAT,
+                    revision=checkpoint.experts_revision,
+                    tensor=tensor,
+                    dtype=dtype,
+                    sources={},
+                    files={},
                 )
             manifest.check(out, checkpoint, tensor, dtype)
             return _Preparation(checkpoint, out, manifest, jobs, verify, watch).run()

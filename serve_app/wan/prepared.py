@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serve_app.errors import CheckpointError
-from serve_app.wan.checkpoint import Checkpoint, Expert, weight_files
+from serve_app.wan.checkpoint import Checkpoint, Expert
+from serve_app.wan.files import weight_files
 
 if TYPE_CHECKING:
     from serve_app.wan.weights import Weights
@@ -94,8 +95,10 @@ class Manifest(_Part):
         for key, found, expected, whose in (
             ("tensor", self.tensor, tensor, ""),
             ("dtype", self.dtype, dtype, ""),
-            ("revision", self.revision, checkpoint.revision, f", that of {checkpoint.folder}"),
+            ("revision", self.revision, checkpoint.experts_revision, f", that of {checkpoint.folder}"),
         ):
+            if key == "revision" and found == checkpoint.revision:
+                continue  # as older versions wrote it: of the whole folder
             if found != expected:
                 raise CheckpointError(f"{path}: was prepared with {key} {found}, expected {expected}{whose}")
         for name, source in self.sources.items():

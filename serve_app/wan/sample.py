@@ -32,7 +32,7 @@ class Sample:
         latents: `[1, channels, frames, height, width]`, float32, on the device of the model.
         positive, negative: `[1, 512, dim]` in the dtype of the model; negative is None without guidance.
         scheduler: this sample's own, since it holds the history of the sampler.
-        boundary: timesteps from here on belong to the high-noise expert; None if there is one expert.
+        boundary: timesteps from here on belong to the high-noise expert; None if the first expert does all steps.
         tokens: latent tokens after patching, the measure of a forward pass's work.
         name: appears in error messages.
     """
@@ -79,13 +79,15 @@ class Sample:
         # Timesteps stay on the CPU: which expert is next would otherwise cost a wait for the GPU.
         scheduler.set_timesteps(params.num_inference_steps)
         scheduler.set_begin_index(0)
+        ratio = checkpoint.boundary_ratio if params.boundary_ratio is None else params.boundary_ratio
+        boundary = None if ratio is None else ratio * checkpoint.num_train_timesteps
         return cls(
             params=params,
             latents=noise.to(device),
             positive=pad(positive)[None].to(device, dtype),
             negative=pad(negative)[None].to(device, dtype) if params.guided and negative is not None else None,
             scheduler=scheduler,
-            boundary=params.boundary_ratio * checkpoint.num_train_timesteps if checkpoint.has_two_experts else None,
+            boundary=boundary if checkpoint.has_two_experts else None,
             tokens=latent_tokens(config, params.latent_shape),
             name=name,
         )

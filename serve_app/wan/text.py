@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import ftfy
 import torch
-from transformers import AutoTokenizer, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 from transformers.utils import logging
 
 from serve_app.wan.checkpoint import MAX_TOKENS, Checkpoint
+from serve_app.wan.files import check_loading
 from serve_app.wan.random_weights import randomise
-
-"""Length of the text context that Wan was trained with; longer prompts are cut, shorter ones padded with zeros."""
+from serve_app.wan.tensors import TextConfig
+from serve_app.wan.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,23 @@ class TextEncoder:
         checkpoint: where to load from.
         device: where to run.
         dtype: of the weights; modules that transformers keeps in float32 stay so.
+
+    Raises:
+        CheckpointError: tokenizer or weights are not what the configuration asks for.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         bars = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # one bar per replica would fill the cluster's logs
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder / "tokenizer")
-            self.model = UMT5EncoderModel.from_pretrained(
-                checkpoint.folder / "text_encoder", dtype=dtype, use_safetensors=True
+            self.tokenizer = Tokenizer(checkpoint.folder / "tokenizer")
+            self.model, loading = UMT5EncoderModel.from_pretrained(
+                checkpoint.folder / "text_encoder", dtype=dtype, use_safetensors=True, output_loading_info=True
             )
         finally:
             if bars:
                 logging.enable_progress_bar()
+        check_loading(checkpoint.folder / "text_encoder", loading, TextConfig.spare)
         self.model.eval().requires_grad_(False).to(device)
         if checkpoint.random:
             randomise(self.model)
@@ -83,20 +88,13 @@ class TextEncoder:
         what else is in the batch.
         """
         texts = [clean_prompt(prompt) for prompt in prompts]
-        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids]
-        inputs = self.tokenizer(
-            texts,
-            padding="max_length",
-            max_length=MAX_TOKENS,
-            truncation=True,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        mask = inputs.attention_mask
-        states = self.model(inputs.input_ids.to(self.device), mask.to(self.device)).last_hidden_state.cpu()
-        tokens = mask.gt(0).sum(dim=1).tolist()
+        whole = [self.tokenizer.ids(text) for text in texts]
+        rows = [self.tokenizer.cut(ids) for ids in whole]
+        inputs = torch.tensor([[*ids, *[self.tokenizer.pad_id] * (MAX_TOKENS - len(ids))] for ids in rows])
+        mask = torch.tensor([[1] * len(ids) + [0] * (MAX_TOKENS - len(ids)) for ids in rows])
+        states = self.model(inputs.to(self.device), mask.to(self.device)).last_hidden_state.cpu()
         # clone: a view would keep, and send, the whole padded batch
         return [
-            Embedding(states[row, :count].clone(), count, lengths[row] > MAX_TOKENS) for row, count in enumerate(tokens)
+            Embedding(states[row, : len(ids)].clone(), len(ids), len(whole[row]) > len(ids))
+            for row, ids in enumerate(rows)
         ]

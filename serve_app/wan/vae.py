@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLWan
 from serve_app.wan import cpu_vae
 from serve_app.wan.arrival import Arrival
 from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.files import check_loading
 from serve_app.wan.random_weights import randomise
 from serve_app.wan.vae_decode import TiledDecoder
 
@@ -27,6 +28,9 @@ class VideoDecoder:
         others: further devices, each of which gets a copy of the weights and does its part of every picture.
         tile_bytes: that a tile may take on a device, beside the weights. 0 is what is free on a GPU, and no bound on
             CPUs: whole pictures, if they fit.
+
+    Raises:
+        CheckpointError: the weights are not what the configuration asks for.
     """
 
     def __init__(
@@ -37,7 +41,10 @@ class VideoDecoder:
         others: Sequence[torch.device] = (),
         tile_bytes: float = 0,
     ) -> None:
-        vae = AutoencoderKLWan.from_pretrained(checkpoint.folder / "vae", dtype=dtype, use_safetensors=True)
+        vae, loading = AutoencoderKLWan.from_pretrained(
+            checkpoint.folder / "vae", dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        check_loading(checkpoint.folder / "vae", loading)
         del vae.encoder, vae.quant_conv  # never used here: a third of the weights
         vae.eval().requires_grad_(False)
         if checkpoint.random:

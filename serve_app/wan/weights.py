@@ -19,7 +19,7 @@ from typing import Self
 import torch
 
 from serve_app.errors import CheckpointError
-from serve_app.wan.checkpoint import weight_files
+from serve_app.wan.files import read_header, weight_files
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,7 +37,6 @@ DTYPES = {
 }
 """By the name that headers use."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER = 100 << 20  # what the format's own reader accepts
 _BUFFER = 8 << 20  # bytes; a multiple of every element's size
 
 
@@ -210,23 +209,7 @@ def _fill(file: int, view: memoryview, offset: int, path: Path) -> None:
 
 
 def _header(file: Path) -> dict[str, _Entry]:
-    total = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= min(_MAX_HEADER, total - 8):
-            raise CheckpointError(f"{file}: is not a safetensors file (a header of {length} bytes in {total})")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            ends = [8 + length + int(tensor["data_offsets"][1]) for tensor in header.values()]
-            entries = {
-                name: _Entry(
-                    file, DTYPES[tensor["dtype"]], tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0]
-                )
-                for name, tensor in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file}: has a header that cannot be read ({error!r})") from None
-    if ends and max(ends) != total:
-        raise CheckpointError(f"{file}: has {total} bytes, expected {max(ends)}; it was not copied completely")
-    return entries
+    return {
+        name: _Entry(file, DTYPES[tensor.dtype], tensor.shape, tensor.offset)
+        for name, tensor in read_header(file).items()
+    }

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from serve_app.errors import CheckpointError
 from serve_app.wan.checkpoint import Checkpoint
@@ -70,14 +71,77 @@ def test_a_lost_shard_is_named(copy: Path) -> None:
         ("scheduler/scheduler_config.json", {"_class_name": "EulerDiscreteScheduler"}, "'EulerDiscreteScheduler'"),
         ("transformer/config.json", {"image_dim": 1280}, "image_dim is 1280, expected null"),
         ("model_index.json", {"expand_timesteps": True}, "expand_timesteps is true"),
-        ("model_index.json", {"boundary_ratio": None}, "boundary_ratio is missing"),
+        ("model_index.json", {"boundary_ratio": 1.5}, "boundary_ratio is 1.5, expected less than or equal to 1"),
+        ("model_index.json", {"boundary_ratio": "0.9"}, 'boundary_ratio is "0.9", expected a number'),
+        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, '"WanImageToVideoPipeline", expected'),
+        ("model_index.json", {"vae": ["diffusers", "AutoencoderKL"]}, "'vae' is of class 'AutoencoderKL', expected"),
+        ("model_index.json", {"image_encoder": ["transformers", "CLIPVisionModel"]}, "'image_encoder' is of class"),
         ("vae/config.json", {"scale_factor_spatial": 16}, "scale_factor_spatial is 16, expected 8"),
+        (
+            "vae/config.json",
+            {"temperal_downsample": [True, True, True]},
+            "temperal_downsample is .*, expected true twice",
+        ),
+        ("vae/config.json", {"is_residual": True}, "is_residual is true, expected false"),
+        ("vae/config.json", {"latents_std": [1.0] * 15}, "latents_std has 15 numbers, expected 16"),
+        ("vae/config.json", {"latents_mean": "0"}, 'latents_mean is "0", expected a list'),
+        ("vae/config.json", {"quantization_config": {}}, "quantization_config is {}, expected null"),
+        ("transformer/config.json", {"num_layers": "2"}, 'num_layers is "2", expected a whole number'),
+        ("transformer/config.json", {"num_layers": 10**9}, "num_layers is 1000000000, expected less than"),
+        ("transformer_2/config.json", {"in_channels": 36}, "in_channels is 36, expected 16, the z_dim of the vae"),
+        ("transformer/config.json", {"text_dim": 4096}, "text_dim is 4096, expected 64, the d_model of the text_enc"),
+        ("transformer/config.json", {"patch_size": [1, 1, 1]}, r"patch_size is \[1, 1, 1\], expected \[1, 2, 2\]"),
+        ("text_encoder/config.json", {"d_model": None}, "d_model is null, expected a whole number"),
+        ("text_encoder/config.json", {"vocab_size": 3000}, "tokenizer.json: has 3864 tokens, expected at most 3000"),
+        ("text_encoder/config.json", {"model_type": "t5"}, "model_type is \"t5\", expected 'umt5'"),
+        ("text_encoder/config.json", {"architectures": []}, "is of class None, expected 'UMT5EncoderModel'"),
+        ("tokenizer/tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer"}, "tokenizer_class is 'CLIPTokenizer'"),
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "epsilon"},
+            'prediction_type is "epsilon", expected \'f',
+        ),
+        ("scheduler/scheduler_config.json", {"use_flow_sigmas": False}, "use_flow_sigmas is false, expected true"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas is true, expected false"),
+        ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting is true, expected"),
+        ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding is true, expected false"),
+        ("scheduler/scheduler_config.json", {"predict_x0": False}, "predict_x0 is false, expected true"),
+        ("scheduler/scheduler_config.json", {"solver_type": "bh1"}, "solver_type is \"bh1\", expected 'bh2'"),
+        ("scheduler/scheduler_config.json", {"solver_order": 9}, "solver_order is 9, expected less than or equal to 3"),
+        ("scheduler/scheduler_config.json", {"lower_order_final": False}, "lower_order_final is false, expected true"),
+        (
+            "scheduler/scheduler_config.json",
+            {"final_sigmas_type": "one"},
+            "final_sigmas_type is \"one\", expected 'zero'",
+        ),
+        ("scheduler/scheduler_config.json", {"shift_terminal": 0.1}, "shift_terminal is 0.1, expected null"),
+        ("scheduler/scheduler_config.json", {"flow_shift": 0}, "flow_shift is 0, expected greater than 0"),
+        ("scheduler/scheduler_config.json", {"sigma_data": 0.5}, "sigma_data is 0.5, a field that is not understood"),
     ],
 )
 def test_another_kind_of_model_is_refused(copy: Path, file: str, changes: dict[str, object], message: str) -> None:
     edit(copy / file, **changes)
     with pytest.raises(CheckpointError, match=message):
         Checkpoint(copy)
+
+
+@pytest.mark.parametrize("field", ["prediction_type", "use_flow_sigmas"])
+def test_what_the_scheduler_would_take_for_another_kind_is_asked_for(copy: Path, field: str) -> None:
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != field}))
+    with pytest.raises(CheckpointError, match=f"scheduler_config.json: lacks {field}$"):
+        Checkpoint(copy)
+
+
+def test_what_a_newer_scheduler_has_turned_off_is_passed_over(copy: Path) -> None:
+    edit(copy / "scheduler" / "scheduler_config.json", use_new_sigmas=False, new_terminal=None)
+    Checkpoint(copy)
+
+
+def test_no_boundary_leaves_all_steps_to_the_first_expert(copy: Path) -> None:
+    edit(copy / "model_index.json", boundary_ratio=None)
+    found = Checkpoint(copy)
+    assert found.has_two_experts and found.boundary_ratio is None
 
 
 def test_one_expert_is_enough(copy: Path) -> None:
@@ -96,8 +160,8 @@ def test_revision_follows_the_content(checkpoint: Path, copy: Path) -> None:
     edit(copy / "transformer" / "config.json", eps=1e-5)
     changed = Checkpoint(copy).revision
     assert changed != revision
-    with (copy / "vae" / "diffusion_pytorch_model.safetensors").open("ab") as file:
-        file.write(b"x")
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "note": "of another size"})
     assert Checkpoint(copy).revision not in (revision, changed)
 
 

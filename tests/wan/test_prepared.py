@@ -197,6 +197,40 @@ def test_weights_that_were_trained_on(checkpoint: Path, out: Path, alone: World,
     refused(copy, out, alone, rf"tuned/transformer/{STEM}: has other weights than the file that .*manifest\.json")
 
 
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("scheduler/scheduler_config.json", {"flow_shift": 5.0}),
+        ("model_index.json", {"boundary_ratio": 0.9, "_diffusers_version": "0.43.0"}),
+        ("transformer/config.json", {"_diffusers_version": "0.43.0", "rope_max_seq_len": 1024}),
+        ("vae/config.json", {"dropout": 0.1}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 1024}),
+    ],
+)
+def test_an_edit_that_shards_do_not_depend_on(
+    checkpoint: Path, out: Path, alone: World, tmp_path: Path, file: str, changes: dict[str, Any]
+) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "edited"))
+    edit(copy / file, **changes)
+    assert Checkpoint(copy).revision != Checkpoint(checkpoint).revision
+    load(copy, out, alone)
+    assert prepare(Checkpoint(copy), out, 1, "bfloat16").written == 0
+
+
+def test_another_model_with_the_same_sizes(checkpoint: Path, out: Path, alone: World, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    edit(copy / "transformer" / "config.json", num_layers=1)
+    path = copy / "transformer" / STEM
+    save_file({name: tensor for name, tensor in load_file(path).items() if ".1." not in name}, path)
+    refused(copy, out, alone, r"was prepared with revision \w+, expected \w+, that of .*other")
+
+
+def test_a_manifest_of_an_older_version(checkpoint: Path, out: Path) -> None:
+    """It has the revision of the whole folder."""
+    edit(out / MANIFEST, revision=Checkpoint(checkpoint).revision)
+    Prepared(out, Checkpoint(checkpoint), 1, "bfloat16")
+
+
 def test_other_modules_in_float32(checkpoint: Path, out: Path, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another version of diffusers may have them."""
     monkeypatch.setattr(WanTransformer3DModel, "_keep_in_fp32_modules", ["time_embedder", "norm1", "norm2", "norm3"])
