@@ -16,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.errors import JobFailed, ServeAppError
 from serve_app.request import VideoRequest
+from serve_app.whole_file import check_target, whole_file
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
@@ -51,9 +52,14 @@ class Video:
         return b"".join(self._client.content(self.id, variant))
 
     def save(self, path: str | Path, variant: Variant = "video") -> Path:
-        """Write the mp4, or a variant, to a file."""
+        """Write the mp4, or a variant, to a file. It appears when it is complete; an older one stays until then.
+
+        Raises:
+            ConfigError: no file can be written there.
+        """
         target = Path(path)
-        with target.open("wb") as file:
+        check_target(target, "path")
+        with whole_file(target) as file:
             for chunk in self._client.content(self.id, variant):
                 file.write(chunk)
         return target
