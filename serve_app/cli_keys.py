@@ -37,6 +37,7 @@ def create(
     gpu_seconds_per_day: GpuSeconds = None,
 ) -> None:
     """Make a key and show it, once."""
+    from serve_app.config import load_file
     from serve_app.jobs.keys import Limits, Scope
 
     chosen: list[Any] = [scope.strip() for scope in scopes.split(",")]
@@ -46,8 +47,15 @@ def create(
     limits: Any = {name: value or None for name, value in given.items()}
     key, text = with_store(config, lambda store: store.keys.create(name, chosen, Limits(**limits)), make=True)
     # The key alone on stdout, for scripts.
-    Console(stderr=True, highlight=False).print(f"key {key.id} of {name}; it is shown only now:", markup=False)
+    aside = Console(stderr=True, highlight=False)
+    aside.print(f"key {key.id} of {name}; it is shown only now:", markup=False)
     print(text)
+    if load_file(config)[1].auth.mode == "none":
+        aside.print(
+            f"nobody asks for it: auth.mode has value 'none' in {config}, and `auth: {{mode: keys}}` asks for keys",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 @keys.command("list")

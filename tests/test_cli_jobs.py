@@ -153,7 +153,7 @@ def test_logs_of_a_job_from_all_sessions(config: Path, tmp_path: Path, monkeypat
         ServeAppError, match=r"no line of video_\w+ on host '.*'; looked in '.*session_1/logs', '.*2/logs'"
     ):
         run_logs(silent)
-    with pytest.raises(ServeAppError, match="ID has value '.*', expected the id of a job"):
+    with pytest.raises(ServeAppError, match=r"ID has value '.*', expected the id of a job"):
         run_logs(silent, "--config", str(config))
     with pytest.raises(ServeAppError, match="ID has value 'video_x', expected the id of a job"):
         run_logs("video_x")

@@ -151,7 +151,7 @@ def test_retry_after_is_obeyed(tmp_path: Path) -> None:
     )
     began = time.monotonic()
     with scripted(replies) as script:
-        status, out, err = invoke(script.url, "generate", "a cat", "-o", tmp_path / "out.mp4")
+        status, _, err = invoke(script.url, "generate", "a cat", "-o", tmp_path / "out.mp4")
     assert status == 0 and (tmp_path / "out.mp4").read_bytes() == BYTES, err
     assert time.monotonic() - began > 4
     for said in ("Too many jobs wait.", "Too many calls.", "The store is away."):
@@ -208,7 +208,7 @@ def test_a_server_that_stays_away_leaves_the_id(tmp_path: Path, monkeypatch: pyt
 def test_a_video_that_has_no_file(tmp_path: Path, error: dict[str, str], said: str) -> None:
     (tmp_path / "out.mp4").write_bytes(b"old")
     with scripted(play(get=[Reply(body=resource("failed", error=error))])) as script:
-        status, out, err = invoke(script.url, "generate", "a cat", "-o", tmp_path / "out.mp4")
+        status, _, err = invoke(script.url, "generate", "a cat", "-o", tmp_path / "out.mp4")
     assert status == 1 and err.splitlines()[-1] == f"wan-serve: {VIDEO_ID} {said}"
     assert (tmp_path / "out.mp4").read_bytes() == b"old"
 

@@ -37,7 +37,7 @@ class CreateVideo(BaseModel):
 
     prompt: str
     model: str | None = None
-    size: str | None = Field(None, description="Width x height in pixels, `832x480`; instead of `width` and `height`.")
+    size: str | None = Field(None, description="Width x height in pixels, `128x128`; instead of `width` and `height`.")
     seconds: str | float | None = Field(None, description="Length; instead of `num_frames`, fitted to a whole 4k+1.")
     negative_prompt: str | None = None
     width: int | None = Field(None, description="A multiple of 16.")
@@ -196,6 +196,14 @@ class VideoDeleted(BaseModel):
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
+
+
+class ReadyState(BaseModel):
+    """The state of a server that accepts jobs."""
+
+    status: Literal["ready", "paused", "degraded"]
+    """`ready`: videos are made. Otherwise jobs wait: `paused` by an operator, or `degraded` by what `reason` says."""
+    reason: str | None = None
 
 
 class ModelCard(BaseModel):

@@ -46,7 +46,7 @@ class Videos:
         self.store = store
         self.storage = storage
         self._wake = wake
-        self._intake = Intake(store, storage, config.storage.min_free_mib)
+        self.intake = Intake(store, storage, config.storage.min_free_mib)
 
     async def submit(
         self,
@@ -89,7 +89,7 @@ class Videos:
         notify_email: str | None = None,
     ) -> Video:
         try:
-            await self._intake.check()
+            await self.intake.check()
         except Unavailable:
             # What was accepted before stays so, however full the disk is now.
             before = None if named is None else await self.store.known(who.owner, named)

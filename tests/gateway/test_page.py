@@ -88,7 +88,7 @@ async def test_bad_input_shows_what_the_api_says(page: Page, seen: Seen, server:
     seen.expected.append("status of 400")
     alert = page.locator("#error")
     await make(page, "a cat", Width=1024, Height=1024)
-    await alert.filter(has_text="'size' 1024x1024 is 1048576 pixels, expected at most 147456.").wait_for()
+    await alert.filter(has_text="'size' 1024x1024 is 1048576 pixels, expected at most 147456").wait_for()
     await make(page, "   ", Width=64, Height=64)
     await alert.filter(has_text="'prompt' is empty, expected a description of the video.").wait_for()
     prompt = page.get_by_label("What should be seen?")
