@@ -94,6 +94,7 @@ def scripted(replies: dict[str, list[Reply]], port: int = 0, hold: str = "") -> 
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients leave, as they are told to
     script = Script(f"http://127.0.0.1:{server.server_port}", replies, hold=hold)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

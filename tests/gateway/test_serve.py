@@ -125,6 +125,20 @@ def test_http(url: str) -> None:
     assert httpx.get(f"{url}/nothing").json()["error"]["code"] == "not_found"
 
 
+def test_the_logs_of_a_job_are_found(url: str) -> None:
+    from serve_app.ray_logs import job_lines, session_folders
+
+    video_id = make(url, "a cat")["id"]
+
+    def said() -> bool:
+        lines = job_lines(session_folders(), video_id)
+        return all(
+            any(f'"message": "{what}"' in line for line in lines) for what in ("created", "claimed", "completed")
+        )
+
+    until(said)
+
+
 def test_a_webhook_is_called_by_the_dispatchers_process(url: str) -> None:
     told: queue.Queue[tuple[bytes, dict[str, str]]] = queue.Queue()
 
