@@ -21,7 +21,8 @@ import yaml
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from benchmarks.machine import describe
-from serve_app.cli import _free_port, poll_after_s
+from serve_app.cli import _free_port
+from serve_app.cli_client import poll_after_s
 from serve_app.config import Config
 from serve_app.server import Server
 

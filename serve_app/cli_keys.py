@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from serve_app.cli_store import ConfigFile, with_store
+from serve_app.cli_table import one_cell, print_table
 from serve_app.errors import ConfigError
 
 keys = typer.Typer(no_args_is_help=True, help="API keys for `auth: {mode: keys}`.")
@@ -36,6 +37,7 @@ def create(
     gpu_seconds_per_day: GpuSeconds = None,
 ) -> None:
     """Make a key and show it, once."""
+    from serve_app.config import load_file
     from serve_app.jobs.keys import Limits, Scope
 
     chosen: list[Any] = [scope.strip() for scope in scopes.split(",")]
@@ -45,19 +47,27 @@ def create(
     limits: Any = {name: value or None for name, value in given.items()}
     key, text = with_store(config, lambda store: store.keys.create(name, chosen, Limits(**limits)), make=True)
     # The key alone on stdout, for scripts.
-    Console(stderr=True, highlight=False).print(f"key {key.id} of {name}; it is shown only now:", markup=False)
+    aside = Console(stderr=True, highlight=False)
+    aside.print(f"key {key.id} of {name}; it is shown only now:", markup=False)
     print(text)
+    if load_file(config)[1].auth.mode == "none":
+        aside.print(
+            f"nobody asks for it: auth.mode has value 'none' in {config}, and `auth: {{mode: keys}}` asks for keys",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 @keys.command("list")
 def list_keys(config: ConfigFile) -> None:
     """All keys, their limits, and the GPU-seconds of their last 24 hours."""
+    rows = []
     for key, used in with_store(config, lambda store: store.keys.list()):
         made = time.strftime("%Y-%m-%d", time.gmtime(key.created_at))
-        state = "valid  " if key.revoked_at is None else "revoked"
         limits = "; ".join(f"{name} {getattr(key, name):g}" for name in _NAMES if getattr(key, name) is not None)
-        # Lines for people and for grep alike.
-        print(f"{key.id}  {made}  {state}  {','.join(key.scopes)}  {used:.0f} GPU-s  [{limits}]  {key.name}")
+        state = "valid" if key.revoked_at is None else "revoked"
+        rows.append((key.id, made, state, ",".join(key.scopes), f"{used:.0f}", f"[{limits}]", one_cell(key.name)))
+    print_table(("ID", "MADE", "STATE", "SCOPES", "GPU-S", "LIMITS", "NAME"), rows)
 
 
 @keys.command()

@@ -7,6 +7,7 @@ Knows the configuration, but neither HTTP nor the model.
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 import time
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serve_app.config import Config, Priority, is_mail_address
 from serve_app.errors import InvalidRequest
+from serve_app.spelling import unknown_field
 
 # Spatial sides are a multiple of VAE stride 8 x patch 2; frames are one plus a multiple of VAE stride 4.
 SIDE_MULTIPLE = 16
@@ -53,6 +55,10 @@ class VideoRequest(BaseModel):
     """When work on it may begin, in seconds since the epoch. None, or a time that has passed: at once."""
     notify_email: str | None = None
     """Where a mail goes when the video has ended."""
+
+
+# Whatever a create request may hold: `size` and `seconds` are OpenAI's words for some of these.
+FIELDS = ("prompt", "size", "seconds", *(name for name in VideoRequest.model_fields if name != "prompt"))
 
 
 class Params(BaseModel):
@@ -111,12 +117,13 @@ def parse(fields: dict[str, Any], *, strict: bool = True) -> VideoRequest:
     try:
         return VideoRequest.model_validate(fields, strict=strict)
     except ValidationError as error:
-        first = error.errors()[0]
+        # An unknown field first: it may be the very one that is missing under its own name.
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         if not first["loc"]:
             raise InvalidRequest(None, f"The fields cannot be read: {first['msg']}.") from None
         param = str(first["loc"][0])[:80]
         if first["type"] == "extra_forbidden":
-            raise InvalidRequest(param, f"Unknown field '{param}'.") from None
+            raise InvalidRequest(param, unknown_field(param, FIELDS)) from None
         if first["type"] == "missing":
             raise InvalidRequest(param, f"'{param}' is required.") from None
         raise InvalidRequest(param, f"'{param}' has value {_short(first['input'])}: {first['msg']}.") from None
@@ -153,19 +160,25 @@ def resolve(request: VideoRequest, config: Config) -> Params:
     for name in ("width", "height"):
         side = getattr(params, name)
         if side < SIDE_MULTIPLE or side % SIDE_MULTIPLE:
-            raise InvalidRequest(name, f"'{name}' is {_short(side)}, expected a positive multiple of {SIDE_MULTIPLE}.")
+            other = params.height if name == "width" else params.width
+            most = min(limits.side, limits.pixels // min(max(other, SIDE_MULTIPLE), limits.pixels))
+            near = nearest(side, SIDE_MULTIPLE, SIDE_MULTIPLE, most)
+            raise InvalidRequest(
+                name, f"'{name}' is {_short(side)}, expected a positive multiple of {SIDE_MULTIPLE}{near}."
+            )
         _between(name, side, SIDE_MULTIPLE, min(limits.side, limits.pixels // SIDE_MULTIPLE))
     if params.width * params.height > limits.pixels:
         raise InvalidRequest(
             "size",
             f"'size' {params.width}x{params.height} is {params.width * params.height} pixels, "
-            f"expected at most {limits.pixels}.",
+            f"expected at most {limits.pixels}, e.g. '{fitting_size(params.width, params.height, limits.pixels)}'.",
         )
-    if params.num_frames < 1 or params.num_frames % FRAME_MULTIPLE != 1:
-        raise InvalidRequest(
-            "num_frames", f"'num_frames' is {_short(params.num_frames)}, expected 4k+1 (1, 5, 9, ...)."
-        )
-    _between("num_frames", params.num_frames, 1, limits.num_frames)
+    frames, most_frames = params.num_frames, largest_frames(limits.num_frames)
+    if not 1 <= frames <= most_frames:
+        raise InvalidRequest("num_frames", f"'num_frames' is {_short(frames)}, expected 4k+1 from 1 to {most_frames}.")
+    if frames % FRAME_MULTIPLE != 1:
+        near = nearest(frames, 1, FRAME_MULTIPLE, most_frames)
+        raise InvalidRequest("num_frames", f"'num_frames' is {frames}, expected 4k+1{near}.")
     _between("num_inference_steps", params.num_inference_steps, 1, limits.num_inference_steps)
     _between("fps", params.fps, 1, limits.fps)
     _between("seed", params.seed, 0, MAX_SEED)
@@ -175,6 +188,30 @@ def resolve(request: VideoRequest, config: Config) -> Params:
     if params.boundary_ratio is not None:
         _between("boundary_ratio", params.boundary_ratio, 0, 1)
     return params
+
+
+def largest_frames(most: int) -> int:
+    """Return the largest possible number of frames that is at most `most`."""
+    return (most - 1) // FRAME_MULTIPLE * FRAME_MULTIPLE + 1
+
+
+def nearest(value: int, least: int, step: int, most: int) -> str:
+    """Return words that name the values around `value` of `least`, `least + step`, … up to `most`; empty if none is."""
+    most = least + (most - least) // step * step
+    below = least + (value - least) // step * step
+    around = sorted({min(max(one, least), most) for one in (below, below + step)}) if most >= least else []
+    if not around:
+        return ""
+    return f"; the nearest is {around[0]}" if len(around) == 1 else f"; the nearest are {around[0]} and {around[1]}"
+
+
+def fitting_size(width: int, height: int, pixels: int) -> str:
+    """Return the largest size of about this shape that has at most so many pixels, as `WIDTHxHEIGHT`."""
+    scale = min(math.sqrt(pixels / (width * height)), 1.0)
+    across = max(int(width * scale) // SIDE_MULTIPLE, 1) * SIDE_MULTIPLE
+    down = min(max(int(height * scale) // SIDE_MULTIPLE, 1), max(pixels // across // SIDE_MULTIPLE, 1)) * SIDE_MULTIPLE
+    across = min(across, max(pixels // down // SIDE_MULTIPLE, 1) * SIDE_MULTIPLE)
+    return f"{across}x{down}"
 
 
 def urgency(request: VideoRequest) -> Urgency:

@@ -216,7 +216,10 @@ class Server:
         """Why the gateway says that it is not, empty where it says nothing; None if it is."""
         try:
             answer = httpx.get(f"{self.url}/readyz", timeout=5)
-            return None if answer.status_code == 200 else str(answer.json()["error"]["message"])
+            said = answer.json()
+            if answer.status_code == 200:  # jobs are taken, if only to wait for what is being replaced
+                return str(said["reason"]) if said["status"] == "degraded" else None
+            return str(said["error"]["message"])
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return ""
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from serve_app.config import Config, Defaults, Limits
 from serve_app.errors import InvalidRequest
-from serve_app.request import MAX_DEADLINE_S, Params, Urgency, VideoRequest, parse, resolve, urgency
+from serve_app.gateway.body import understand
+from serve_app.request import FIELDS, MAX_DEADLINE_S, Params, Urgency, VideoRequest, parse, resolve, urgency
 
 CONFIG = Config(
     defaults=Defaults(width=128, height=64, num_frames=33, num_inference_steps=8, negative_prompt="blurry"),
@@ -109,19 +111,27 @@ def test_limits_are_inclusive() -> None:
         ({}, "prompt", "'prompt' is required."),
         ({"prompt": " "}, "prompt", "'prompt' is empty, expected a description of the video."),
         ({"prompt": "x" * 101}, "prompt", "'prompt' has 101 characters, expected at most 100."),
-        ({"prompt": "a", "colour": 1}, "colour", "Unknown field 'colour'."),
+        ({"prompt": "a", "colour": 1}, "colour", f"Unknown field 'colour', expected one of {', '.join(FIELDS)}."),
         ({"prompt": "a", "model": "sora"}, "model", "'model' is 'sora', expected 'wan2.2-t2v-a14b'."),
-        ({"prompt": "a", "width": 100}, "width", "'width' is 100, expected a positive multiple of 16."),
-        ({"prompt": "a", "height": 0}, "height", "'height' is 0, expected a positive multiple of 16."),
+        (
+            {"prompt": "a", "width": 100},
+            "width",
+            "'width' is 100, expected a positive multiple of 16; the nearest are 96 and 112.",
+        ),
+        (
+            {"prompt": "a", "height": 0},
+            "height",
+            "'height' is 0, expected a positive multiple of 16; the nearest is 16.",
+        ),
         (
             {"prompt": "a", "width": 512, "height": 512},
             "size",
-            "'size' 512x512 is 262144 pixels, expected at most 147456.",
+            "'size' 512x512 is 262144 pixels, expected at most 147456, e.g. '384x384'.",
         ),
         ({"prompt": "a", "width": 9216, "height": 16}, "width", "'width' is 9216, expected 16 to 4096."),
         ({"prompt": "a", "width": 16, "height": 4112}, "height", "'height' is 4112, expected 16 to 4096."),
-        ({"prompt": "a", "num_frames": 4}, "num_frames", "'num_frames' is 4, expected 4k+1 (1, 5, 9, ...)."),
-        ({"prompt": "a", "num_frames": 85}, "num_frames", "'num_frames' is 85, expected 1 to 81."),
+        ({"prompt": "a", "num_frames": 4}, "num_frames", "'num_frames' is 4, expected 4k+1; the nearest are 1 and 5."),
+        ({"prompt": "a", "num_frames": 85}, "num_frames", "'num_frames' is 85, expected 4k+1 from 1 to 81."),
         ({"prompt": "a", "seed": -1}, "seed", f"'seed' is -1, expected 0 to {2**63 - 1}."),
         ({"prompt": "a", "flow_shift": float("nan")}, "flow_shift", "'flow_shift' is nan, expected 0.01 to 100."),
         (
@@ -141,6 +151,77 @@ def test_refusals_name_field_value_and_expectation(fields: dict[str, Any], param
 ANY = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.lists(st.integers(), max_size=2)
 )
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("frames", "num_frames"),
+        ("steps", "num_inference_steps"),
+        ("guidance", "guidance_scale"),
+        ("cfg_scale", "guidance_scale"),
+        ("guidance_2", "guidance_scale_2"),
+        ("duration", "seconds"),
+        ("second", "seconds"),
+        ("frame_rate", "fps"),
+        ("FPS", "fps"),
+        ("resolution", "size"),
+        ("Size", "size"),
+        ("numFrames", "num_frames"),
+        ("num-frames", "num_frames"),
+        ("negative", "negative_prompt"),
+        ("negativ_prompt", "negative_prompt"),
+        ("shift", "flow_shift"),
+        ("sedd", "seed"),
+        ("promt", "prompt"),
+        ("text", "prompt"),
+        ("deadline", "deadline_s"),
+        ("email", "notify_email"),
+    ],
+)
+def test_an_unknown_field_that_is_known_by_another_name(given: str, meant: str) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        parse({given: 1} if meant == "prompt" else {"prompt": "a", given: 1})
+    assert (error.value.param, str(error.value)) == (given, f"Unknown field '{given}', did you mean '{meant}'?")
+
+
+def refused(config: Config, **fields: Any) -> str:
+    with pytest.raises(InvalidRequest) as error:
+        understand({"prompt": "a", **fields}, config)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("pixels", [256, 300, 128 * 128, 512 * 288, 1280 * 720])
+@pytest.mark.parametrize("frames", [1, 4, 80, 81, 82, 161])
+def test_what_an_error_proposes_is_taken(pixels: int, frames: int) -> None:
+    defaults, limits = Defaults(width=16, height=16, num_frames=1), Limits(pixels=pixels, num_frames=frames)
+    config = Config(defaults=defaults, limits=limits)
+
+    def taken(**fields: Any) -> None:
+        understand({"prompt": "a", **fields}, config)
+
+    for size in ("big", "1280*720", 5, "99999x99999", "1280x1280", "80000x16", "16x80000", "3840x2160"):
+        said = refused(config, size=size)
+        proposed = re.findall(r"e\.g\. '(\d+x\d+)'", said)
+        assert proposed or "expected 16 to" in said or "multiple of 16" in said, said
+        for one in proposed:
+            taken(size=one)
+    for width, height in ((100, 16), (1, 16), (5000, 16), (250, 250), (-3, 16), (100, 10**6)):
+        said = refused(config, width=width, height=height)
+        for side in re.search(r"nearest (?:is|are) (.*)\.", said)[1].split(" and ") if "nearest" in said else ():  # type: ignore[index]
+            taken(width=int(side), height=height if height % 16 == 0 else 16)
+    for count in (0, -7, 2, 6, 79, 80, 83, 160, 10**9):
+        if count % 4 == 1 and 1 <= count <= frames:
+            continue
+        said = refused(config, num_frames=count)
+        for number in re.findall(r"\d+", said.partition("4k+1")[2]):
+            taken(num_frames=int(number))
+    for seconds in ("ten", 0, -1, 1000, float("nan"), True, "1e9"):
+        for fps in (1, 16, 60):
+            said = refused(config, seconds=seconds, fps=fps)
+            assert said.startswith("'seconds' has value ") and f"at {fps} frames per second" in said, said
+            taken(seconds=float(re.search(r"at most (\S+) ", said)[1]), fps=fps)  # type: ignore[index]
+    assert "'fps' is 0" in refused(config, seconds=1000, fps=0)
 
 
 @settings(deadline=None)

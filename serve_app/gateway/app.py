@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,14 @@ from serve_app.config import Config
 from serve_app.gateway import errors, webhooks
 from serve_app.gateway.auth import AnyCaller, Guard, bearer
 from serve_app.gateway.middleware import Exchange
+from serve_app.gateway.readiness import Readiness, Ready
 from serve_app.gateway.routes import router
-from serve_app.gateway.schemas import ErrorEnvelope, ModelCard, ModelList
+from serve_app.gateway.schemas import ErrorEnvelope, ModelCard, ModelList, ReadyState
 from serve_app.gateway.service import Videos, Wake
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 
-Ready = Callable[[], Awaitable[str | None]]
-"""None, or the reason why no video can be made now."""
-
 _PAGE = Path(__file__).parent / "page" / "index.html"
-_READY_S = 1.0
 
 
 def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -49,12 +44,13 @@ def create_app(
         title="serve_app", summary="Wan2.2 text to video: the OpenAI videos API", redoc_url=None, redirect_slashes=False
     )
     app.state.guard = Guard(config.auth, store.keys, config.gateway.num_replicas)
-    app.include_router(router(Videos(config, store, storage, wake)))
+    videos = Videos(config, store, storage, wake)
+    app.include_router(router(videos))
     app.include_router(webhooks.router(config, store.database))
     app.add_middleware(Exchange, body_bytes=config.limits.body_bytes, answer_request_id=answer_request_id)
     errors.install(app)
     card = model_card(config)
-    readiness = _Readiness(store, ready)
+    readiness = Readiness(store, videos.intake, ready)
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -80,14 +76,11 @@ def create_app(
         return {"status": "ok"}
 
     @app.get("/readyz", tags=["health"], responses=_only(503, 500))
-    async def readyz() -> dict[str, str]:
-        """200 when a video can be made now, or will be once an operator ends a pause (`status` `paused`); 503 with the
-        reason when not."""
-        reason = await readiness.reason()
-        if reason is not None:
-            raise errors.ApiError(503, "not_ready", reason, retry=True)
-        # Not 503: who balances load would turn away those whose jobs can well wait.
-        return {"status": "paused" if readiness.paused else "ready"}
+    async def readyz() -> ReadyState:
+        """200 while jobs are accepted: `ready`, or, with a `reason`, `paused` by an operator or `degraded`, as while a
+        process is replaced: then they wait. 503 with the reason where none can be accepted, or none could be made yet.
+        """
+        return await readiness.state()
 
     return app
 
@@ -100,32 +93,3 @@ def model_card(config: Config) -> ModelCard:
     return ModelCard(
         id=config.model.name, created=int(time.time()), limits=limits, defaults=config.defaults.model_dump()
     )
-
-
-class _Readiness:
-    """Whether a video can be made, looked up at most once a second however many ask."""
-
-    def __init__(self, store: JobStore, ready: Ready) -> None:
-        self._store = store
-        self._ready = ready
-        self.paused = False
-        self._reason: str | None = None
-        self._looked_at = float("-inf")
-        self._looking = asyncio.Lock()
-
-    async def reason(self) -> str | None:
-        async with self._looking:
-            if time.monotonic() - self._looked_at >= _READY_S:
-                self._reason = await self._look()
-                self._looked_at = time.monotonic()
-            return self._reason
-
-    async def _look(self) -> str | None:
-        try:
-            self.paused = await asyncio.wait_for(self._store.paused_since(), 5) is not None
-        except Exception as error:
-            return f"The job store does not answer: {type(error).__name__}."
-        try:
-            return await asyncio.wait_for(self._ready(), 5)
-        except Exception as error:
-            return f"The pipeline's state is unknown: {type(error).__name__}."

@@ -99,12 +99,12 @@ async def _away(request: Request, error: Exception) -> JSONResponse:
         return internal_error().response()
     logger.warning("store or storage away", extra={"path": request.url.path, "error": one_line(error)})
     harmless = request.method != "POST" or "idempotency-key" in request.headers
-    message = f"The job store or the storage cannot be reached or is full: {_reason(error)}."
+    message = f"The job store or the storage cannot be reached or is full: {reason(error)}."
     return unavailable(message, retry=harmless).response()
 
 
-def _reason(error: Exception) -> str:
-    """What the driver says, without our statement and its parameters."""
+def reason(error: Exception) -> str:
+    """Return what the driver says, without our statement and its parameters."""
     return one_line(getattr(error, "orig", None) or error)
 
 

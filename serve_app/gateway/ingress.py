@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,13 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from serve_app.config import Config
-from serve_app.errors import InvalidRequest
+from serve_app.errors import InvalidRequest, Unavailable, one_line
 from serve_app.gateway.app import create_app
 from serve_app.gateway.auth import Caller
-from serve_app.gateway.errors import ApiError
+from serve_app.gateway.errors import ApiError, reason
 from serve_app.gateway.schemas import Variant
 from serve_app.gateway.service import Videos
+from serve_app.jobs.database import STORE_AWAY
 from serve_app.jobs.rabbitmq import broker
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
@@ -27,6 +29,20 @@ from serve_app.storage import Storage
 from serve_app.wan.cost import video_tflop
 
 logger = get_logger(__name__)
+
+
+@contextmanager
+def _for_handles() -> Iterator[None]:
+    """Turn what only HTTP or the database's driver knows into errors of ours, which callers elsewhere can unpickle."""
+    try:
+        yield
+    except ApiError as error:
+        if error.status >= 500:
+            raise Unavailable(error.message) from None
+        raise InvalidRequest(error.param, error.message) from None
+    except STORE_AWAY as error:
+        logger.warning("store or storage away", extra={"error": one_line(error)})
+        raise Unavailable(f"The job store or the storage cannot be reached or is full: {reason(error)}.") from None
 
 
 @serve.deployment(name="gateway")
@@ -74,15 +90,14 @@ class Gateway:
             InvalidRequest: the field at fault in `param`. QueueFull: too many wait. OverLimit: of this owner.
             Unavailable: none is accepted now.
         """
-        try:
+        with _for_handles():
             return (await self._videos.submit(fields, who=Caller(owner))).model_dump()
-        except ApiError as error:
-            raise InvalidRequest(error.param, error.message) from None
 
     async def get(self, video_id: str) -> dict[str, Any] | None:
         """A video's resource, or None."""
-        video = await self._videos.get(video_id)
-        return None if video is None else video.model_dump()
+        with _for_handles():
+            video = await self._videos.get(video_id)
+            return None if video is None else video.model_dump()
 
     async def watch(self, video_id: str) -> AsyncGenerator[dict[str, Any], None]:
         """The resource now and after each change, up to its end.
@@ -90,8 +105,9 @@ class Gateway:
         Raises:
             InvalidRequest: there is no such video. JobFailed: it was deleted meanwhile.
         """
-        async for video in self._videos.watch(video_id):
-            yield video.model_dump()
+        with _for_handles():
+            async for video in self._videos.watch(video_id):
+                yield video.model_dump()
 
     async def content(self, video_id: str, variant: Variant = "video") -> AsyncGenerator[bytes, None]:
         """The mp4, or the JPEG of a variant, in chunks of about 1 MiB.
@@ -99,37 +115,41 @@ class Gateway:
         Raises:
             InvalidRequest: there is none (yet).
         """
-        try:
+        with _for_handles():
             key, _ = await self._videos.output(video_id, variant)
-        except ApiError as error:
-            raise InvalidRequest(error.param, error.message) from None
-        async for chunk in self._storage.stream(key):
-            yield chunk
+            async for chunk in self._storage.stream(key):
+                yield chunk
 
     async def delete(self, video_id: str) -> bool:
         """Remove a video, its files and its run; False if there is none."""
-        return await self._videos.delete(video_id)
+        with _for_handles():
+            return await self._videos.delete(video_id)
 
     async def cancel(self, video_id: str) -> bool:
         """Stop a video; whether there was something to stop."""
-        before = await self._videos.get(video_id)
-        if before is None or before.status in ("completed", "failed"):
-            return False
-        return await self._videos.cancel(video_id) is not None
+        with _for_handles():
+            before = await self._videos.get(video_id)
+            if before is None or before.status in ("completed", "failed"):
+                return False
+            return await self._videos.cancel(video_id) is not None
 
     async def _wake(self) -> None:
         # Not awaited: a create must not wait for a dispatcher, and the poll finds the job if this gets lost.
         self._dispatcher.wake.remote()
 
     async def _ready(self) -> str | None:
+        """Return why no video can be made now; raise Unavailable if, for all that Serve knows, none ever could."""
         name = self._config.dispatcher.pipeline
         status = await asyncio.to_thread(serve.status)
         application = status.applications.get(name)
         if application is None:
-            return f"The pipeline application {name!r} is not deployed."
-        if application.status != ApplicationStatus.RUNNING:
-            return f"The pipeline application {name!r} is {application.status.value}."
-        return None
+            raise Unavailable(f"The pipeline application {name!r} is not deployed.")
+        if application.status == ApplicationStatus.RUNNING:
+            return None
+        reason = f"The pipeline application {name!r} is {application.status.value}."
+        if application.status == ApplicationStatus.UNHEALTHY:  # Serve's word for what was healthy before
+            return reason
+        raise Unavailable(reason)
 
     async def __del__(self) -> None:
         if hasattr(self, "_store"):

@@ -15,6 +15,7 @@ from serve_app.gateway.body import read_fields
 from serve_app.gateway.errors import RESPONSES, ApiError, no_video
 from serve_app.gateway.schemas import CreateVideo, ErrorEnvelope, Remix, Variant, Video, VideoDeleted, VideoList
 from serve_app.gateway.service import Videos
+from serve_app.spelling import unknown_field
 from serve_app.storage import download_name
 
 _ENDED: dict[int | str, dict[str, Any]] = {409: {"model": ErrorEnvelope, "description": "The video has no content."}}
@@ -166,7 +167,7 @@ def _remix(fields: dict[str, Any], typed: bool) -> Remix:
         first = error.errors()[0]
         param = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            raise InvalidRequest(param, f"Unknown field '{param}'.") from None
+            raise InvalidRequest(param, unknown_field(param[:80], ("prompt",))) from None
         raise InvalidRequest(param, f"'{param}': {first['msg']}.") from None
 
 

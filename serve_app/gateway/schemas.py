@@ -37,7 +37,7 @@ class CreateVideo(BaseModel):
 
     prompt: str
     model: str | None = None
-    size: str | None = Field(None, description="Width x height in pixels, `832x480`; instead of `width` and `height`.")
+    size: str | None = Field(None, description="Width x height in pixels, `128x128`; instead of `width` and `height`.")
     seconds: str | float | None = Field(None, description="Length; instead of `num_frames`, fitted to a whole 4k+1.")
     negative_prompt: str | None = None
     width: int | None = Field(None, description="A multiple of 16.")
@@ -105,6 +105,9 @@ class Video(BaseModel):
     seconds_left: float | None = Field(
         None, description="Estimate of the time until it is there, from what recent videos took; null if none is known."
     )
+    paused: bool = Field(
+        False, description="An operator has paused the queue: it waits, and goes on when they resume. Only if `queued`."
+    )
     priority: Priority
     deadline_at: int | None = Field(None, description="When work on it ends, finished or not.")
     start_at: int | None = Field(None, description="When work on it begins at the earliest.")
@@ -131,8 +134,15 @@ class Video(BaseModel):
     size_bytes: int | None = None
 
     @classmethod
-    def of(cls, job: Job, queue_position: int | None = None, seconds_left: float | None = None) -> Video:
-        """The resource of a job. `seconds_left` is what is guessed while it waits; a job that runs knows better."""
+    def of(
+        cls, job: Job, queue_position: int | None = None, seconds_left: float | None = None, paused: bool = False
+    ) -> Video:
+        """The resource of a job.
+
+        Args:
+            seconds_left: what is guessed while it waits; a job that runs knows better.
+            paused: whether no job begins at the moment.
+        """
         error = None
         if job.error_code is not None:
             error = VideoError(code=job.error_code, message=job.error_message or "")
@@ -156,6 +166,7 @@ class Video(BaseModel):
             step=job.step,
             steps=job.steps,
             seconds_left=job.seconds_left if seconds_left is None else float(round(seconds_left)),
+            paused=paused and job.status == "queued",
             priority=job.priority,
             deadline_at=None if job.deadline_at is None else int(job.deadline_at),
             start_at=None if job.start_at is None else int(job.start_at),
@@ -185,6 +196,14 @@ class VideoDeleted(BaseModel):
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
+
+
+class ReadyState(BaseModel):
+    """The state of a server that accepts jobs."""
+
+    status: Literal["ready", "paused", "degraded"]
+    """`ready`: videos are made. Otherwise jobs wait: `paused` by an operator, or `degraded` by what `reason` says."""
+    reason: str | None = None
 
 
 class ModelCard(BaseModel):

@@ -17,7 +17,7 @@ from serve_app.gateway.errors import ApiError, no_video
 from serve_app.gateway.intake import Intake
 from serve_app.gateway.schemas import Remix, Variant, Video, VideoList
 from serve_app.jobs.store import Idempotency, JobStore
-from serve_app.jobs.tables import Job
+from serve_app.jobs.tables import CANCELLED, Job
 from serve_app.logs import get_logger
 from serve_app.request import Params, Urgency, VideoRequest, resolve
 from serve_app.storage import Stat, Storage
@@ -46,7 +46,7 @@ class Videos:
         self.store = store
         self.storage = storage
         self._wake = wake
-        self._intake = Intake(store, storage, config.storage.min_free_mib)
+        self.intake = Intake(store, storage, config.storage.min_free_mib)
 
     async def submit(
         self,
@@ -89,7 +89,7 @@ class Videos:
         notify_email: str | None = None,
     ) -> Video:
         try:
-            await self._intake.check()
+            await self.intake.check()
         except Unavailable:
             # What was accepted before stays so, however full the disk is now.
             before = None if named is None else await self.store.known(who.owner, named)
@@ -132,7 +132,8 @@ class Videos:
             raise InvalidRequest(
                 "after", f"'after' has value {repr(after)[:80]}, expected the id of a video."
             ) from None
-        data = [Video.of(job) for job in jobs]
+        paused = any(job.status == "queued" for job in jobs) and await self.store.paused_since() is not None
+        data = [Video.of(job, paused=paused) for job in jobs]
         return VideoList(
             data=data,
             first_id=data[0].id if data else None,
@@ -187,6 +188,8 @@ class Videos:
                 does not answer.
         """
         job = await self._job(video_id, who)
+        if job.shown_status == CANCELLED:
+            raise ApiError(409, "video_failed", "The video was cancelled and has no content.", "video_id")
         if job.status == "failed":
             message = f"The video failed and has no content: {job.error_message}"
             raise ApiError(409, "video_failed", message, "video_id")
@@ -214,7 +217,9 @@ class Videos:
         if job.status != "queued":
             return Video.of(job)
         # Between the queries it may have left the queue: then it has no position.
-        return Video.of(job, await self.store.position(job.id), await self.store.seconds_left(job))
+        position, paused = await self.store.position(job.id), await self.store.paused_since() is not None
+        # Nobody knows how long a pause lasts.
+        return Video.of(job, position, None if paused else await self.store.seconds_left(job), paused)
 
     async def _tell(self) -> None:
         try:

@@ -16,7 +16,7 @@ from serve_app.errors import JobFailed, one_line
 from serve_app.events import Done, Event, Progress
 from serve_app.jobs.database import STORE_AWAY
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.tables import Job
+from serve_app.jobs.tables import CANCELLED, Job
 from serve_app.logs import get_logger
 from serve_app.storage import Storage
 
@@ -31,7 +31,7 @@ Verdict = Literal["cancelled", "deadline", "lost", "stopping"]
 PROGRESS_S = 0.25
 # Why a run was cut off, as its job's error: code and message.
 _ENDED = {
-    "cancelled": ("cancelled", "Cancelled while it ran."),
+    "cancelled": (CANCELLED, "Cancelled while it ran."),
     "deadline": ("deadline_exceeded", "Its deadline passed while it ran."),
 }
 

@@ -23,7 +23,7 @@ from serve_app.jobs.estimate import Pace, measure, work_ahead
 from serve_app.jobs.keys import Keys, admit
 from serve_app.jobs.leases import Leases
 from serve_app.jobs.switches import Switches
-from serve_app.jobs.tables import Job, id_time, new_id
+from serve_app.jobs.tables import CANCELLED, SHOWN_STATUS, Job, id_time, new_id
 from serve_app.jobs.upkeep import Upkeep
 from serve_app.request import Params, Urgency
 
@@ -245,9 +245,10 @@ class JobStore(Leases, Upkeep, Switches):
         limit: int = 20,
         order: Literal["asc", "desc"] = "desc",
         owner: str | None = None,
+        status: str | None = None,
     ) -> tuple[Sequence[Job], bool]:
         """A page of at most `limit` jobs by age, and whether more follow. `after` is the last id of the page before.
-        Those of one owner, or with None all.
+        Those of one owner, or with None all; those of one `Job.shown_status`, or with None all.
 
         Raises:
             LookupError: `after` is no id.
@@ -256,6 +257,8 @@ class JobStore(Leases, Upkeep, Switches):
         query = select(Job).limit(limit + 1)
         if owner is not None:
             query = query.where(Job.owner == owner)
+        if status is not None:
+            query = query.where(SHOWN_STATUS.in_([status]))
         if order == "asc":
             query = query.order_by(Job.created_at, Job.id)
         else:
@@ -289,7 +292,7 @@ class JobStore(Leases, Upkeep, Switches):
             if job.status == "queued":
                 now = await self._db.clock(session)
                 message = "Cancelled before it started."
-                self._settle(session, job, now, transitions.fail(job, now, "cancelled", message, self._late_outputs_s))
+                self._settle(session, job, now, transitions.fail(job, now, CANCELLED, message, self._late_outputs_s))
             elif job.status == "in_progress":
                 job.cancel_requested = True
         return job

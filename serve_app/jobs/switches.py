@@ -6,7 +6,7 @@ from sqlalchemy import delete, func, select
 
 from serve_app.jobs.order import PAUSED
 from serve_app.jobs.rows import Rows
-from serve_app.jobs.tables import Job, Switch
+from serve_app.jobs.tables import SHOWN_STATUS, Job, Switch
 
 
 class Switches(Rows):
@@ -40,7 +40,7 @@ class Switches(Rows):
             return await session.scalar(held) or 0
 
     async def counts(self) -> dict[str, int]:
-        """How many jobs there are of each status."""
+        """Count the jobs of each `Job.shown_status`."""
         async with self._db.read() as session:
-            rows = await session.execute(select(Job.status, func.count()).group_by(Job.status))
+            rows = await session.execute(select(SHOWN_STATUS.label("shown"), func.count()).group_by("shown"))
             return {status: count for status, count in rows}

@@ -7,10 +7,12 @@ import secrets
 import time
 from typing import Any, Literal
 
-from sqlalchemy import JSON, BigInteger, Double, Index, String, Text
+from sqlalchemy import JSON, BigInteger, Double, Index, String, Text, and_, case
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
+# The error code of a job that its owner stopped.
+CANCELLED = "cancelled"
 
 _ID = re.compile(r"video_([0-9a-f]{14})[0-9a-f]{24}")
 
@@ -145,6 +147,11 @@ class Job(Base):
         return self.status in ("completed", "failed")
 
     @property
+    def shown_status(self) -> str:
+        """The status for people: a job that was cancelled has failed for programs only, which know four."""
+        return "cancelled" if self.status == "failed" and self.error_code == CANCELLED else self.status
+
+    @property
     def waits_since(self) -> float:
         """From when on its waiting counts."""
         return max(self.created_at, self.start_at or 0)
@@ -158,6 +165,10 @@ class Job(Base):
     def state_prefix(self) -> str:
         """The storage folder of the sample's saved states, which all attempts share."""
         return f"samples/{self.id}"
+
+
+# `Job.shown_status` as SQL.
+SHOWN_STATUS = case((and_(Job.status == "failed", Job.error_code == CANCELLED), CANCELLED), else_=Job.status)
 
 
 class Garbage(Base):

@@ -14,7 +14,7 @@ from serve_app import config
 from serve_app.errors import JobFailed
 from serve_app.events import Done
 from serve_app.jobs.notice.tables import event_of
-from serve_app.jobs.tables import Base, Garbage, Job, Usage
+from serve_app.jobs.tables import CANCELLED, Base, Garbage, Job, Usage
 
 # A longer wait between two attempts helps nobody: what takes minutes to come back keeps no job from waiting.
 _LONGEST_DELAY_S = 60
@@ -22,7 +22,7 @@ _LONGEST_DELAY_S = 60
 # storage.
 _INTERRUPTIONS = {"group_lost", "worker_lost", "lease_expired", "store_failed"}
 # Error codes of ends that the owner chose: the GPUs' time is charged to the key all the same.
-_CHOSEN = {"cancelled", "deadline_exceeded"}
+_CHOSEN = {CANCELLED, "deadline_exceeded"}
 
 
 def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Base]:
@@ -67,7 +67,7 @@ def forget(job: Job, now: float, late_outputs_s: float) -> list[Base]:
 def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list[Base]:
     """Back to its place in the queue, unless somebody wanted it cancelled. Saved states stay for the next attempt."""
     if job.cancel_requested:
-        return fail(job, now, "cancelled", "Cancelled while it ran.", late_outputs_s)
+        return fail(job, now, CANCELLED, "Cancelled while it ran.", late_outputs_s)
     job.status = "queued"
     job.not_before = now + delay_s
     job.announced_at = 0.0

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from serve_app.config import Auth, Config, Defaults, Gateway, Limits
 from serve_app.config import Dispatcher as Options
 from serve_app.config import Storage as StorageOptions
+from serve_app.errors import Unavailable
 from serve_app.gateway.app import create_app
 from serve_app.jobs.dispatcher import Dispatcher
 from serve_app.jobs.keys import Limits as KeyLimits
@@ -61,7 +62,9 @@ class Server:
     app: FastAPI
     http: httpx.AsyncClient
     reason: str | None = None
-    """Why `/readyz` is 503."""
+    """Why no video can be made now."""
+    never: bool = False
+    """Whether none ever could, for all that is known."""
 
     async def key(self, *scopes: Scope, **limits: Any) -> tuple[str, dict[str, str]]:
         """A new key: its id, and the headers of who has it."""
@@ -126,6 +129,8 @@ async def server(
         dispatcher.wake()
 
     async def ready() -> str | None:
+        if server.never:
+            raise Unavailable(str(server.reason))
         return server.reason
 
     app = create_app(config, store, storage, wake, ready)

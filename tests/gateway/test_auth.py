@@ -225,6 +225,13 @@ def test_keys_on_the_command_line(tmp_path: Path) -> None:
     made = keys("create", "alice [a&b]", "--queued-jobs", "3", "--scopes", "read,create")
     text = made.stdout.strip()
     assert made.exit_code == 0 and text.startswith("wan_") and "shown only now" in made.stderr, made.stderr
+    assert "nobody asks" not in made.stderr
+    open_config = tmp_path / "open.yaml"
+    open_args = {"home": str(tmp_path)}
+    open_config.write_text(yaml.safe_dump({"applications": [{"name": "gateway", "args": open_args}]}))
+    idle = CliRunner().invoke(cli, ["keys", "create", "bob", "--config", str(open_config)])
+    assert idle.stdout.startswith("wan_") and idle.stdout.count("\n") == 1
+    assert f"nobody asks for it: auth.mode has value 'none' in {open_config}" in idle.stderr
     key_id = text.split("_")[1]
     changed = keys("limit", key_id, "--queued-jobs", "0", "--gpu-seconds-per-day", "3600.5")
     assert changed.exit_code == 0 and "queued_jobs none, gpu_seconds_per_day 3600.5" in changed.stdout

@@ -110,6 +110,40 @@ async def test_a_reconnect_goes_on(server: Server, http: httpx.AsyncClient, held
     assert answer.status_code == 200 and "event: completed" in answer.text
 
 
+async def test_a_pause_is_told_to_those_that_wait(server: Server, http: httpx.AsyncClient, held: asyncio.Event) -> None:
+    """In the resource, the list and the events; `status` stays OpenAI's, and nobody guesses how long it takes."""
+    held.set()
+    done = await server.completed()  # so that there is an estimate
+    held.clear()
+    for _ in range(server.config.dispatcher.running_jobs):
+        running = await server.create()
+
+    async def busy() -> bool:
+        return len(server.pipeline.jobs) == server.config.dispatcher.running_jobs + 1
+
+    await until(busy)
+    video_id = (await server.create())["id"]
+    changes: list[dict[str, Any]] = []
+    async with following(http, video_id) as events:
+        async for event in events:
+            if "data" not in event:
+                continue
+            changes.append(json.loads(event["data"]))
+            if changes[-1]["status"] == "queued" and not changes[-1]["paused"] and len(changes) == 1:
+                await server.store.pause()
+            elif changes[-1]["paused"]:
+                listed = (await server.http.get("/v1/videos")).json()["data"]
+                assert [video["id"] for video in listed if video["paused"]] == [video_id]
+                for other in (running, done):  # they go on, or are there
+                    assert not (await server.http.get(f"/v1/videos/{other['id']}")).json()["paused"]
+                await server.store.resume()
+                held.set()
+    before, paused = changes[0], next(change for change in changes if change["paused"])
+    assert before["seconds_left"] is not None and paused["seconds_left"] is None
+    assert (paused["status"], paused["queue_position"]) == ("queued", 1)
+    assert changes[-1]["status"] == "completed" and not changes[-1]["paused"]
+
+
 @pytest.mark.parametrize("end", ["cancel", "delete"])
 async def test_other_ends(server: Server, http: httpx.AsyncClient, held: asyncio.Event, end: str) -> None:
     video_id = (await server.create())["id"]

@@ -92,16 +92,44 @@ async def test_our_own_mistakes(server: Server, caplog: pytest.LogCaptureFixture
 async def test_health(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (await server.http.get("/healthz")).json() == {"status": "ok"}
     assert (await server.http.get("/readyz")).status_code == 200
-    server.reason = "The pipeline application 'wan' is DEPLOYING."
-    assert (await server.http.get("/readyz")).status_code == 200  # looked up at most once a second
-    monkeypatch.setattr("serve_app.gateway.app._READY_S", 0)
-    answer = await server.http.get("/readyz")
-    assert (answer.status_code, answer.json()["error"]["message"]) == (503, server.reason)
-    server.reason = None
+    server.reason = "The pipeline application 'wan' is UNHEALTHY."
+    assert (await server.http.get("/readyz")).json()["status"] == "ready"  # looked up at most once a second
+    monkeypatch.setattr("serve_app.gateway.readiness._HOLDS_S", 0)
+    monkeypatch.setattr("serve_app.gateway.intake._HOLDS_S", 0)
+    degraded = {"status": "degraded", "reason": server.reason}
+    # Jobs are taken all the same, and a pause changes nothing of that.
+    assert await state(server) == (200, degraded)
+    assert (await server.create())["status"] == "queued"
+    await server.store.pause()
+    assert await state(server) == (200, {**degraded, "reason": f"{server.reason} An operator has paused the queue."})
+    await server.store.resume()
+    server.never = True  # as where it is deployed anew; it was ready before
+    assert await state(server) == (200, degraded)
+    server.never, server.reason = False, None
+    moved = server.storage.folder.rename(server.storage.folder.with_name("moved"))
+    status, said = await state(server)
+    assert status == 503 and said["error"]["message"].startswith("No videos are accepted at the moment: "), said
+    moved.rename(server.storage.folder)
+    assert await state(server) == (200, {"status": "ready", "reason": None})
     await server.store.close()
     answer = await server.http.get("/readyz")
     assert answer.status_code == 503
     assert answer.json()["error"]["message"] == "The job store does not answer: RuntimeError."
+
+
+async def state(server: Server) -> tuple[int, dict[str, Any]]:
+    answer = await server.http.get("/readyz")
+    return answer.status_code, dict(answer.json())
+
+
+async def test_a_server_that_was_never_ready_is_not(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.gateway.readiness._HOLDS_S", 0)
+    server.reason, server.never = "The pipeline application 'wan' is DEPLOYING.", True
+    answer = await server.http.get("/readyz")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, server.reason)
+    assert answer.headers["x-should-retry"] == "true"
+    server.reason, server.never = None, False
+    assert await state(server) == (200, {"status": "ready", "reason": None})
 
 
 async def test_models(server: Server) -> None:

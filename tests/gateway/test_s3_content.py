@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from serve_app.cli import _generate
 from serve_app.config import Storage as StorageOptions
 from serve_app.gateway.app import create_app
 from serve_app.storage import Storage
 from tests.gateway import test_content
 from tests.gateway.conftest import Server
+from tests.gateway.test_cli import command
 from tests.gateway.test_content import DATA, test_file_is_gone
 from tests.jobs.fakes import until
 from tests.s3 import S3Server
@@ -66,7 +65,7 @@ async def test_the_openai_sdk_follows(client: openai.AsyncOpenAI, server: Server
 
 async def test_the_command_line_follows(client: openai.AsyncOpenAI, tmp_path: Path) -> None:
     url = str(client.base_url).removesuffix("/v1/")
-    await asyncio.to_thread(_generate, url, {"prompt": "a cat"}, tmp_path / "out.mp4")
+    assert (await command(url, "generate", "a cat", "-o", tmp_path / "out.mp4"))[0] == 0
     assert (tmp_path / "out.mp4").read_bytes() == DATA
 
 

@@ -17,7 +17,7 @@ import openai
 import pytest
 
 import serve_app
-from serve_app.errors import InvalidRequest, JobFailed
+from serve_app.errors import InvalidRequest, JobFailed, Unavailable
 from serve_app.events import Event
 from tests.stages.conftest import until
 
@@ -123,6 +123,20 @@ def test_http(url: str) -> None:
     assert (head.status_code, head.headers["content-length"]) == (200, "200192")
     assert httpx.get(f"{url}/").status_code == 200 and httpx.get(f"{url}/docs").status_code == 200
     assert httpx.get(f"{url}/nothing").json()["error"]["code"] == "not_found"
+
+
+def test_the_logs_of_a_job_are_found(url: str) -> None:
+    from serve_app.ray_logs import job_lines, session_folders
+
+    video_id = make(url, "a cat")["id"]
+
+    def said() -> bool:
+        lines = job_lines(session_folders(), video_id)
+        return all(
+            any(f'"message": "{what}"' in line for line in lines) for what in ("created", "claimed", "completed")
+        )
+
+    until(said)
 
 
 def test_a_webhook_is_called_by_the_dispatchers_process(url: str) -> None:
@@ -305,6 +319,44 @@ def test_the_client_says_how_soon(url: str) -> None:
     assert serve_app.connect(owner="0123456789abcdef").submit("hers").info["owner"] == "0123456789abcdef"
     with pytest.raises(InvalidRequest, match=r"'priority' has value 'high'"):
         client.submit("never", priority="high")
+
+
+def test_the_client_raises_the_error_itself(url: str, home: Path) -> None:
+    """In all kinds of calls, and not Ray's wrapper with the frames of another process."""
+    client = serve_app.connect()
+
+    async def make() -> None:
+        await client.generate_async("never", frames=3)
+
+    async def follow() -> None:
+        async for _ in client.stream_async("never", num_frames=4):
+            pass
+
+    waits = client.submit("wait")
+    calls: list[tuple[Any, type[Exception], str]] = [
+        (lambda: client.submit("never", num_frames=4), InvalidRequest, "'num_frames' is 4, expected 4k+1;"),
+        (lambda: client.generate("never", steps=4), InvalidRequest, "did you mean 'num_inference_steps'?"),
+        (lambda: list(client.stream("never", size="x")), InvalidRequest, "'size' has value 'x'"),
+        (lambda: asyncio.run(make()), InvalidRequest, "did you mean 'num_frames'?"),
+        (lambda: asyncio.run(follow()), InvalidRequest, "'num_frames' is 4"),
+        (lambda: b"".join(client.content("video_x")), InvalidRequest, "There is no video 'video_x'"),
+        (lambda: waits.save(home / "out.mp4"), InvalidRequest, "not completed"),
+        (lambda: client.generate("refuse"), JobFailed, "too_large: It cannot fit."),
+        (lambda: client.submit("x" * 10_000), InvalidRequest, "'prompt' has 10000 characters"),
+    ]
+    for call, kind, said in calls:
+        with pytest.raises(kind) as error:
+            call()
+        assert type(error.value) is kind and said in str(error.value) and "\n" not in str(error.value), error.value
+    assert not (home / "out.mp4").exists()
+    (home / "videos").rename(home / "videos.away")
+    try:
+        with pytest.raises(Unavailable, match="No videos are accepted at the moment") as away:
+            until(lambda: client.submit("never") is None)
+        assert type(away.value) is Unavailable
+    finally:
+        (home / "videos.away").rename(home / "videos")
+    assert client.cancel(waits.id)
 
 
 def test_stopping_hands_jobs_back(url: str, home: Path) -> None:

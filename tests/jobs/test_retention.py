@@ -48,7 +48,7 @@ async def test_times_and_portions(store: JobStore) -> None:
     for _ in range(101):
         await store.request_cancel(await create(store))
     assert (await store.expire(), await store.expire(), await store.expire()) == (100, 1, 0)
-    assert await store.counts() == {"failed": 3}
+    assert await store.counts() == {"cancelled": 3}
 
 
 def test_the_default_is_a_week() -> None:

@@ -21,7 +21,7 @@ from serve_app.errors import ConfigError, one_line
 from serve_app.jobs.notice.outbound import tls_context
 from serve_app.jobs.notice.outcome import Outcome
 from serve_app.jobs.notice.tables import Delivery, Event
-from serve_app.jobs.tables import Job
+from serve_app.jobs.tables import CANCELLED, Job
 
 PASSWORD = "WAN_SERVE_MAIL_PASSWORD"  # the name of an environment variable
 _ANSWER_CHARS = 1024
@@ -30,15 +30,17 @@ _QUIT_S = 1
 _TEXTS = {
     ("en", "video.completed"): ("Your video is ready", "Your video {id} is ready."),
     ("en", "video.failed"): ("Your video failed", "Your video {id} failed: {error}"),
+    ("en", CANCELLED): ("Your video was cancelled", "Your video {id} was cancelled."),
     ("zh", "video.completed"): ("您的视频已生成", "您的视频 {id} 已生成。"),
     ("zh", "video.failed"): ("您的视频生成失败", "您的视频 {id} 生成失败：{error}"),
+    ("zh", CANCELLED): ("您的视频已取消", "您的视频 {id} 已取消。"),
 }
 
 
 def compose(mail: Mail, public_url: str, delivery: Delivery, event: Event, job: Job) -> EmailMessage:
     """The mail, the same at every try, its Message-ID too. In Chinese if the prompt holds a Chinese character."""
     language = "zh" if any("\u4e00" <= char <= "\u9fff" for char in job.params["prompt"]) else "en"
-    subject, text = _TEXTS[language, event.type]
+    subject, text = _TEXTS[language, CANCELLED if job.shown_status == CANCELLED else event.type]
     message = EmailMessage()
     message["From"] = mail.sender
     message["To"] = delivery.recipient

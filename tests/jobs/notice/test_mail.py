@@ -87,8 +87,8 @@ async def test_whoever_asked_gets_a_mail(store: JobStore, notify: Notify, smtp: 
     assert (english["From"], english["To"]) == ("wan@video.test", "ada@example.test")
     assert english["Subject"] == "Your video is ready" and good in english.get_content()
     assert english["Message-ID"] == f"<{rows[0].id}@video.test>" and english["Auto-Submitted"] == "auto-generated"
-    assert chinese["To"] == "li@example.test" and chinese["Subject"] == "您的视频生成失败"
-    assert "cancelled" in chinese.get_content() and "生成失败" in chinese.get_content()
+    assert chinese["To"] == "li@example.test" and chinese["Subject"] == "您的视频已取消"
+    assert "已取消。" in chinese.get_content() and "失败" not in chinese.get_content()
     assert mailbox.envelopes[0].rcpt_tos == ["ada@example.test"]
     assert mailbox.envelopes[0].mail_from == "wan@video.test"
 

@@ -1,0 +1,77 @@
+"""The state that `/readyz` shows: whether this process accepts jobs, and whether videos are made now."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from serve_app.errors import Unavailable
+from serve_app.gateway.errors import ApiError
+from serve_app.gateway.intake import Intake
+from serve_app.gateway.schemas import ReadyState
+from serve_app.jobs.store import JobStore
+
+Ready = Callable[[], Awaitable[str | None]]
+"""None, or the reason why no video can be made now although some could before. Raises Unavailable, with the reason,
+where nobody knows that any ever could."""
+
+# How long an answer holds, and how long one is waited for, in seconds.
+_HOLDS_S = 1.0
+_WAIT_S = 5.0
+_PAUSED = "An operator has paused the queue."
+
+
+class Readiness:
+    """Looked up at most once a second, however many ask.
+
+    A process that accepts jobs is ready, whatever becomes of the pipeline meanwhile: they wait in the queue. Were it
+    not, whoever balances load would turn everybody away for the seconds in which one rank is replaced.
+    """
+
+    def __init__(self, store: JobStore, intake: Intake, ready: Ready) -> None:
+        self._store = store
+        self._intake = intake
+        self._ready = ready
+        self._was_ready = False
+        self._found: ReadyState | str = "Nothing is known yet."
+        self._looked_at = float("-inf")
+        self._looking = asyncio.Lock()
+
+    async def state(self) -> ReadyState:
+        """Return the state.
+
+        Raises:
+            ApiError: 503, no job can be accepted, or no video could be made yet.
+        """
+        async with self._looking:
+            if time.monotonic() - self._looked_at >= _HOLDS_S:
+                self._found = await self._look()
+                self._looked_at = time.monotonic()
+            found = self._found
+        if isinstance(found, str):
+            raise ApiError(503, "not_ready", found, retry=True)
+        return found
+
+    async def _look(self) -> ReadyState | str:
+        """Return the state, or why nothing is accepted."""
+        try:
+            paused = await asyncio.wait_for(self._store.paused_since(), _WAIT_S) is not None
+        except Exception as error:
+            return f"The job store does not answer: {type(error).__name__}."
+        try:
+            await self._intake.check()
+        except Unavailable as error:
+            return str(error)
+        try:
+            reason = await asyncio.wait_for(self._ready(), _WAIT_S)
+            self._was_ready = True
+        except Unavailable as error:
+            reason = str(error)
+        except Exception as error:
+            reason = f"The pipeline's state is unknown: {type(error).__name__}."
+        if reason is None:
+            return ReadyState(status="paused", reason=_PAUSED) if paused else ReadyState(status="ready")
+        if not self._was_ready:
+            return reason
+        return ReadyState(status="degraded", reason=f"{reason} {_PAUSED}" if paused else reason)
