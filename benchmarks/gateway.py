@@ -222,7 +222,7 @@ def get(path: str) -> bytes:
 
 
 def post(body: bytes) -> bytes:
-    headers = ("POST /v1/videos HTTP/1.1", "host: bench", "content-type: application/json")
+    headers = ("POST /v1/videos HTTP/1.1", "host: localhost", "content-type: application/json")
     return "\r\n".join((*headers, f"content-length: {len(body)}", "", "")).encode() + body
 
 

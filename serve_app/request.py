@@ -17,12 +17,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serve_app.config import Config, Priority, is_mail_address
 from serve_app.errors import InvalidRequest
+from serve_app.prompt import says_something
 from serve_app.spelling import unknown_field
 
 # Spatial sides are a multiple of VAE stride 8 x patch 2; frames are one plus a multiple of VAE stride 4.
 SIDE_MULTIPLE = 16
 FRAME_MULTIPLE = 4
 MAX_SEED = 2**63 - 1
+# Asks for a seed to be drawn, as elsewhere.
+RANDOM_SEED = -1
 # A year and a day: what is longer is a typing error, and no time that anybody waits.
 MAX_DEADLINE_S = 366 * 86400
 MAX_DELAY_S = 366 * 86400
@@ -42,6 +45,7 @@ class VideoRequest(BaseModel):
     num_frames: int | None = None
     fps: int | None = None
     seed: int | None = None
+    """None and -1 have one drawn."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     guidance_scale_2: float | None = None
@@ -145,11 +149,10 @@ def resolve(request: VideoRequest, config: Config) -> Params:
     # A custom guidance speaks for both experts unless the request says otherwise, as in WanPipeline.
     if request.guidance_scale is not None and request.guidance_scale_2 is None:
         values["guidance_scale_2"] = request.guidance_scale
-    values.setdefault("seed", secrets.randbelow(2**32))
+    if values.get("seed", RANDOM_SEED) == RANDOM_SEED:
+        values["seed"] = secrets.randbelow(2**32)
     params = Params(**values)
 
-    if not params.prompt.strip():
-        raise InvalidRequest("prompt", "'prompt' is empty, expected a description of the video.")
     for name in ("prompt", "negative_prompt"):
         text = getattr(params, name)
         if len(text) > limits.prompt_chars:
@@ -157,6 +160,9 @@ def resolve(request: VideoRequest, config: Config) -> Params:
         # JSON can spell both, but neither UTF-8 nor PostgreSQL can hold them.
         if _NO_TEXT.search(text):
             raise InvalidRequest(name, f"'{name}' holds a NUL character or half of a surrogate pair, expected text.")
+    if not says_something(params.prompt):
+        nothing = " once it is cleaned" if params.prompt.strip() else ""
+        raise InvalidRequest("prompt", f"'prompt' is empty{nothing}, expected a description of the video.")
     for name in ("width", "height"):
         side = getattr(params, name)
         if side < SIDE_MULTIPLE or side % SIDE_MULTIPLE:
@@ -181,7 +187,9 @@ def resolve(request: VideoRequest, config: Config) -> Params:
         raise InvalidRequest("num_frames", f"'num_frames' is {frames}, expected 4k+1{near}.")
     _between("num_inference_steps", params.num_inference_steps, 1, limits.num_inference_steps)
     _between("fps", params.fps, 1, limits.fps)
-    _between("seed", params.seed, 0, MAX_SEED)
+    if not 0 <= params.seed <= MAX_SEED:
+        expected = f"expected 0 to {MAX_SEED}, or {RANDOM_SEED} to have one drawn"
+        raise InvalidRequest("seed", f"'seed' is {_short(params.seed)}, {expected}.")
     _between("guidance_scale", params.guidance_scale, 0, 100)
     _between("guidance_scale_2", params.guidance_scale_2, 0, 100)
     _between("flow_shift", params.flow_shift, 0.01, 100)

@@ -31,7 +31,10 @@ def test_defaults_fill_in() -> None:
 def test_a_seed_is_kept_or_drawn() -> None:
     assert resolve(VideoRequest(prompt="a", seed=0), CONFIG).seed == 0
     assert resolve(VideoRequest(prompt="a", seed=2**63 - 1), CONFIG).seed == 2**63 - 1
-    assert len({resolve(VideoRequest(prompt="a"), CONFIG).seed for _ in range(20)}) > 1
+    for seed in (None, -1):
+        drawn = {resolve(VideoRequest(prompt="a", seed=seed), CONFIG).seed for _ in range(20)}
+        assert len(drawn) > 1 and min(drawn) >= 0
+    assert resolve(parse({"prompt": "a", "seed": "-1"}, strict=False), CONFIG).seed >= 0
 
 
 def test_one_guidance_speaks_for_both_experts() -> None:
@@ -132,7 +135,7 @@ def test_limits_are_inclusive() -> None:
         ({"prompt": "a", "width": 16, "height": 4112}, "height", "'height' is 4112, expected 16 to 4096."),
         ({"prompt": "a", "num_frames": 4}, "num_frames", "'num_frames' is 4, expected 4k+1; the nearest are 1 and 5."),
         ({"prompt": "a", "num_frames": 85}, "num_frames", "'num_frames' is 85, expected 4k+1 from 1 to 81."),
-        ({"prompt": "a", "seed": -1}, "seed", f"'seed' is -1, expected 0 to {2**63 - 1}."),
+        ({"prompt": "a", "seed": -2}, "seed", f"'seed' is -2, expected 0 to {2**63 - 1}, or -1 to have one drawn."),
         ({"prompt": "a", "flow_shift": float("nan")}, "flow_shift", "'flow_shift' is nan, expected 0.01 to 100."),
         (
             {"prompt": "a", "guidance_scale": float("inf")},

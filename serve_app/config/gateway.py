@@ -3,11 +3,49 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Literal
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import PositiveInt
+from pydantic import AfterValidator, BeforeValidator, PositiveInt
 
 from serve_app.config.section import NonNegativeFloat, Section
+
+# A name as browsers send it: lower case, international ones in punycode, a port only where it is not the usual one.
+_HOST = r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*"
+_HOST_NAME = re.compile(rf"(\*\.)?{_HOST}")
+_ORIGIN = re.compile(rf"([a-z][a-z0-9+.-]*)://({_HOST}|\[[0-9a-f:.]+\])(:[0-9]{{1,5}})?")
+_USUAL_PORTS = {"http": ":80", "https": ":443"}
+
+
+def _several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+def _host_name(value: str) -> str:
+    name = value.lower().removesuffix(".")
+    if not _HOST_NAME.fullmatch(name):
+        raise ValueError("expected a name without scheme and port, e.g. 'video.example.com' or '*.example.com'")
+    return name
+
+
+def _origin(value: str) -> str:
+    origin = value.lower()
+    match = _ORIGIN.fullmatch(origin)
+    if origin != "*" and match is None:
+        raise ValueError("expected an origin without a path, e.g. 'https://app.example.com', or '*'")
+    return origin.removesuffix(_USUAL_PORTS.get(match[1], "\0")) if match else origin
+
+
+def _public_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        fits = not value or (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError("expected the URL that users have, e.g. 'https://video.example.com'")
+    return value
 
 
 class Gateway(Section):
@@ -16,8 +54,15 @@ class Gateway(Section):
     num_replicas: PositiveInt = 1
     num_cpus: NonNegativeFloat = 0.1
     max_ongoing_requests: PositiveInt = 256
-    public_url: str = ""
-    """Where users reach the gateway, e.g. `https://video.example.com`: mails then link to the video."""
+    public_url: Annotated[str, AfterValidator(_public_url)] = ""
+    """Where users reach the gateway, e.g. `https://video.example.com`: mails then link to the video, and without keys
+    its name is one that calls may use."""
+    hosts: Annotated[tuple[Annotated[str, AfterValidator(_host_name)], ...], BeforeValidator(_several)] = ()
+    """Further names that calls may use where no keys are asked for, `*.example.com` being all below it. Addresses,
+    `localhost` and this machine's name need not be given."""
+    origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_several)] = ()
+    """Origins of web pages that may call, e.g. `https://app.example.com`; `*`, which needs keys, is all. The gateway's
+    own page need not be given."""
 
 
 class Auth(Section):

@@ -62,6 +62,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _all_origins_have_keys(self) -> Config:
+        if "*" in self.gateway.origins and self.auth.mode != "keys":
+            raise ValueError("gateway: origins is '*', expected with auth.mode 'keys', or the origins by name")
+        return self
+
+    @model_validator(mode="after")
     def _disk_offload_has_files(self) -> Config:
         if self.denoiser.offload == "disk" and self.model.prepared is None:
             raise ValueError("denoiser: offload is 'disk', expected with model.prepared, from whose files it reads")

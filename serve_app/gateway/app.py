@@ -6,15 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse
 
 from serve_app.config import Config
-from serve_app.gateway import errors, webhooks
+from serve_app.gateway import docs, errors, webhooks
 from serve_app.gateway.auth import AnyCaller, Guard, bearer
 from serve_app.gateway.middleware import Exchange
+from serve_app.gateway.origins import Cors
 from serve_app.gateway.readiness import Readiness, Ready
 from serve_app.gateway.routes import router
+from serve_app.gateway.routing import Routes
 from serve_app.gateway.schemas import ErrorEnvelope, ModelCard, ModelList, ReadyState
 from serve_app.gateway.service import Videos, Wake
 from serve_app.jobs.store import JobStore
@@ -28,7 +30,8 @@ def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: errors.RESPONSES.get(status, {"model": ErrorEnvelope}) for status in statuses}
 
 
-_GUARDED = _only(401, 403, 429, 500)
+_ANY = _only(400, 415, 500)
+_GUARDED = _ANY | _only(401, 403, 429)
 
 
 def create_app(
@@ -41,48 +44,60 @@ def create_app(
         answer_request_id: whether `x-request-id` is ours to send; Serve's proxy sends its own.
     """
     app = FastAPI(
-        title="serve_app", summary="Wan2.2 text to video: the OpenAI videos API", redoc_url=None, redirect_slashes=False
+        title="serve_app",
+        summary="Wan2.2 text to video: the OpenAI videos API",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
-    app.state.guard = Guard(config.auth, store.keys, config.gateway.num_replicas)
+    app.state.guard = Guard(config.auth, store.keys, config.gateway)
     videos = Videos(config, store, storage, wake)
     app.include_router(router(videos))
     app.include_router(webhooks.router(config, store.database))
     app.add_middleware(Exchange, body_bytes=config.limits.body_bytes, answer_request_id=answer_request_id)
+    app.add_middleware(Cors, options=config.gateway)  # outermost: it speaks in the answers of all others
     errors.install(app)
-    card = model_card(config)
-    readiness = Readiness(store, videos.intake, ready)
+    app.include_router(docs.router(app.title))
+    app.include_router(_rest(config, Readiness(store, videos.intake, ready)))
+    return app
 
-    @app.get("/", include_in_schema=False)
+
+def _rest(config: Config, readiness: Readiness) -> APIRouter:
+    """The page, the model and what tells of health."""
+    routes = Routes()
+    card = model_card(config)
+
+    @routes.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=docs.PAGE_HEADERS)
 
     guarded: dict[str, Any] = {"tags": ["models"], "dependencies": bearer(config.auth)}
 
-    @app.get("/v1/models", **guarded, responses=_GUARDED)
+    @routes.get("/v1/models", **guarded, responses=_GUARDED)
     async def models(who: AnyCaller) -> ModelList:
         """What is served, with limits and defaults."""
         return ModelList(data=[card])
 
-    @app.get("/v1/models/{model_id:path}", **guarded, responses=_GUARDED | _only(404))
+    @routes.get("/v1/models/{model_id:path}", **guarded, responses=_GUARDED | _only(404))
     async def model(model_id: str, who: AnyCaller) -> ModelCard:
         """One model."""
         if model_id != card.id:
             raise errors.ApiError(404, "not_found", f"There is no model {model_id[:80]!r}.", "model_id")
         return card
 
-    @app.get("/healthz", tags=["health"])
+    @routes.get("/healthz", tags=["health"], responses=_ANY)
     async def healthz() -> dict[str, str]:
         """200 while this process answers."""
         return {"status": "ok"}
 
-    @app.get("/readyz", tags=["health"], responses=_only(503, 500))
+    @routes.get("/readyz", tags=["health"], responses=_ANY | _only(503))
     async def readyz() -> ReadyState:
         """200 while jobs are accepted: `ready`, or, with a `reason`, `paused` by an operator or `degraded`, as while a
         process is replaced: then they wait. 503 with the reason where none can be accepted, or none could be made yet.
         """
         return await readiness.state()
 
-    return app
+    return routes
 
 
 def model_card(config: Config) -> ModelCard:

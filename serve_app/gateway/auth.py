@@ -9,8 +9,9 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
-from serve_app.config import Auth, is_loopback
+from serve_app.config import Auth, Gateway, is_loopback
 from serve_app.gateway.errors import ApiError, too_much
+from serve_app.gateway.origins import Origins
 from serve_app.gateway.rate import Buckets
 from serve_app.jobs.keys import Keys, Scope
 from serve_app.logs import get_logger
@@ -39,14 +40,15 @@ class Guard:
     """Lets callers in.
 
     Args:
-        replicas: of the gateway. Each allows its share of a key's requests a minute, so that the limit holds as well
-            as the load is balanced, without a write to the database for every request.
+        gateway: its options. Each of its replicas allows its share of a key's requests a minute, so that the limit
+            holds as well as the load is balanced, without a write to the database for every request.
     """
 
-    def __init__(self, options: Auth, keys: Keys, replicas: int) -> None:
+    def __init__(self, options: Auth, keys: Keys, gateway: Gateway) -> None:
         self._options = options
         self._keys = keys
-        self._buckets = Buckets(replicas)
+        self._buckets = Buckets(gateway.num_replicas)
+        self._origins = Origins(gateway)
         if options.mode == "none":
             where = "any machine that reaches it" if options.open else "loopback addresses only"
             logger.warning("no keys: nobody has to say who they are", extra={"auth": "none", "answers": where})
@@ -59,6 +61,7 @@ class Guard:
         """
         if self._options.mode == "none":
             self._stay_home(request)
+            self._origins.check(request.method, request.headers)
             return Caller()
         kind, _, text = request.headers.get("authorization", "").partition(" ")
         key = await self._keys.find(text.strip()) if kind.lower() == "bearer" else None

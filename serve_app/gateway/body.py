@@ -1,15 +1,10 @@
-"""A create request from its body, JSON or form, to what is run, how soon, and who is told."""
+"""A create request from its fields to what is run, how soon, and who is told."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from typing import Any
-
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 
 from serve_app.config import Config
 from serve_app.errors import InvalidRequest
@@ -27,48 +22,6 @@ from serve_app.request import (
 )
 
 _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
-_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
-
-
-async def read_fields(request: Request) -> tuple[dict[str, Any], bool]:
-    """The fields of a body, and whether they are typed (JSON) rather than text (a form).
-
-    Raises:
-        InvalidRequest, ApiError: the body cannot be read.
-    """
-    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
-    if kind in _FORMS:
-        return await _form(request), False
-    if kind != "application/json":
-        raise InvalidRequest(None, f"Content-Type is {kind[:80]!r}, expected application/json or multipart/form-data.")
-    try:
-        fields = json.loads(await request.body())
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InvalidRequest(None, f"The body is not JSON: {reason}.") from None
-    if not isinstance(fields, dict):
-        raise InvalidRequest(None, f"The body is a JSON {type(fields).__name__}, expected an object.")
-    return fields, True
-
-
-async def _form(request: Request) -> dict[str, Any]:
-    try:
-        form = await request.form(max_files=8, max_fields=100)
-    except HTTPException as error:
-        if error.status_code != 400:
-            raise
-        raise InvalidRequest(None, f"The body is not a form: {error.detail}") from None
-    fields: dict[str, Any] = {}
-    try:
-        for name, value in form.multi_items():
-            if name in fields:
-                raise InvalidRequest(name, f"'{name}' is given twice.")
-            if isinstance(value, UploadFile) and name != "input_reference":
-                raise InvalidRequest(name, f"'{name}' is a file, expected text.")
-            fields[name] = value
-    finally:
-        await form.close()
-    return fields
 
 
 def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) -> tuple[Params, Urgency, str | None]:
@@ -80,7 +33,7 @@ def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) ->
         ApiError: a feature that this model does not have.
     """
     fields = dict(fields)
-    if fields.pop("input_reference", None) is not None:
+    if fields.pop("input_reference", None) not in (None, ""):
         message = "'input_reference' is not supported: this model makes videos from text only."
         raise ApiError(400, "unsupported", message, "input_reference")
     size = fields.pop("size", None)

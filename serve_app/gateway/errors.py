@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, IntegrityError, ProgrammingError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from serve_app.errors import InvalidRequest, Unavailable, one_line
 from serve_app.gateway.schemas import ErrorEnvelope
@@ -26,6 +27,7 @@ RETRY_AFTER_S = 5.0
 _LONGEST_RETRY_AFTER_S = 120
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -33,9 +35,10 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, text in (
         (400, "The request is at fault; `param` names the field."),
         (401, "The key is missing, unknown or revoked."),
-        (403, "The key lacks the scope, or the server is not open to this network."),
+        (403, "The key lacks the scope, or the server is not open to this network, name or web page."),
         (404, "There is no such video."),
         (413, "The body is too large."),
+        (415, "The body is compressed."),
         (429, "Too much at once: `Retry-After` says when to come back."),
         (500, "An error of ours."),
         (503, "The job store or the storage cannot be reached or is full; `Retry-After` says when to ask again."),
@@ -108,6 +111,16 @@ def reason(error: Exception) -> str:
     return one_line(getattr(error, "orig", None) or error)
 
 
+def _allowed_methods(request: Request) -> str:
+    """Return the methods that a path takes, as the header `Allow` lists them."""
+
+    def takes(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] == Match.FULL for route in request.app.routes)
+
+    return ", ".join(filter(takes, _METHODS))
+
+
 def install(app: FastAPI) -> None:
     """Make `app` answer every error in the envelope."""
 
@@ -148,10 +161,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
         message = str(error.detail)
+        headers = dict(error.headers or {})
         if error.status_code == 404:
             message = f"There is no {request.url.path[:200]!r}."
         elif error.status_code == 405:
             message = f"{request.method} is not allowed on {request.url.path[:200]!r}."
+            headers["Allow"] = _allowed_methods(request)  # the router knows those of one route only
         answer = ApiError(error.status_code, _CODES.get(error.status_code, "invalid_request"), message)
-        answer.headers.update(error.headers or {})
+        answer.headers.update(headers)
         return answer.response()

@@ -1,20 +1,23 @@
-"""What holds for every HTTP exchange: a request id, a bound on the body, and an envelope around our own mistakes."""
+"""The frame of every HTTP exchange: a request id, a URL in UTF-8, a bound on the body, an envelope for our mistakes."""
 
 from __future__ import annotations
 
 import re
 import secrets
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.gateway.errors import internal_error
+from serve_app.gateway.errors import ApiError, internal_error
 from serve_app.logs import get_logger
 
 logger = get_logger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_ASCII = bytes(range(128))
 
 
 class Exchange:
@@ -63,11 +66,32 @@ class Exchange:
                     MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
+        fields = {"request": request_id, "method": scope["method"], "path": scope["path"]}
         try:
-            await self._app(scope, bounded, answer)
+            if (refusal := _refusal(scope, headers)) is not None:
+                await refusal.response()(scope, receive, answer)
+                return
+            # Raw UTF-8 in a query is what percent-encoded UTF-8 is; frameworks read it as Latin-1.
+            query = quote_from_bytes(scope.get("query_string", b""), _ASCII).encode()
+            await self._app({**scope, "query_string": query}, bounded, answer)
+        except ClientDisconnect:
+            logger.info("client left", extra=fields)
         except Exception as error:
-            fields = {"request": request_id, "method": scope["method"], "path": scope["path"]}
             logger.exception("request failed", extra={**fields, "error": type(error).__name__})
             if started:
                 raise  # the answer is cut short, and the server below must know
             await internal_error().response()(scope, receive, answer)
+
+
+def _refusal(scope: Scope, headers: Headers) -> ApiError | None:
+    """Return the reason why a request cannot be read, whatever it asks for."""
+    coding = headers.get("content-encoding", "identity")
+    if coding.strip().lower() not in ("identity", ""):
+        message = f"Content-Encoding is {coding[:80]!r}, expected a body that is not compressed."
+        return ApiError(415, "unsupported_encoding", message, accept_encoding="identity")
+    for name, value in (("path", scope.get("raw_path")), ("query", scope.get("query_string"))):
+        try:
+            unquote_to_bytes(value or b"").decode()
+        except UnicodeDecodeError:
+            return ApiError(400, "invalid_value", f"The {name} of the URL is not UTF-8.")
+    return None

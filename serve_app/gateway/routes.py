@@ -10,9 +10,10 @@ from pydantic import BaseModel, ValidationError
 
 from serve_app.errors import InvalidRequest
 from serve_app.gateway import content, sse
-from serve_app.gateway.auth import Caller, Creator, Reader, bearer
-from serve_app.gateway.body import read_fields
+from serve_app.gateway.auth import Creator, Reader, bearer
 from serve_app.gateway.errors import RESPONSES, ApiError, no_video
+from serve_app.gateway.forms import read_fields
+from serve_app.gateway.routing import Routes
 from serve_app.gateway.schemas import CreateVideo, ErrorEnvelope, Remix, Variant, Video, VideoDeleted, VideoList
 from serve_app.gateway.service import Videos
 from serve_app.spelling import unknown_field
@@ -31,7 +32,8 @@ _FILE: dict[int | str, dict[str, Any]] = {
     200: {"description": "The file.", "content": {"video/mp4": {}, "image/jpeg": {}}},
     206: {"description": "Part of the file."},
     302: {"description": "Where the storage serves the file, for a while and to whoever knows the address."},
-    304: {"description": "The file that `If-None-Match` names."},
+    304: {"description": "The file that the client has, by `If-None-Match` or `If-Modified-Since`."},
+    412: {"model": ErrorEnvelope, "description": "The file is another than `If-Match` or `If-Unmodified-Since` says."},
     416: {"model": ErrorEnvelope, "description": "The range lies outside the file."},
     503: {"model": ErrorEnvelope, "description": "The storage does not answer."},
 }
@@ -58,7 +60,7 @@ IdempotencyKey = Annotated[
 
 def router(videos: Videos) -> APIRouter:
     """Routes over `videos`."""
-    routes = APIRouter(tags=["videos"], responses=RESPONSES, dependencies=bearer(videos.config.auth))
+    routes = Routes(tags=["videos"], responses=RESPONSES, dependencies=bearer(videos.config.auth))
     streams = sse.Streams(videos.config.gateway.max_ongoing_requests // 2)
 
     @routes.post(
@@ -81,8 +83,8 @@ def router(videos: Videos) -> APIRouter:
 
     for path, what in (("edits", "Editing"), ("extensions", "Extending"), ("characters", "Characters")):
         routes.add_api_route(f"/v1/videos/{path}", _unsupported(what), methods=["POST"], name=path, response_model=None)
-    routes.add_api_route(
-        "/v1/videos/characters/{character_id}", _unsupported("Characters"), name="character", response_model=None
+    routes.get("/v1/videos/characters/{character_id}", name="character", response_model=None)(
+        _unsupported("Characters")
     )
 
     @routes.get("/v1/videos/{video_id}")
@@ -118,7 +120,10 @@ def router(videos: Videos) -> APIRouter:
 
     @routes.get("/v1/videos/{video_id}/events", responses=_EVENTS, response_class=Response)
     async def events(
-        video_id: str, who: Reader, last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None
+        video_id: str,
+        request: Request,
+        who: Reader,
+        last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
     ) -> Response:
         """The video now and after each change, as Server-Sent Events named by its status; the last is `completed`,
         `failed` or `deleted`."""
@@ -130,19 +135,15 @@ def router(videos: Videos) -> APIRouter:
         streams.check()
         # Not to be kept, nor to be collected before it is passed on.
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        if request.method == "HEAD":
+            return StreamingResponse(iter(()), headers=headers, media_type="text/event-stream")
         text = streams.stream(video_id, videos.watch(video_id), last_event_id)
         return StreamingResponse(text, headers=headers, media_type="text/event-stream")
 
     @routes.get("/v1/videos/{video_id}/content", responses={**_ENDED, **_FILE}, response_class=Response)
     async def get_content(video_id: str, request: Request, who: Reader, variant: Variant = "video") -> Response:
-        """The mp4 of a completed video, or a JPEG variant of it. Takes `Range` and `If-None-Match`."""
-        return await _content(video_id, request, who, variant)
-
-    @routes.head("/v1/videos/{video_id}/content", include_in_schema=False)
-    async def head_content(video_id: str, request: Request, who: Reader, variant: Variant = "video") -> Response:
-        return await _content(video_id, request, who, variant)
-
-    async def _content(video_id: str, request: Request, who: Caller, variant: Variant) -> Response:
+        """The mp4 of a completed video, or a JPEG variant of it. Takes `Range` and the conditions of HTTP
+        (`If-None-Match`, `If-Modified-Since`, `If-Match`, `If-Unmodified-Since`, `If-Range`)."""
         key, stat = await videos.output(video_id, variant, who)
         head = request.method == "HEAD"
         if (url := await videos.storage.link(key, "HEAD" if head else "GET")) is not None:

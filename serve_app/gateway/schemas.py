@@ -44,7 +44,7 @@ class CreateVideo(BaseModel):
     height: int | None = Field(None, description="A multiple of 16.")
     num_frames: int | None = Field(None, description="4k+1.")
     fps: int | None = None
-    seed: int | None = Field(None, description="Drawn, and returned, if not given.")
+    seed: int | None = Field(None, description="Drawn, and returned, if it is -1 or not given.")
     num_inference_steps: int | None = None
     guidance_scale: float | None = Field(None, description="Of the high-noise expert.")
     guidance_scale_2: float | None = Field(None, description="Of the low-noise expert; default is `guidance_scale`.")

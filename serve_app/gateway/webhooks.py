@@ -14,6 +14,7 @@ from serve_app.config import Config
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.auth import Caller, Creator, Reader, bearer
 from serve_app.gateway.errors import RESPONSES, ApiError
+from serve_app.gateway.routing import Routes
 from serve_app.gateway.schemas import ErrorEnvelope
 from serve_app.gateway.webhook_schemas import (
     CreateEndpoint,
@@ -54,7 +55,7 @@ def router(config: Config, database: Database) -> APIRouter:
     Raises:
         ConfigError: an option of webhooks that cannot work.
     """
-    routes = APIRouter(tags=["webhooks"], responses=RESPONSES, dependencies=bearer(config.auth))
+    routes = Routes(tags=["webhooks"], responses=RESPONSES, dependencies=bearer(config.auth))
     endpoints = Endpoints(database)
     sender = outbound(config)
 

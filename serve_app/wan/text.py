@@ -5,15 +5,13 @@ Knows nothing of denoising; an `Embedding` is plain data that can be cached and 
 
 from __future__ import annotations
 
-import html
-import re
 from dataclasses import dataclass
 
-import ftfy
 import torch
 from transformers import UMT5EncoderModel
 from transformers.utils import logging
 
+from serve_app.prompt import clean_prompt
 from serve_app.wan.checkpoint import MAX_TOKENS, Checkpoint
 from serve_app.wan.files import check_loading
 from serve_app.wan.random_weights import randomise
@@ -34,15 +32,6 @@ class Embedding:
     tensor: torch.Tensor
     tokens: int
     truncated: bool
-
-
-def clean_prompt(text: str) -> str:
-    """`text` as the model was trained to read it: mended mojibake, no HTML entities, single spaces.
-
-    The same as `prompt_clean` in diffusers' pipeline_wan.py, which skips ftfy silently where it is not installed.
-    """
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return re.sub(r"\s+", " ", text).strip()
 
 
 def pad(embedding: Embedding) -> torch.Tensor:

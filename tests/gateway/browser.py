@@ -26,6 +26,7 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--host-resolver-rules=MAP *.example 127.0.0.1",  # names that anybody may have pointed to this machine
 )
 PHONE = {"width": 390, "height": 844}
 SIZE = (64, 48)

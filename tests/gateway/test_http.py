@@ -29,8 +29,9 @@ async def test_errors_of_the_frame(server: Server) -> None:
         ("PUT", "/v1/videos", 405, "method_not_allowed"),
         ("PATCH", f"/v1/videos/{unknown}", 405, "method_not_allowed"),
         ("OPTIONS", "/v1/videos", 405, "method_not_allowed"),
-        ("HEAD", "/v1/videos", 405, ""),
-        ("HEAD", f"/v1/videos/{unknown}", 405, ""),
+        ("HEAD", "/v1/videos/edits", 404, ""),
+        ("HEAD", f"/v1/videos/{unknown}", 404, ""),
+        ("HEAD", f"/v1/videos/{unknown}/cancel", 405, ""),
     ):
         answer = await server.http.request(method, path, json={"prompt": "x"})
         assert answer.status_code == status, (method, path, answer.text)
@@ -157,7 +158,24 @@ async def test_openapi(server: Server) -> None:
     assert {"200", "400", "413", "429"} <= set(create["responses"])
     assert "queue_position" in schema["components"]["schemas"]["Video"]["properties"]
     assert set(schema["paths"]) >= {"/v1/videos/{video_id}/content", "/v1/models", "/readyz", "/healthz"}
-    assert (await server.http.get("/docs")).status_code == 200
+
+
+async def test_the_description_comes_without_a_network(server: Server) -> None:
+    page = await server.http.get("/docs")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert "://" not in page.text and '"//' not in page.text and page.text.count("data:,") == 1
+    for name, kind, begins in (
+        ("swagger-ui-bundle.js", "text/javascript", "/*! For license information"),
+        ("swagger-ui.css", "text/css", ".swagger-ui"),
+    ):
+        assert f'"docs/{name}"' in page.text  # relative: it holds behind a prefix, too
+        answer = await server.http.get(f"/docs/{name}")
+        assert (answer.status_code, answer.headers["content-type"]) == (200, f"{kind}; charset=utf-8")
+        assert answer.text.startswith(begins) and "max-age" in answer.headers["cache-control"]
+    for name in ("redoc.standalone.js", "favicon.png", "..%2f__init__.py", "x"):
+        assert (await server.http.get(f"/docs/{name}")).status_code == 404
+    for path in ("/", "/docs"):  # no other site may have somebody click on them
+        assert "frame-ancestors 'none'" in (await server.http.get(path)).headers["content-security-policy"]
 
 
 def test_the_gateway_stays_small() -> None:

@@ -14,7 +14,8 @@ from tests.gateway.conftest import Server
 
 
 async def post(server: Server, key: str, path: str = "/v1/videos", **more: Any) -> httpx.Response:
-    return await server.http.post(path, headers={"idempotency-key": key}, **more)
+    headers = {"idempotency-key": key} | ({"content-type": "application/json"} if "content" in more else {})
+    return await server.http.post(path, headers=headers, **more)
 
 
 class Listener:
