@@ -6,6 +6,7 @@ its control process (the GCS) is asked first whether it lives, and whether a nod
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -69,6 +70,7 @@ def find(say: Callable[[str], None]) -> Address | None:
         address = _wished(wish)
         _check_for_a_while(address)
         return address
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns of what it does by default
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     for address in _seen_here():
         try:
@@ -145,12 +147,34 @@ def check(address: Address) -> None:
     if version != ray.__version__:
         raise Away(f"{address} has version {version}, expected {ray.__version__}; {_INSTEAD}")
     here = services.find_node_ids()
-    if not any(node.node_id.hex() in here for node in alive.node_info_list):
+    raylets = [
+        f"{node.node_manager_address}:{node.node_manager_port}"
+        for node in alive.node_info_list
+        if node.node_id.hex() in here
+    ]
+    if not raylets:
         raise Away(
             f"{address} has no living node on this machine: run `ray start --address={address.host_port}` first, or "
             + _INSTEAD,
             may_change=True,
         )
+    for raylet in raylets:
+        _check_raylet(address, raylet)
+
+
+def _check_raylet(address: Address, raylet: str) -> None:
+    """Ask whether a node's own process, which `ray.init` would wait for, speaks."""
+    channel = init_grpc_channel(raylet, [("grpc.enable_http_proxy", 0)])
+    try:
+        grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
+    except grpc.FutureTimeoutError:
+        raise Away(
+            f"the node of {address} on this machine, {raylet}, does not answer within {_ANSWER_S} s: end it with "
+            f"`ray stop --force`, or {_INSTEAD}",
+            may_change=True,
+        ) from None
+    finally:
+        channel.close()
 
 
 def _away(address: Address, error: grpc.RpcError) -> Away:
