@@ -37,8 +37,8 @@ class Applications:
         for target in targets:
             target.target._bound_deployment._version = self._mark
 
-    def look(self, ray_address: str, http: dict[str, Any], *, replace: bool) -> None:
-        """Look at the Serve instance that runs on a Ray, before anything is started there.
+    def look(self, ray_address: str, http: dict[str, Any], *, replace: bool) -> bool:
+        """Look at the Serve instance that runs on a Ray, before anything is started there. Tells whether there is one.
 
         Raises:
             ServeAppError: it has such applications already, others at the same route, or listens elsewhere.
@@ -46,7 +46,7 @@ class Applications:
         client = _get_global_client(raise_if_no_controller_running=False)
         self._serve_was_there = client is not None
         if client is None:
-            return
+            return False
         details = client.get_serve_details()
         there, host, port = details["applications"], client.http_config.host, client.http_config.port
         url = f"http://{host}:{port}"
@@ -71,6 +71,7 @@ class Applications:
                     f"http_options.{option} has value {http[option]!r}, expected {value!r}, since the Serve on the Ray "
                     f"at {ray_address} listens on {url}; or serve beside it with --own-ray"
                 )
+        return True
 
     def deploy(self) -> None:
         """Deploy them, without waiting for them."""

@@ -72,6 +72,8 @@ class RaySession:
             found = ray_probe.find(self._say)
             if found is not None and self._make_way(found.host_port):
                 found = ray_probe.find(self._say)
+            if found is not None and found.host_port != wish:  # others may have another name for it
+                self._claim(f"the Ray at {found.host_port}")
             self._found = found
             self.own = found is None
         if self.own:

@@ -37,6 +37,7 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], serve.Application]] = {
 _SAY_WHY_S = 10
 # How often a server looks whether its applications are still its own.
 _WATCH_S = 2
+_LOOK_S = 30
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
 
@@ -105,7 +106,7 @@ class Server:
         self._ray.find(int(self._http.get("port", 8000)))
         if not self._ray.own:
             self._ray.join()
-            self._applications.look(self._ray.address, self._http, replace=self._replace)
+            self._look_at_serve(self._applications)
         self._look_around()
         if self._ray.own:
             self._ray.start()
@@ -121,6 +122,14 @@ class Server:
             self._say(f"auth.mode is none: {who} may use {self.url}")
         self._say(f"loading {self.config.model.name} from {self.config.model.folder}")
         self._applications.deploy()
+
+    def _look_at_serve(self, applications: Applications) -> None:
+        ray_address = self._ray.address
+        silent = f"Serve on the Ray at {ray_address} does not answer within {_LOOK_S} s: end it with `serve shutdown`"
+        with guard.deadline(_LOOK_S, silent):
+            was_there = applications.look(ray_address, self._http, replace=self._replace)
+        if was_there and self._file.get("controller_options"):
+            self._say("controller_options have no effect: Serve runs already, with those of whoever started it")
 
     def _shared_environment(self) -> dict[str, Any] | None:
         """The `runtime_env` of all applications, which is that of the Ray job here."""

@@ -104,12 +104,14 @@ def test_a_signal_ends_everything_and_is_in_the_status(start, number, work, orde
     assert one.left() == []
 
 
-@pytest.mark.parametrize("stuck", ["signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}); time.sleep(600)", "end"])
-def test_what_does_not_stop_is_killed_after_the_limit(start, stuck):
-    if stuck == "end":
-        one = start(ORDERLY, end="time.sleep(600)")
-    else:
-        one = start(f"import signal; guard.set_stop(guard.Stop.IN_ORDER); print('serves', flush=True); {stuck}")
+BLOCKED = f"import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGINT}}); {ORDERLY}"
+
+
+@pytest.mark.parametrize(
+    ("work", "end"), [(BLOCKED, "pass"), (ORDERLY, "time.sleep(600)")], ids=["never interrupted", "never ends"]
+)
+def test_what_does_not_stop_is_killed_after_the_limit(start, work, end):
+    one = start(work, end)
     one.process.terminate()
     _, err = one.process.communicate(timeout=20)
     assert one.process.returncode == 143 and err == "wan-serve: not ended after 2 s, killed what was left\n"
