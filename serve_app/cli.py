@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from serve_app import __version__
+from serve_app import __version__, guard
 from serve_app.cli_client import Api
 from serve_app.cli_jobs import jobs
 from serve_app.cli_keys import keys
@@ -68,16 +68,21 @@ def up(
     config: Path,
     port: Annotated[int | None, typer.Option(help="HTTP port, instead of the file's.")] = None,
     own_ray: Annotated[bool, typer.Option("--own-ray", help="Start a Ray even where one is running.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="End or replace the server that runs here.")] = False,
     dashboard: Annotated[bool, typer.Option(help="Run Ray's dashboard, where Ray is started here.")] = True,
 ) -> None:
-    """Serve a configuration until Ctrl-C, on the Ray that runs here or on one of its own."""
+    """Serve a configuration until Ctrl-C or SIGTERM, on the Ray that runs here or on one of its own."""
+    guard.fork()
     from serve_app.server import Server
 
     started = time.monotonic()
-    with Server(config, port=port, own_ray=own_ray, dashboard=dashboard, say=_Say()) as server:
+    say = _Say()
+    with Server(config, port=port, own_ray=own_ray, replace=replace, dashboard=dashboard, say=say) as server:
         server.wait_ready()
+        for line in server.whereabouts():
+            console.print(line, soft_wrap=True, markup=False)
         console.print(f"ready on {server.url} after {time.monotonic() - started:.1f} s; Ctrl-C ends it", style="bold")
-        signal.pause()
+        server.watch()
 
 
 @cli.command()
@@ -87,6 +92,7 @@ def demo(
     config: Annotated[Path, typer.Option(help="What to serve.")] = TINY,
 ) -> None:
     """Start the embedded default, make one video over HTTP, and stop everything again."""
+    guard.fork()
     from serve_app.server import Server
 
     started = time.monotonic()
@@ -132,7 +138,7 @@ def _free_port() -> int:
 
 
 def _interrupt(signum: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
+    sys.exit(128 + signum)
 
 
 def main() -> None:

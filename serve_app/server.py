@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import ray
@@ -19,11 +19,13 @@ from ray import serve
 from ray.exceptions import RayTaskError
 from ray.serve.schema import ApplicationStatus
 
-from serve_app import app
+from serve_app import app, claim, guard
+from serve_app.applications import Applications
 from serve_app.config import Config, load_file
-from serve_app.errors import ConfigError, ServeAppError
+from serve_app.errors import ConfigError, ServeAppError, without_password
 from serve_app.model import departures, makes_videos, open_model
 from serve_app.preflight import preflight
+from serve_app.ray_session import RaySession
 from serve_app.replica import alive_hosts, check_hosts
 
 Say = Callable[[str], None]
@@ -34,6 +36,9 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], serve.Application]] = {
 }
 # After this long a server that is not ready says why not.
 _SAY_WHY_S = 10
+# How often a server looks whether its applications are still its own.
+_WATCH_S = 2
+_LOOK_S = 30
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
 
@@ -44,6 +49,7 @@ class Server:
         path: a file under configs/.
         port: overrides the file's HTTP port.
         own_ray: start a Ray even where one is running, and touch nothing of the running one.
+        replace: end or replace the server that runs here, if any, instead of refusing to start.
         dashboard: whether a Ray that is started here runs its dashboard (needed by `serve status`).
         say: called with a line on each thing that happens.
 
@@ -57,19 +63,29 @@ class Server:
         *,
         port: int | None = None,
         own_ray: bool = False,
+        replace: bool = False,
         dashboard: bool = True,
         say: Say = lambda line: None,
     ) -> None:
         self._file, self.config = load_file(path)
         http = self._file.get("http_options") or {}
         self._http = {**http, **({"port": port} if port else {})}
-        self._dashboard = dashboard
         self._say = say
-        self._own_ray = own_ray
+        self._replace = replace
         self._runtime_env = self._shared_environment()
         self.url = f"http://{self._http.get('host', '127.0.0.1')}:{self._http.get('port', 8000)}".replace(
             "0.0.0.0", "127.0.0.1"
         )
+        names = [entry["name"] for entry in self._file["applications"]]
+        self._ray = RaySession(
+            claim.describe(names, str(path), self.url),
+            own=own_ray,
+            replace=replace,
+            dashboard=dashboard,
+            runtime_env=self._runtime_env,
+            say=say,
+        )
+        self._applications: Applications | None = None
 
     def __enter__(self) -> Server:
         try:
@@ -86,33 +102,17 @@ class Server:
 
     def start(self) -> None:
         """Join the running Ray, or start one, and deploy. Returns before the applications are ready."""
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about its own default
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        targets = self._targets()
-        if not self._own_ray:
-            try:
-                ray.init(
-                    address="auto",
-                    namespace="serve",
-                    runtime_env=self._runtime_env,
-                    log_to_driver=False,
-                    logging_level=logging.WARNING,
-                )
-                self._say("joined the running Ray cluster")
-            except ConnectionError:
-                self._own_ray = True
+        self._applications = Applications(self._targets())
+        self._ray.find(int(self._http.get("port", 8000)))
+        if not self._ray.own:
+            self._ray.join()
+            self._look_at_serve(self._applications)
         self._look_around()
-        if self._own_ray:
-            self._say("starting Ray on this machine")
-            ray.init(
-                address="local",
-                namespace="serve",
-                runtime_env=self._runtime_env,
-                include_dashboard=self._dashboard,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+        if self._ray.own:
+            self._ray.start()
         check_hosts(self.config, alive_hosts())
+        guard.set_stop(guard.Stop.IN_ORDER)
         serve.start(
             proxy_location=self._file.get("proxy_location", "EveryNode"),
             http_options=self._http,
@@ -125,11 +125,15 @@ class Server:
         if makes_videos(self._file):
             for line in departures(self.config, open_model(self.config)):
                 self._say(line)
-        serve.run_many(
-            targets,
-            wait_for_ingress_deployment_creation=False,
-            wait_for_applications_running=False,
-        )
+        self._applications.deploy()
+
+    def _look_at_serve(self, applications: Applications) -> None:
+        ray_address = self._ray.address
+        silent = f"Serve on the Ray at {ray_address} does not answer within {_LOOK_S} s: end it with `serve shutdown`"
+        with guard.deadline(_LOOK_S, silent):
+            was_there = applications.look(ray_address, self._http, replace=self._replace)
+        if was_there and self._file.get("controller_options"):
+            self._say("controller_options have no effect: Serve runs already, with those of whoever started it")
 
     def _shared_environment(self) -> dict[str, Any] | None:
         """The `runtime_env` of all applications, which is that of the Ray job here."""
@@ -140,7 +144,7 @@ class Server:
 
     def _look_around(self) -> None:
         """Look for the services that the file names, from where they will be used, and for a port of our own."""
-        if self._own_ray:
+        if self._ray.own:
             _check_port(str(self._http.get("host") or "127.0.0.1"), int(self._http.get("port", 8000)))
             with _environment((self._runtime_env or {}).get("env_vars") or {}):
                 notes = asyncio.run(preflight(self.config))
@@ -200,17 +204,33 @@ class Server:
             time.sleep(0.2)
         raise ServeAppError(f"not ready after {timeout_s:.0f} s")
 
+    def watch(self) -> NoReturn:
+        """Serve until the process is stopped.
+
+        Raises:
+            ServeAppError: the applications are no longer there, or no longer this server's.
+        """
+        assert self._applications is not None
+        while True:
+            time.sleep(_WATCH_S)
+            self._applications.check()
+
+    def whereabouts(self) -> list[str]:
+        """Lines on where everything is, for people."""
+        config = self.config
+        store = without_password(config.store.url) if config.store.url else ""
+        data = [str(config.home_path), *(place for place in (store, config.storage.url) if place)]
+        return [f"page: {self.url}/, API: {self.url}/docs", f"data: {', '.join(data)}", *self._ray.whereabouts()]
+
     def stop(self) -> None:
-        """Take the applications down; end Ray too where it was started here."""
-        if not ray.is_initialized():
-            return
-        if self._own_ray:
-            # Ray's processes all end with it, so the applications need no farewell of their own, but jobs do:
-            # the dispatcher hands its leases back when it is deleted.
-            serve.delete("gateway")
-        else:
-            serve.shutdown()
-        ray.shutdown()
+        """Take down what this server has deployed; end Ray too where it was started here."""
+        guard.set_stop(guard.Stop.UNDER_WAY)
+        if ray.is_initialized() and self._applications is not None:
+            # Ray's processes all end with a Ray of our own, so the applications need no farewell of their own, but
+            # jobs do: the dispatcher hands its leases back when it is deleted.
+            gateways = {e["name"] for e in self._file["applications"] if e["import_path"] == "serve_app.app:gateway"}
+            self._applications.delete(only=gateways if self._ray.own else None)
+        self._ray.end()
 
     def _not_ready(self) -> str | None:
         """Why the gateway says that it is not, empty where it says nothing; None if it is."""

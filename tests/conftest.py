@@ -36,7 +36,15 @@ def _gradients() -> Iterator[None]:
         torch.set_grad_enabled(True)
 
 
-_WITH_RAY = {"stages", "cluster", "test_deployment.py", "test_serve.py", "test_serve_rabbitmq.py"}
+_WITH_RAY = {
+    "stages",
+    "cluster",
+    "test_applications.py",
+    "test_deployment.py",
+    "test_ray_life.py",
+    "test_serve.py",
+    "test_serve_rabbitmq.py",
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

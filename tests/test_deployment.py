@@ -214,14 +214,28 @@ def test_generate_follows_a_running_server(deployment, tmp_path):
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and "'num_frames' is 6" in refused.stderr
 
 
-def test_up_starts_a_ray_of_its_own_and_ctrl_c_leaves_nothing(checkpoint, tmp_path):
-    port = free_port()
-    config = write_config(tmp_path, checkpoint, port)
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    server = subprocess.Popen([BIN / "wan-serve", "up", config, "--own-ray"], env=environment)
-    wait_ready(f"http://127.0.0.1:{port}", server)
-    assert not end(server)
-    assert server.returncode == 130
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, ["'gateway' and 'wan' run already", "--replace", "--own-ray"]),
+        ({"RAY_AUTH_MODE": "disabled"}, ["asks for its token", "RAY_AUTH_MODE=token"]),
+        ({"RAY_AUTH_TOKEN": "0" * 32}, ["asks for its token", "RAY_AUTH_TOKEN"]),
+    ],
+    ids=["running", "no token", "another token"],
+)
+def test_up_on_a_cluster_that_serves_already_is_one_line(deployment, checkpoint, tmp_path, variables, said):
+    config = write_config(tmp_path, checkpoint, free_port())
+    done = subprocess.run(
+        [BIN / "wan-serve", "up", config],
+        env={**deployment.environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    for part in (*said, deployment.environment["RAY_ADDRESS"]):
+        assert part in done.stderr
+    assert httpx.get(f"{deployment.url}/readyz").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""The applications of one server on a Serve instance, which others may share."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+
+from serve_app.errors import ConfigError, ServeAppError
+
+# Less than a guard lets its server stop.
+_DELETED_S = 20
+_GONE = "NOT_STARTED"
+
+
+class Applications:
+    """What a server deploys. It tells its own applications from those that somebody else has deployed since.
+
+    Each deployment carries the server's mark as its version. Serve keeps that in the controller, and whoever deploys
+    an application anew replaces it.
+
+    Args:
+        targets: the applications, as Serve deploys them.
+    """
+
+    def __init__(self, targets: list[serve.RunTarget]) -> None:
+        self._targets = targets
+        self._mark = uuid.uuid4().hex
+        self._serve_was_there = False
+        self._deploying = False
+        for target in targets:
+            target.target._bound_deployment._version = self._mark
+
+    def look(self, ray_address: str, http: dict[str, Any], *, replace: bool) -> bool:
+        """Look at the Serve instance that runs on a Ray, before anything is started there. Tells whether there is one.
+
+        Raises:
+            ServeAppError: it has such applications already, others at the same route, or listens elsewhere.
+        """
+        client = _get_global_client(raise_if_no_controller_running=False)
+        self._serve_was_there = client is not None
+        if client is None:
+            return False
+        details = client.get_serve_details()
+        there, host, port = details["applications"], client.http_config.host, client.http_config.port
+        url = f"http://{host}:{port}"
+        where = f"on the Ray at {ray_address}, {url}"
+        routes = {target.name: target.route_prefix for target in self._targets}
+        if not replace and (same := sorted(there.keys() & routes)):
+            names = " and ".join(repr(name) for name in same)
+            raise ServeAppError(
+                f"applications {names} run already {where}; replace them with --replace, or serve beside them with "
+                "--own-ray and another --port"
+            )
+        for name, detail in there.items():
+            route = detail["route_prefix"]
+            if name not in routes and route is not None and route in routes.values():
+                raise ServeAppError(
+                    f"application {name!r} has the route_prefix {route!r} {where}, expected it to be free; serve "
+                    "beside it with --own-ray and another --port"
+                )
+        for option, value in (("port", port), ("host", host)):
+            if http.get(option) not in (None, value):
+                raise ConfigError(
+                    f"http_options.{option} has value {http[option]!r}, expected {value!r}, since the Serve on the Ray "
+                    f"at {ray_address} listens on {url}; or serve beside it with --own-ray"
+                )
+        return True
+
+    def deploy(self) -> None:
+        """Deploy them, without waiting for them."""
+        self._deploying = True
+        serve.run_many(self._targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+    def check(self) -> None:
+        """Check that they are there and still this server's.
+
+        Raises:
+            ServeAppError: one has gone, or somebody else has deployed it since.
+        """
+        try:
+            client = _get_global_client()
+            there = {one.name: one.app_status.status.value for one in client.list_serve_statuses()}
+            for target in self._targets:
+                if there.get(target.name, _GONE) in (_GONE, "DELETING"):
+                    raise ServeAppError(f"application {target.name!r} was deleted by somebody else: nothing is served")
+                if not self._is_ours(client, target):
+                    raise ServeAppError(
+                        f"application {target.name!r} was deployed anew by somebody else, who serves it now"
+                    )
+        except (RayError, RayServeException) as error:
+            raise ServeAppError(f"Serve has ended, and the applications with it: {type(error).__name__}") from None
+
+    def delete(self, only: set[str] | None = None) -> None:
+        """Delete what is still this server's, and Serve too where it was started here and serves nothing else.
+
+        Args:
+            only: names of applications, where not all of them need it.
+        """
+        if not self._deploying:
+            return
+        try:
+            client = _get_global_client()
+            there = {one.name for one in client.list_serve_statuses()}
+            ours = [one.name for one in self._targets if one.name in there and self._is_ours(client, one)]
+            client.delete_apps([name for name in ours if only is None or name in only], blocking=False)
+            deadline = time.monotonic() + _DELETED_S
+            while time.monotonic() < deadline:
+                there = {one.name for one in client.list_serve_statuses()}
+                if not there.intersection(ours if only is None else only):
+                    break
+                time.sleep(0.1)
+            if only is None and not there and not self._serve_was_there:
+                serve.shutdown()
+        except (RayError, RayServeException):
+            return  # what has ended needs no end
+
+    def _is_ours(self, client: Any, target: serve.RunTarget) -> bool:
+        try:
+            info, _ = client.get_deployment_info(target.target._bound_deployment.name, target.name)
+        except ray.exceptions.RayTaskError:
+            return True  # Serve makes an application's deployments a moment after it
+        return bool(info.version == self._mark)

@@ -1,0 +1,194 @@
+"""Look for a Ray to join, within seconds and without joining it.
+
+`ray.init` answers an address of which nothing is left, or a control process that hangs, after minutes and in C++. So
+its control process (the GCS) is asked first whether it lives, and whether a node of it runs here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import ray
+from ray._private import services
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.utils import read_ray_address
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest, GetAllNodeInfoRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+from serve_app.errors import ConfigError, ServeAppError
+
+_ANSWER_S = 5
+# A Ray that has just begun, or is just ending, has changed by then.
+_SETTLE_S = 10
+_INSTEAD = "start a Ray beside it with --own-ray"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a Ray may be, and from where that is known."""
+
+    host_port: str
+    source: str
+    wished: bool  # by the user, who is not to be given another one
+
+    def __str__(self) -> str:
+        return f"the Ray at {self.host_port} ({self.source})"
+
+
+class Away(ServeAppError):
+    """A Ray cannot be joined. The message says why, and what to do.
+
+    Args:
+        nothing_there: nothing listens at the address.
+        may_change: it may be about to start or to end.
+    """
+
+    def __init__(self, message: str, *, nothing_there: bool = False, may_change: bool = False) -> None:
+        super().__init__(message)
+        self.nothing_there = nothing_there
+        self.may_change = may_change
+
+
+def find(say: Callable[[str], None]) -> Address | None:
+    """Return the Ray to join: that of RAY_ADDRESS, else one that runs on this machine. None where there is none.
+
+    Raises:
+        ConfigError: RAY_ADDRESS has a value that cannot work.
+        ServeAppError: there is a Ray, but it cannot be joined.
+    """
+    wish = os.environ.get("RAY_ADDRESS", "")
+    if wish == "local":
+        return None
+    if wish not in ("", "auto"):
+        address = _wished(wish)
+        _check_for_a_while(address)
+        return address
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns of what it does by default
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    for address in _seen_here():
+        try:
+            _check_for_a_while(address)
+        except Away as away:
+            if not away.nothing_there or address.host_port in _raylets():
+                raise
+            say(f"{address} has ended; `ray stop` forgets it")
+        else:
+            return address
+    if wish:
+        raise ConfigError(f"RAY_ADDRESS has value {wish!r}, expected a Ray that runs on this machine: there is none")
+    return None
+
+
+def _wished(wish: str) -> Address:
+    expected = "expected host:port of a Ray's control process, `auto` or `local`"
+    if "://" in wish:
+        kind = "Ray Client's address, by which nothing can be served" if wish.startswith("ray://") else "a URL"
+        raise ConfigError(f"RAY_ADDRESS has value {wish!r}, which is {kind}, {expected}")
+    host, colon, port = wish.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"RAY_ADDRESS has value {wish!r}, {expected}")
+    try:
+        return Address(services.canonicalize_bootstrap_address(wish) or wish, f"RAY_ADDRESS={wish}", wished=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"RAY_ADDRESS has value {wish!r}, {expected}: {error}") from None
+
+
+def _seen_here() -> list[Address]:
+    """The Rays of which this machine has a trace: that of the last `ray start`, then those whose nodes run here."""
+    found = []
+    if last := read_ray_address():
+        found.append(Address(last, "the last `ray start` here", wished=False))
+    found += [Address(one, "a node of it runs here", wished=False) for one in _raylets() if one != last]
+    return found
+
+
+def _raylets() -> list[str]:
+    services.find_gcs_addresses.cache_clear()
+    return sorted(services.find_gcs_addresses())
+
+
+def _check_for_a_while(address: Address) -> None:
+    """Check it, again while it may be starting or ending."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        try:
+            return check(address)
+        except Away as away:
+            # Of an address where nothing listens, only the nodes that still run say that something may change.
+            if away.nothing_there and address.host_port not in _raylets():
+                raise
+            if not away.may_change or time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+def check(address: Address) -> None:
+    """Ask whether it can be joined from this machine.
+
+    Raises:
+        Away: it cannot.
+    """
+    channel = init_grpc_channel(address.host_port, [("grpc.enable_http_proxy", 0)])
+    try:
+        nodes = NodeInfoGcsServiceStub(channel)
+        version = nodes.CheckAlive(CheckAliveRequest(), timeout=_ANSWER_S).ray_version
+        alive = nodes.GetAllNodeInfo(GetAllNodeInfoRequest(state_filter=GcsNodeInfo.ALIVE), timeout=_ANSWER_S)
+    except grpc.RpcError as error:
+        raise _away(address, error) from None
+    finally:
+        channel.close()
+    if version != ray.__version__:
+        raise Away(f"{address} has version {version}, expected {ray.__version__}; {_INSTEAD}")
+    here = services.find_node_ids()
+    raylets = [
+        f"{node.node_manager_address}:{node.node_manager_port}"
+        for node in alive.node_info_list
+        if node.node_id.hex() in here
+    ]
+    if not raylets:
+        raise Away(
+            f"{address} has no living node on this machine: run `ray start --address={address.host_port}` first, or "
+            + _INSTEAD,
+            may_change=True,
+        )
+    for raylet in raylets:
+        _check_raylet(address, raylet)
+
+
+def _check_raylet(address: Address, raylet: str) -> None:
+    """Ask whether a node's own process, which `ray.init` would wait for, speaks."""
+    channel = init_grpc_channel(raylet, [("grpc.enable_http_proxy", 0)])
+    try:
+        grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
+    except grpc.FutureTimeoutError:
+        raise Away(
+            f"the node of {address} on this machine, {raylet}, does not answer within {_ANSWER_S} s: end it with "
+            f"`ray stop --force`, or {_INSTEAD}",
+            may_change=True,
+        ) from None
+    finally:
+        channel.close()
+
+
+def _away(address: Address, error: grpc.RpcError) -> Away:
+    code = error.code()
+    if code == grpc.StatusCode.UNAUTHENTICATED:
+        mode = os.environ.get("RAY_AUTH_MODE", "")
+        do = "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN has another" if mode == "token" else "export RAY_AUTH_MODE=token"
+        return Away(f"{address} asks for its token: {do}")
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        do = f"end it with `ray stop --force`, or {_INSTEAD}"
+        return Away(f"{address} does not answer within {_ANSWER_S} s: {do}", may_change=True)
+    if address.wished:
+        do = f"start it, correct or unset RAY_ADDRESS, or {_INSTEAD}"
+    else:
+        do = f"wait until it has started or ended, end it with `ray stop --force`, or {_INSTEAD}"
+    gone = code == grpc.StatusCode.UNAVAILABLE
+    return Away(f"nothing answers for {address}: {do}", nothing_there=gone, may_change=gone)

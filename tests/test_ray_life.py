@@ -1,0 +1,215 @@
+"""`wan-serve up` with a Ray around it: what it finds, says and leaves, by signals to real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.test_deployment import BIN, REPOSITORY, end, free_port, wait_ready, write_config
+
+ENDS_WITHIN_S = 60
+
+
+class Up:
+    """A `wan-serve up`, its output in a file, and all processes that descend from it."""
+
+    def __init__(self, folder: Path, config: Path, *options: str, **environment: str) -> None:
+        self.log = folder / "up.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [BIN / "wan-serve", "up", config, *options],
+                env={**bare_environment(folder), **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, words: str, timeout_s: float = 600) -> None:
+        deadline = time.monotonic() + timeout_s
+        while words not in self.said:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.said
+            time.sleep(0.05)
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+def bare_environment(folder: Path) -> dict[str, str]:
+    """That of a shell in which nothing is set for Ray, with a folder of its own for Ray's files.
+
+    Its path is short, since that of a socket may have 107 characters."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "RAY_TMPDIR": f"/tmp/life-{os.getpid()}", "PYTHONUNBUFFERED": "1"}
+
+
+def gone(processes: list[psutil.Process], timeout_s: float = ENDS_WITHIN_S) -> bool:
+    _, left = psutil.wait_procs(processes, timeout=timeout_s)
+    for one in left:
+        one.kill()
+    return not left
+
+
+@pytest.fixture
+def config(checkpoint: Path, tmp_path: Path) -> Path:
+    return write_config(tmp_path, checkpoint, free_port())
+
+
+def run(config: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / "wan-serve", "up", config, *options],
+        env={**bare_environment(config.parent), **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_up_on_a_ray_of_its_own(config, tmp_path):
+    """It says what another shell needs; a second one finds it; SIGTERM, twice, leaves nothing."""
+    port = free_port()
+    up = Up(tmp_path, config, "--own-ray", "--port", str(port), RAY_ADDRESS="127.0.0.1:1")
+    try:
+        up.wait_for("ready on")
+        wait_ready(f"http://127.0.0.1:{port}", up.process)
+        assert str(tmp_path / "home") in up.said and f"http://127.0.0.1:{port}/docs" in up.said
+
+        second = run(config)
+        assert second.returncode == 1 and second.stderr.count("\n") == 1, second.stderr
+        for part in ("'wan' and 'gateway'", f"http://127.0.0.1:{port}", f"pid {up.process.pid}", "--replace"):
+            assert part in second.stderr
+        assert "starting Ray" not in second.stdout
+
+        # As another shell would, elsewhere and with another Python in front.
+        shell = {**bare_environment(tmp_path), "PATH": f"/usr/bin:/bin:{BIN}"}
+        del shell["PYTHONPATH"]
+        exports = dict(word.split("=", 1) for word in shlex.split(re.search(r"export (.*)", up.said)[1]))
+        for command in (
+            ["ray", "status"],
+            ["serve", "status"],
+            ["ray", "job", "submit", "--", "python", "-c", "import serve_app; print('in', serve_app.__file__)"],
+        ):
+            done = subprocess.run(
+                [BIN / command[0], *command[1:]],
+                env={**shell, **exports},
+                cwd="/",
+                capture_output=True,
+                text=True,
+                timeout=240,
+            )
+            assert done.returncode == 0, (command, done.stdout, done.stderr)
+        assert f"in {REPOSITORY}" in done.stdout
+
+        family = up.family()
+        up.process.terminate()
+        up.process.terminate()
+        assert up.process.wait(ENDS_WITHIN_S) == 143
+        assert gone(family, 5)
+        assert up.said.strip().splitlines()[-1].startswith("ready on")  # no backtrace after it
+    finally:
+        end(up.process, signal.SIGKILL)
+
+
+# What has been said when the blow comes, how it comes, and the status of who was hit.
+MOMENTS = {
+    "imports": ("", "up", signal.SIGTERM, 143),
+    "start of Ray": ("starting Ray", "up", signal.SIGHUP, 129),
+    "loading": ("loading", "up", signal.SIGTERM, 143),
+    "ready, Ctrl-C": ("ready on", "up", signal.SIGINT, 130),
+    "start of Ray, killed": ("starting Ray", "up", signal.SIGKILL, -9),
+    "loading, killed": ("loading", "up", signal.SIGKILL, -9),
+    "ready, its child killed": ("ready on", "child", signal.SIGKILL, 137),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "whom", "how", "status"), MOMENTS.values(), ids=MOMENTS.keys())
+def test_nothing_is_left_whenever_it_is_ended(config, tmp_path, moment, whom, how, status):
+    up = Up(tmp_path, config)
+    up.wait_for(moment)
+    time.sleep(1)
+    family = up.family()
+    psutil.Process(up.process.pid if whom == "up" else family[0].pid).send_signal(how)
+    assert up.process.wait(ENDS_WITHIN_S) == status
+    assert gone(family)
+    assert "Traceback" not in up.said and "***" not in up.said
+
+
+@pytest.fixture
+def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A Ray that `ray start` has started, and what its commands need."""
+    environment = {**bare_environment(tmp_path), "RAY_AUTH_MODE": "disabled"}
+    port = free_port()
+    head = subprocess.Popen(
+        [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=8", "--include-dashboard=false"],
+        env=environment,
+        stdout=(tmp_path / "ray.log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + 300
+    while "will now block forever" not in (tmp_path / "ray.log").read_text():
+        assert head.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    yield environment
+    end(head, signal.SIGTERM)
+
+
+def python(environment: dict[str, str], code: str) -> str:
+    code = f"import ray\nfrom ray import serve\nray.init(address='auto', namespace='serve')\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+OTHER = """
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Other: pass
+serve.start(http_options={"port": %d}, proxy_location="HeadOnly")
+serve.run(Other.bind(), name="other", route_prefix="/other")
+"""
+NAMES = "print(sorted(serve.status().applications))"
+
+
+@pytest.mark.slow
+def test_up_on_a_ray_of_others(ray_head, config, tmp_path):
+    """It refuses another port, ends its own applications only, notices that they went away, and gives up on a hang."""
+    port = free_port()
+    python(ray_head, OTHER % port)
+    refused = run(config, RAY_AUTH_MODE="disabled")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr
+    assert f"expected {port}" in refused.stderr and "--own-ray" in refused.stderr
+
+    up = Up(tmp_path, config, "--port", str(port), RAY_AUTH_MODE="disabled")
+    up.wait_for("ready on")
+    assert python(ray_head, NAMES) == "['gateway', 'other', 'wan']\n"
+    up.process.terminate()
+    assert up.process.wait(ENDS_WITHIN_S) == 143, up.said
+    assert python(ray_head, NAMES) == "['other']\n"
+
+    up = Up(tmp_path, config, "--port", str(port), RAY_AUTH_MODE="disabled")
+    up.wait_for("ready on")
+    python(ray_head, "serve.delete('gateway')")
+    assert up.process.wait(ENDS_WITHIN_S) == 1
+    assert "wan-serve: application 'gateway' was deleted by somebody else" in up.said
+    assert python(ray_head, NAMES) == "['other']\n"
+
+    control = next(p for p in psutil.process_iter(["name"]) if p.info["name"] == "gcs_server")
+    control.suspend()
+    try:
+        hung = run(config, RAY_AUTH_MODE="disabled")
+    finally:
+        control.resume()
+    assert hung.returncode == 1 and hung.stderr.count("\n") == 1, hung.stderr
+    assert "does not answer" in hung.stderr and "ray stop" in hung.stderr
