@@ -123,6 +123,16 @@ def test_http(url: str) -> None:
     assert (head.status_code, head.headers["content-length"]) == (200, "200192")
     assert httpx.get(f"{url}/").status_code == 200 and httpx.get(f"{url}/docs").status_code == 200
     assert httpx.get(f"{url}/nothing").json()["error"]["code"] == "not_found"
+    for path in ("/healthz", "/", "/v1/models", f"/v1/videos/{video['id']}", f"/v1/videos/{video['id']}/events"):
+        head = httpx.head(url + path)
+        assert (head.status_code, head.content) == (200, b""), path
+    answer = httpx.request("PATCH", f"{url}/v1/videos")
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD, POST")
+    assert httpx.get(f"{url}/v1/videos?after=%ff").status_code == 400
+    for host, status in (("evil.example", 403), ("localhost:1", 200)):
+        assert httpx.get(f"{url}/v1/videos", headers={"host": host}).status_code == status
+    foreign = httpx.post(f"{url}/v1/videos", json={"prompt": "x"}, headers={"origin": "https://evil.example"})
+    assert (foreign.status_code, foreign.json()["error"]["code"]) == (403, "foreign_origin")
 
 
 def test_the_logs_of_a_job_are_found(url: str) -> None:
