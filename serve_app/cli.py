@@ -47,11 +47,15 @@ def version() -> None:
 
 @cli.command()
 def check(config: Path) -> None:
-    """Check a configuration file: every key, every value, before anything starts."""
+    """Check a configuration file, and the folders that it names: all that needs neither network nor GPU."""
     from serve_app.config import load_file
+    from serve_app.targets import LEFT_OUT, build, where_data_goes
 
-    load_file(config)
-    console.print(f"{config}: fine")
+    content, options = load_file(config)
+    notes = build(config, content, options).notes
+    for line in (*notes, where_data_goes(options), f"not looked at: {LEFT_OUT}; `wan-serve up` does, before it starts"):
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(f"{config}: fine", soft_wrap=True, markup=False)
 
 
 @cli.command()

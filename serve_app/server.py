@@ -19,18 +19,14 @@ from ray import serve
 from ray.exceptions import RayTaskError
 from ray.serve.schema import ApplicationStatus
 
-from serve_app import app
 from serve_app.config import Config, load_file
 from serve_app.errors import ConfigError, ServeAppError
 from serve_app.jobs.deployment import alive_hosts, check_hosts
 from serve_app.preflight import preflight
+from serve_app.targets import build, where_data_goes
 
 Say = Callable[[str], None]
 
-_BUILDERS: dict[str, Callable[[dict[str, Any]], serve.Application]] = {
-    "serve_app.app:wan": app.wan,
-    "serve_app.app:gateway": app.gateway,
-}
 # After this long a server that is not ready says why not.
 _SAY_WHY_S = 10
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
@@ -65,7 +61,8 @@ class Server:
         self._dashboard = dashboard
         self._say = say
         self._own_ray = own_ray
-        self._runtime_env = self._shared_environment()
+        self._targets_built = build(path, self._file, self.config)
+        self._runtime_env = self._targets_built.runtime_env
         self.url = f"http://{self._http.get('host', '127.0.0.1')}:{self._http.get('port', 8000)}".replace(
             "0.0.0.0", "127.0.0.1"
         )
@@ -127,13 +124,6 @@ class Server:
             wait_for_applications_running=False,
         )
 
-    def _shared_environment(self) -> dict[str, Any] | None:
-        """The `runtime_env` of all applications, which is that of the Ray job here."""
-        given = [entry.get("runtime_env") or {} for entry in self._file["applications"]]
-        if any(one != given[0] for one in given):
-            raise ConfigError("the applications' `runtime_env` differ, expected the same ones (or use `serve run`)")
-        return given[0] or None
-
     def _look_around(self) -> None:
         """Look for the services that the file names, from where they will be used, and for a port of our own."""
         if self._own_ray:
@@ -149,22 +139,11 @@ class Server:
             self._say(note)
 
     def _targets(self) -> list[serve.RunTarget]:
-        """The file's applications. Building them checks what can be checked before anything starts."""
-        targets = []
-        for entry in self._file["applications"]:
-            builder = _BUILDERS.get(entry.get("import_path"))
-            if builder is None:
-                raise ConfigError(
-                    f"import_path has value {entry.get('import_path')!r}, expected one of {', '.join(_BUILDERS)}"
-                )
-            targets.append(
-                serve.RunTarget(
-                    target=builder(entry.get("args") or {}),
-                    name=entry["name"],
-                    route_prefix=entry.get("route_prefix", "/"),
-                )
-            )
-        return targets
+        """Return the file's applications. Building them checks what can be checked before anything starts."""
+        for note in self._targets_built.notes:
+            self._say(note)
+        self._say(where_data_goes(self.config))
+        return self._targets_built.run
 
     def wait_ready(self, timeout_s: float = 3600) -> None:
         """Wait until `/readyz` answers 200, telling each deployment as it becomes ready.
