@@ -12,10 +12,12 @@ import ray
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from serve_app.capacity import needs
 from serve_app.compute import SEE_ALL_GPUS
 from serve_app.config import Autoscaling, Config, Parallel, Resources, below, home_of, placed, validate
 from serve_app.errors import CheckpointError, ConfigError, InvalidRequest, without_password
 from serve_app.logs import get_logger
+from serve_app.readiness import shortages
 from serve_app.request import VideoRequest, resolve
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.mesh import default_mesh
@@ -42,7 +44,7 @@ def wan(args: dict[str, Any]) -> Application:
     from serve_app.stages.encoder import Encoder
     from serve_app.stages.pipeline import Pipeline
 
-    config = _config(args)
+    config = _config(args, gateway=False)
     checkpoint = _checkpoint(config)
     _check_parallel(config.denoiser.parallel, checkpoint)
     _check_prepared(config, checkpoint)
@@ -88,7 +90,7 @@ def gateway(args: dict[str, Any]) -> Application:
     from serve_app.jobs.database import Database
     from serve_app.jobs.deployment import DispatcherDeployment
 
-    config = _config(args)
+    config = _config(args, pipeline=False)
     _check_defaults(config)
     Database(config.store_url)
     dispatcher = _deployment(
@@ -106,8 +108,11 @@ def gateway(args: dict[str, Any]) -> Application:
     ).bind(config, dispatcher, _expert(config))
 
 
-def _config(args: dict[str, Any]) -> Config:
+def _config(args: dict[str, Any], **parts: bool) -> Config:
     """Return the configuration in `args`, with absolute paths: each deployment works in another folder.
+
+    Args:
+        parts: of what the cluster is asked, see `needs`.
 
     Raises:
         ConfigError: an option that cannot work, such as a relative path where Ray calls the builder.
@@ -117,6 +122,9 @@ def _config(args: dict[str, Any]) -> Config:
     if ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
         config = placed(config, _absolute)
         logger.info("paths", extra={"home": config.home, "store": without_password(config.store_url)})
+        for line in shortages(needs(config, **parts)):
+            # Not refused: whoever deploys so may add hosts later, and Serve would not try again.
+            logger.warning("no host has what is asked for", extra={"reason": line})
         return config
     return placed(config, below(Path.cwd()))
 
@@ -133,7 +141,7 @@ def _absolute(option: str, path: str) -> Path:
 def _check_defaults(config: Config) -> None:
     """Make what a request gets that says nothing but its prompt; refuse what would answer every such request by 400."""
     try:
-        resolve(VideoRequest(prompt="a red circle"), config)
+        resolve(VideoRequest(prompt="x"), config)
     except InvalidRequest as error:
         raise ConfigError(f"defaults: {error.message}") from None
 
@@ -221,7 +229,6 @@ def _autoscaling(options: Autoscaling) -> AutoscalingConfig:
         upscale_delay_s=options.upscale_delay_s,
         downscale_delay_s=options.downscale_delay_s,
         look_back_period_s=options.look_back_s,
-        metrics_interval_s=min(options.look_back_s / 2, 10),
     )
 
 

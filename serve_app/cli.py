@@ -71,7 +71,10 @@ def up(
     started = time.monotonic()
     with Server(config, port=port, own_ray=own_ray, dashboard=dashboard, say=_Say()) as server:
         server.wait_ready()
-        console.print(f"ready on {server.url} after {time.monotonic() - started:.1f} s; Ctrl-C ends it", style="bold")
+        console.print(
+            f"ready{server.url and ' on '}{server.url} after {time.monotonic() - started:.1f} s; Ctrl-C ends it",
+            style="bold",
+        )
         signal.pause()
 
 

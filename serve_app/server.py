@@ -6,30 +6,25 @@ import asyncio
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import httpx
 import ray
 from ray import serve
 from ray.exceptions import RayTaskError
-from ray.serve.schema import ApplicationStatus
+from ray.serve.exceptions import RayServeException
 
+from serve_app.address import base_url
 from serve_app.config import Config, load_file
 from serve_app.errors import ConfigError, ServeAppError
 from serve_app.jobs.deployment import alive_hosts, check_hosts
 from serve_app.preflight import preflight
+from serve_app.readiness import Readiness, refuse_the_impossible
 from serve_app.targets import build, where_data_goes
 
 Say = Callable[[str], None]
-
-# After this long a server that is not ready says why not.
-_SAY_WHY_S = 10
-_FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
 
 class Server:
@@ -41,6 +36,9 @@ class Server:
         own_ray: start a Ray even where one is running, and touch nothing of the running one.
         dashboard: whether a Ray that is started here runs its dashboard (needed by `serve status`).
         say: called with a line on each thing that happens.
+
+    Attributes:
+        url: where the gateway answers, on this machine; empty if it does not.
 
     Raises:
         ConfigError: the file cannot work. Nothing has been started then.
@@ -56,16 +54,16 @@ class Server:
         say: Say = lambda line: None,
     ) -> None:
         self._file, self.config = load_file(path)
-        http = self._file.get("http_options") or {}
-        self._http = {**http, **({"port": port} if port else {})}
+        self._http = {**self._file["http_options"], **({"port": port} if port else {})}
         self._dashboard = dashboard
         self._say = say
         self._own_ray = own_ray
-        self._targets_built = build(path, self._file, self.config)
-        self._runtime_env = self._targets_built.runtime_env
-        self.url = f"http://{self._http.get('host', '127.0.0.1')}:{self._http.get('port', 8000)}".replace(
-            "0.0.0.0", "127.0.0.1"
-        )
+        self._built = build(path, self._file, self.config)
+        self._runtime_env = self._built.runtime_env
+        routes = self._built.gateways
+        reached = routes and self._file.get("proxy_location") != "Disabled"
+        self.url = base_url(self._http, routes[0]) if reached else ""
+        self._needs = self._built.needs
 
     def __enter__(self) -> Server:
         try:
@@ -109,12 +107,13 @@ class Server:
                 logging_level=logging.ERROR,
             )
         check_hosts(self.config, alive_hosts())
+        refuse_the_impossible(self._needs)
         serve.start(
             proxy_location=self._file.get("proxy_location", "EveryNode"),
             http_options=self._http,
             controller_options=self._file.get("controller_options"),
         )
-        if self.config.auth.mode == "none":
+        if self.config.auth.mode == "none" and self.url:
             who = "anybody who reaches it" if self.config.auth.open else "anybody on this machine"
             self._say(f"auth.mode is none: {who} may use {self.url}")
         self._say(f"loading {self.config.model.name} from {self.config.model.folder}")
@@ -140,10 +139,10 @@ class Server:
 
     def _targets(self) -> list[serve.RunTarget]:
         """Return the file's applications. Building them checks what can be checked before anything starts."""
-        for note in self._targets_built.notes:
+        for note in self._built.notes:
             self._say(note)
         self._say(where_data_goes(self.config))
-        return self._targets_built.run
+        return self._built.run
 
     def wait_ready(self, timeout_s: float = 3600) -> None:
         """Wait until `/readyz` answers 200, telling each deployment as it becomes ready.
@@ -151,29 +150,8 @@ class Server:
         Raises:
             ServeAppError: a deployment failed, or the time is up.
         """
-        told: set[str] = set()
-        began = time.monotonic()
-        deadline = began + timeout_s
-        ours = {entry["name"] for entry in self._file["applications"]}
-        answers = any(entry["import_path"] == "serve_app.app:gateway" for entry in self._file["applications"])
-        while time.monotonic() < deadline:
-            states = {name: state for name, state in serve.status().applications.items() if name in ours}
-            for name, state in states.items():
-                if state.status in _FAILED:
-                    raise ServeAppError(f"application {name!r} did not start: {_last_line(state)}")
-                for deployment, detail in state.deployments.items():
-                    if detail.status.value == "HEALTHY" and deployment not in told:
-                        told.add(deployment)
-                        self._say(f"{deployment} is ready")
-            reason = self._not_ready() if answers else None
-            running = all(state.status == ApplicationStatus.RUNNING for state in states.values())
-            if told and reason is None and (answers or running):
-                return
-            if reason and reason not in told and time.monotonic() - began > _SAY_WHY_S:
-                told.add(reason)
-                self._say(reason)
-            time.sleep(0.2)
-        raise ServeAppError(f"not ready after {timeout_s:.0f} s")
+        names = [entry["name"] for entry in self._file["applications"]]
+        Readiness(names, self.url or None, self._needs, self._say).wait(timeout_s)
 
     def stop(self) -> None:
         """Take the applications down; end Ray too where it was started here."""
@@ -182,18 +160,11 @@ class Server:
         if self._own_ray:
             # Ray's processes all end with it, so the applications need no farewell of their own, but jobs do:
             # the dispatcher hands its leases back when it is deleted.
-            serve.delete("gateway")
+            with suppress(RayServeException):  # refused before Serve started
+                serve.delete("gateway")
         else:
             serve.shutdown()
         ray.shutdown()
-
-    def _not_ready(self) -> str | None:
-        """Why the gateway says that it is not, empty where it says nothing; None if it is."""
-        try:
-            answer = httpx.get(f"{self.url}/readyz", timeout=5)
-            return None if answer.status_code == 200 else str(answer.json()["error"]["message"])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
-            return ""
 
 
 def _preflight(config: Config) -> list[str]:
@@ -221,11 +192,3 @@ def _check_port(host: str, port: int) -> None:
     except OSError as error:
         where = f"http_options.port has value {port} and http_options.host {host!r}"
         raise ConfigError(f"{where}, expected an address that is free on this machine: {error.strerror}") from None
-
-
-def _last_line(state: Any) -> str:
-    """The most telling line of an application's status message: Ray puts a traceback into it."""
-    messages = [state.message, *(detail.message for detail in state.deployments.values())]
-    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    ours = [line for line in lines if "Error" in line]
-    return (ours or lines or ["no reason given"])[-1]

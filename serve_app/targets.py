@@ -18,6 +18,7 @@ from ray.runtime_env import RuntimeEnv
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app import app
+from serve_app.capacity import Need, needs
 from serve_app.config import Config, variables
 from serve_app.errors import ConfigError, ServeAppError, without_password
 from serve_app.jobs.database import Database
@@ -46,11 +47,15 @@ class Targets:
     Attributes:
         run: the applications.
         runtime_env: of all of them; None if it is empty.
+        gateways: the route prefixes of those that answer HTTP.
+        needs: what their deployments ask of the cluster.
         notes: a line for whatever is not as it should be and yet keeps nobody from starting.
     """
 
     run: list[serve.RunTarget]
     runtime_env: dict[str, Any] | None
+    gateways: list[str]
+    needs: list[Need]
     notes: list[str]
 
 
@@ -71,8 +76,15 @@ def build(path: Path, content: dict[str, Any], config: Config) -> Targets:
     _routes(path, applications)
     _as_ray_reads_it(path, content)
     environ = {**os.environ, **((runtime_env or {}).get("env_vars") or {})}
+    names = {entry["import_path"] for entry in applications}
+    gateways = [
+        entry.get("route_prefix", "/") for entry in applications if BUILDERS[entry["import_path"]] is app.gateway
+    ]
+    wanted = needs(config, pipeline="serve_app.app:wan" in names, gateway=bool(gateways))
     notes = [*_pipeline(path, applications, config), *_environment(config, environ)]
-    return Targets([_built(path, entry) for entry in applications], runtime_env, notes)
+    if gateways and content.get("proxy_location") == "Disabled":
+        notes.append("proxy_location has value 'Disabled': the gateway answers no HTTP, only calls of other Ray jobs")
+    return Targets([_built(path, entry) for entry in applications], runtime_env, gateways, wanted, notes)
 
 
 def where_data_goes(config: Config) -> str:

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from serve_app.config.gateway import is_loopback
 from serve_app.config.paths import below, placed
@@ -29,11 +29,16 @@ _APPLICATION_KEYS = {"name", "import_path", "route_prefix", "runtime_env", "args
 class _Http(Section):
     """What Ray takes as `http_options`, as far as it makes sense here."""
 
-    host: str | None = None
+    host: str | None = Field(None, min_length=1)
     port: int = Field(8000, ge=1, le=65535)
     root_path: str | None = None
     request_timeout_s: PositiveFloat | None = None
     keep_alive_timeout_s: PositiveInt | None = None
+
+    @field_validator("host")
+    @classmethod
+    def _bare(cls, host: str | None) -> str | None:
+        return host.strip().removeprefix("[").removesuffix("]") if host else host
 
     def given(self) -> dict[str, Any]:
         """Return what Ray gets. The host is always there: without one Ray takes another by `serve run` than by us."""

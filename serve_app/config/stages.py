@@ -45,8 +45,8 @@ class Autoscaling(Section):
     """Requests per replica, running and waiting, that the autoscaler aims at."""
     upscale_delay_s: NonNegativeFloat = 10
     downscale_delay_s: NonNegativeFloat = 300
-    look_back_s: PositiveFloat = 10
-    """Length of the window over which the queue length is averaged."""
+    look_back_s: float = Field(20, gt=10)
+    """Length of the window over which the queue length is averaged; Ray counts every 10 seconds."""
 
     @model_validator(mode="after")
     def _order(self) -> Autoscaling:

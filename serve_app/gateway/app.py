@@ -15,6 +15,7 @@ from serve_app.config import Config
 from serve_app.gateway import errors, webhooks
 from serve_app.gateway.auth import AnyCaller, Guard, bearer
 from serve_app.gateway.middleware import Exchange
+from serve_app.gateway.prefix import SlashAfterPrefix
 from serve_app.gateway.routes import router
 from serve_app.gateway.schemas import ErrorEnvelope, ModelCard, ModelList
 from serve_app.gateway.service import Videos, Wake
@@ -52,6 +53,7 @@ def create_app(
     app.include_router(router(Videos(config, store, storage, wake)))
     app.include_router(webhooks.router(config, store.database))
     app.add_middleware(Exchange, body_bytes=config.limits.body_bytes, answer_request_id=answer_request_id)
+    app.add_middleware(SlashAfterPrefix)
     errors.install(app)
     card = model_card(config)
     readiness = _Readiness(store, ready)

@@ -106,7 +106,7 @@ def test_a_replica_that_is_scaled_down_hands_its_sample_over_and_is_gone(deploy)
                 "target_queue_length": 2,
                 "upscale_delay_s": 0,
                 "downscale_delay_s": 1,
-                "look_back_s": 2,
+                "look_back_s": 11,
             },
             "max_ongoing_requests": 1,
             "shutdown_timeout_s": 300,
