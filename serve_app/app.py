@@ -5,18 +5,26 @@ Each takes the whole configuration as its `args` and returns a Serve application
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from serve_app.capacity import needs
 from serve_app.compute import SEE_ALL_GPUS
-from serve_app.config import Autoscaling, Config, Parallel, Resources, validate
-from serve_app.errors import CheckpointError, ConfigError
+from serve_app.config import Autoscaling, Config, Parallel, Resources, below, home_of, placed, validate
+from serve_app.errors import CheckpointError, ConfigError, InvalidRequest, without_password
+from serve_app.logs import get_logger
 from serve_app.model import fit, open_model
+from serve_app.readiness import shortages
+from serve_app.request import VideoRequest, resolve
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.mesh import default_mesh
 from serve_app.wan.prepared import Prepared
+
+logger = get_logger(__name__)
 
 # glibc hands each large tensor back to the kernel and asks for it again; for a VAE on CPUs, whose every layer makes
 # some, that was measured to be a seventh of the decode.
@@ -37,7 +45,7 @@ def wan(args: dict[str, Any]) -> Application:
     from serve_app.stages.encoder import Encoder
     from serve_app.stages.pipeline import Pipeline
 
-    config = validate(args)
+    config = _config(args, gateway=False)
     checkpoint = open_model(config)
     config = fit(config, checkpoint)
     _check_parallel(config.denoiser.parallel, checkpoint)
@@ -81,9 +89,12 @@ def gateway(args: dict[str, Any]) -> Application:
         ConfigError: an option that cannot work.
     """
     from serve_app.gateway.ingress import Gateway
+    from serve_app.jobs.database import Database
     from serve_app.jobs.deployment import DispatcherDeployment
 
-    config, expert = _with_model(validate(args))
+    config, expert = _with_model(_config(args, pipeline=False))
+    _check_defaults(config)
+    Database(config.store_url)
     dispatcher = _deployment(
         DispatcherDeployment,
         num_replicas=1,
@@ -97,6 +108,44 @@ def gateway(args: dict[str, Any]) -> Application:
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         max_constructor_retry_count=_STARTS,
     ).bind(config, dispatcher, expert)
+
+
+def _config(args: dict[str, Any], **parts: bool) -> Config:
+    """Return the configuration in `args`, with absolute paths: each deployment works in another folder.
+
+    Args:
+        parts: of what the cluster is asked, see `needs`.
+
+    Raises:
+        ConfigError: an option that cannot work, such as a relative path where Ray calls the builder.
+    """
+    config = validate(args)
+    # By `serve run FILE` a task of Ray builds the application, which knows neither the file nor who called.
+    if ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
+        config = placed(config, _absolute)
+        logger.info("paths", extra={"home": config.home, "store": without_password(config.store_url)})
+        for line in shortages(needs(config, **parts)):
+            # Not refused: whoever deploys so may add hosts later, and Serve would not try again.
+            logger.warning("no host has what is asked for", extra={"reason": line})
+        return config
+    return placed(config, below(Path.cwd()))
+
+
+def _absolute(option: str, path: str) -> Path:
+    if not (found := home_of(option, path)).is_absolute():
+        raise ConfigError(
+            f"{option} has value {path!r}, expected an absolute path: with `serve run` a process of Ray reads it, in "
+            "another folder; `wan-serve up` takes it as relative to the file"
+        )
+    return found
+
+
+def _check_defaults(config: Config) -> None:
+    """Make what a request gets that says nothing but its prompt; refuse what would answer every such request by 400."""
+    try:
+        resolve(VideoRequest(prompt="x"), config)
+    except InvalidRequest as error:
+        raise ConfigError(f"defaults: {error.message}") from None
 
 
 def _with_model(config: Config) -> tuple[Config, dict[str, Any] | None]:
@@ -177,7 +226,6 @@ def _autoscaling(options: Autoscaling) -> AutoscalingConfig:
         upscale_delay_s=options.upscale_delay_s,
         downscale_delay_s=options.downscale_delay_s,
         look_back_period_s=options.look_back_s,
-        metrics_interval_s=min(options.look_back_s / 2, 10),
     )
 
 

@@ -53,14 +53,15 @@ def version() -> None:
 
 @cli.command()
 def check(config: Path) -> None:
-    """Check a configuration file: every key, every value, before anything starts."""
+    """Check a configuration file, and the folders that it names: all that needs neither network nor GPU."""
     from serve_app.config import load_file
-    from serve_app.model import fit, makes_videos, open_model
+    from serve_app.targets import LEFT_OUT, build, where_data_goes
 
-    file, options = load_file(config)
-    if makes_videos(file):
-        fit(options, open_model(options))
-    console.print(f"{config}: fine")
+    content, options = load_file(config)
+    notes = build(config, content, options).notes
+    for line in (*notes, where_data_goes(options), f"not looked at: {LEFT_OUT}; `wan-serve up` does, before it starts"):
+        console.print(line, soft_wrap=True, markup=False)
+    console.print(f"{config}: fine", soft_wrap=True, markup=False)
 
 
 @cli.command()
@@ -81,7 +82,10 @@ def up(
         server.wait_ready()
         for line in server.whereabouts():
             console.print(line, soft_wrap=True, markup=False)
-        console.print(f"ready on {server.url} after {time.monotonic() - started:.1f} s; Ctrl-C ends it", style="bold")
+        console.print(
+            f"ready{server.url and ' on '}{server.url} after {time.monotonic() - started:.1f} s; Ctrl-C ends it",
+            style="bold",
+        )
         server.watch()
 
 

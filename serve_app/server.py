@@ -11,35 +11,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import httpx
 import ray
 from ray import serve
 from ray.exceptions import RayTaskError
-from ray.serve.schema import ApplicationStatus
 
-from serve_app import app, claim, guard
+from serve_app import claim, guard
+from serve_app.address import base_url
 from serve_app.applications import Applications
 from serve_app.config import Config, load_file
-from serve_app.errors import ConfigError, ServeAppError, without_password
+from serve_app.errors import ConfigError, ServeAppError
 from serve_app.model import departures, makes_videos, open_model
 from serve_app.preflight import preflight
 from serve_app.ray_session import RaySession
+from serve_app.readiness import Readiness, refuse_the_impossible
 from serve_app.replica import alive_hosts, check_hosts
+from serve_app.targets import build, where_data_goes
 
 Say = Callable[[str], None]
 
-_BUILDERS: dict[str, Callable[[dict[str, Any]], serve.Application]] = {
-    "serve_app.app:wan": app.wan,
-    "serve_app.app:gateway": app.gateway,
-}
-# After this long a server that is not ready says why not.
-_SAY_WHY_S = 10
 # How often a server looks whether its applications are still its own.
 _WATCH_S = 2
 _LOOK_S = 30
-_FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
 
 class Server:
@@ -52,6 +46,9 @@ class Server:
         replace: end or replace the server that runs here, if any, instead of refusing to start.
         dashboard: whether a Ray that is started here runs its dashboard (needed by `serve status`).
         say: called with a line on each thing that happens.
+
+    Attributes:
+        url: where the gateway answers, on this machine; empty if it does not.
 
     Raises:
         ConfigError: the file cannot work. Nothing has been started then.
@@ -68,14 +65,14 @@ class Server:
         say: Say = lambda line: None,
     ) -> None:
         self._file, self.config = load_file(path)
-        http = self._file.get("http_options") or {}
-        self._http = {**http, **({"port": port} if port else {})}
+        self._http = {**self._file["http_options"], **({"port": port} if port else {})}
         self._say = say
         self._replace = replace
-        self._runtime_env = self._shared_environment()
-        self.url = f"http://{self._http.get('host', '127.0.0.1')}:{self._http.get('port', 8000)}".replace(
-            "0.0.0.0", "127.0.0.1"
-        )
+        self._built = build(path, self._file, self.config)
+        self._runtime_env = self._built.runtime_env
+        routes = self._built.gateways
+        reached = routes and self._file.get("proxy_location") != "Disabled"
+        self.url = base_url(self._http, routes[0]) if reached else ""
         names = [entry["name"] for entry in self._file["applications"]]
         self._ray = RaySession(
             claim.describe(names, str(path), self.url),
@@ -103,7 +100,9 @@ class Server:
     def start(self) -> None:
         """Join the running Ray, or start one, and deploy. Returns before the applications are ready."""
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        self._applications = Applications(self._targets())
+        for note in (*self._built.notes, where_data_goes(self.config)):
+            self._say(note)
+        self._applications = Applications(self._built.run)
         self._ray.find(int(self._http.get("port", 8000)))
         if not self._ray.own:
             self._ray.join()
@@ -112,13 +111,14 @@ class Server:
         if self._ray.own:
             self._ray.start()
         check_hosts(self.config, alive_hosts())
+        refuse_the_impossible(self._built.needs)
         guard.set_stop(guard.Stop.IN_ORDER)
         serve.start(
             proxy_location=self._file.get("proxy_location", "EveryNode"),
             http_options=self._http,
             controller_options=self._file.get("controller_options"),
         )
-        if self.config.auth.mode == "none":
+        if self.config.auth.mode == "none" and self.url:
             who = "anybody who reaches it" if self.config.auth.open else "anybody on this machine"
             self._say(f"auth.mode is none: {who} may use {self.url}")
         self._say(f"loading {self.config.model.name} from {self.config.model.folder}")
@@ -135,13 +135,6 @@ class Server:
         if was_there and self._file.get("controller_options"):
             self._say("controller_options have no effect: Serve runs already, with those of whoever started it")
 
-    def _shared_environment(self) -> dict[str, Any] | None:
-        """The `runtime_env` of all applications, which is that of the Ray job here."""
-        given = [entry.get("runtime_env") or {} for entry in self._file["applications"]]
-        if any(one != given[0] for one in given):
-            raise ConfigError("the applications' `runtime_env` differ, expected the same ones (or use `serve run`)")
-        return given[0] or None
-
     def _look_around(self) -> None:
         """Look for the services that the file names, from where they will be used, and for a port of our own."""
         if self._ray.own:
@@ -156,53 +149,14 @@ class Server:
         for note in notes:
             self._say(note)
 
-    def _targets(self) -> list[serve.RunTarget]:
-        """The file's applications. Building them checks what can be checked before anything starts."""
-        targets = []
-        for entry in self._file["applications"]:
-            builder = _BUILDERS.get(entry.get("import_path"))
-            if builder is None:
-                raise ConfigError(
-                    f"import_path has value {entry.get('import_path')!r}, expected one of {', '.join(_BUILDERS)}"
-                )
-            targets.append(
-                serve.RunTarget(
-                    target=builder(entry.get("args") or {}),
-                    name=entry["name"],
-                    route_prefix=entry.get("route_prefix", "/"),
-                )
-            )
-        return targets
-
     def wait_ready(self, timeout_s: float = 3600) -> None:
         """Wait until `/readyz` answers 200, telling each deployment as it becomes ready.
 
         Raises:
             ServeAppError: a deployment failed, or the time is up.
         """
-        told: set[str] = set()
-        began = time.monotonic()
-        deadline = began + timeout_s
-        ours = {entry["name"] for entry in self._file["applications"]}
-        answers = any(entry["import_path"] == "serve_app.app:gateway" for entry in self._file["applications"])
-        while time.monotonic() < deadline:
-            states = {name: state for name, state in serve.status().applications.items() if name in ours}
-            for name, state in states.items():
-                if state.status in _FAILED:
-                    raise ServeAppError(f"application {name!r} did not start: {_last_line(state)}")
-                for deployment, detail in state.deployments.items():
-                    if detail.status.value == "HEALTHY" and deployment not in told:
-                        told.add(deployment)
-                        self._say(f"{deployment} is ready")
-            reason = self._not_ready() if answers else None
-            running = all(state.status == ApplicationStatus.RUNNING for state in states.values())
-            if told and reason is None and (answers or running):
-                return
-            if reason and reason not in told and time.monotonic() - began > _SAY_WHY_S:
-                told.add(reason)
-                self._say(reason)
-            time.sleep(0.2)
-        raise ServeAppError(f"not ready after {timeout_s:.0f} s")
+        names = [entry["name"] for entry in self._file["applications"]]
+        Readiness(names, self.url or None, self._built.needs, self._say).wait(timeout_s)
 
     def watch(self) -> NoReturn:
         """Serve until the process is stopped.
@@ -217,10 +171,8 @@ class Server:
 
     def whereabouts(self) -> list[str]:
         """Lines on where everything is, for people."""
-        config = self.config
-        store = without_password(config.store.url) if config.store.url else ""
-        data = [str(config.home_path), *(place for place in (store, config.storage.url) if place)]
-        return [f"page: {self.url}/, API: {self.url}/docs", f"data: {', '.join(data)}", *self._ray.whereabouts()]
+        reached = [f"page: {self.url}/, API: {self.url}/docs"] if self.url else []
+        return [*reached, where_data_goes(self.config), *self._ray.whereabouts()]
 
     def stop(self) -> None:
         """Take down what this server has deployed; end Ray too where it was started here."""
@@ -231,17 +183,6 @@ class Server:
             gateways = {e["name"] for e in self._file["applications"] if e["import_path"] == "serve_app.app:gateway"}
             self._applications.delete(only=gateways if self._ray.own else None)
         self._ray.end()
-
-    def _not_ready(self) -> str | None:
-        """Why the gateway says that it is not, empty where it says nothing; None if it is."""
-        try:
-            answer = httpx.get(f"{self.url}/readyz", timeout=5)
-            said = answer.json()
-            if answer.status_code == 200:  # jobs are taken, if only to wait for what is being replaced
-                return str(said["reason"]) if said["status"] == "degraded" else None
-            return str(said["error"]["message"])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
-            return ""
 
 
 def _preflight(config: Config) -> list[str]:
@@ -269,11 +210,3 @@ def _check_port(host: str, port: int) -> None:
     except OSError as error:
         where = f"http_options.port has value {port} and http_options.host {host!r}"
         raise ConfigError(f"{where}, expected an address that is free on this machine: {error.strerror}") from None
-
-
-def _last_line(state: Any) -> str:
-    """The most telling line of an application's status message: Ray puts a traceback into it."""
-    messages = [state.message, *(detail.message for detail in state.deployments.values())]
-    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    ours = [line for line in lines if "Error" in line]
-    return (ours or lines or ["no reason given"])[-1]

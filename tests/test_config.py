@@ -197,7 +197,13 @@ def test_file_refusals(tmp_path: Path, change: dict[str, Any], message: str) -> 
         ("a:\n\tb: 1\n", r"is not YAML: line 2, column 1: found character '\\t'"),
         ("a: *config\n", "is not YAML: line 1, column 4: found undefined alias 'config'"),
         ("\x00", "is not YAML"),
-        ("", "expected a mapping"),
+        ("", "is empty, expected a mapping"),
+        ("# nothing\n", "is empty, expected a mapping"),
+        ("a: 1\nb: {c: 1, c: 2}\n", r"is not YAML: line 2, column 11: the key 'c' is there already, on line 2"),
+        ("a: 1\nb: 2\na: 3\n", r"is not YAML: line 3, column 1: the key 'a' is there already, on line 1"),
+        ("a: 2026-13-41\n", "is not YAML: line 1, column 4: month must be in 1..12"),
+        ("a: 1\n---\nb: 1\n", "is not YAML: line 2, column 1: but found another document"),
+        ("[" * 5000, "is nested too deeply"),
         ("- 1", "expected a mapping"),
         ("a: 1", "`applications`"),
     ],
@@ -230,6 +236,44 @@ def test_who_may_reach_it(tmp_path: Path, host: str | None, auth: dict[str, Any]
         load_file(path)
     assert "http_options.host has value" in str(error.value) and "auth.open" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_key_may_replace_that_of_a_merge(tmp_path: Path) -> None:
+    text = """
+applications:
+  - name: wan
+    import_path: serve_app.app:wan
+    args: &first {limits: &limits {fps: 30, queued_jobs: 5}}
+  - name: gateway
+    import_path: serve_app.app:gateway
+    args: {<<: *first, limits: {<<: *limits, fps: 30}}
+"""
+    config = load_file(write(tmp_path, text))[1]
+    assert (config.limits.fps, config.limits.queued_jobs) == (30, 5)
+
+
+def test_options_are_named_with_their_line(tmp_path: Path) -> None:
+    text = """
+applications:
+  - name: wan
+    args: &config
+      limits:
+        fps: many
+  - name: gateway
+    args: *config
+"""
+    with pytest.raises(ConfigError) as error:
+        load_file(write(tmp_path, text))
+    assert "limits.fps has value 'many'" in str(error.value) and str(error.value).endswith("(line 6)")
+    with pytest.raises(ConfigError, match=r"did you mean 'applications'\? \(line 1\)"):
+        load_file(write(tmp_path, "application: []\n" + text.replace("many", "1")))
+
+
+def test_numbers_in_quotes_are_numbers_for_ray_too(tmp_path: Path) -> None:
+    file = {**applications(limits={"fps": "30"}), "http_options": {"port": "8123", "host": "[::1]"}}
+    content, config = load_file(write(tmp_path, file))
+    assert content["http_options"] == {"port": 8123, "host": "::1"} and config.limits.fps == 30
+    assert content["applications"][0]["args"]["limits"] == {"fps": 30}
 
 
 def test_file_is_missing(tmp_path: Path) -> None:

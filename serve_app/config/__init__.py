@@ -5,11 +5,12 @@ Wan2.2-T2V-A14B as published; a YAML file states what differs. Knows nothing of 
 deployments.
 """
 
-from serve_app.config.file import load_file
+from serve_app.config.file import load_file, variables
 from serve_app.config.gateway import Auth, Gateway, is_loopback
 from serve_app.config.jobs import Dispatcher, Patience, Queue, Retention, Store
 from serve_app.config.model import WAN_NEGATIVE_PROMPT, Defaults, Limits, Model
 from serve_app.config.notice import Mail, Webhooks, is_mail_address
+from serve_app.config.paths import below, home_of, placed
 from serve_app.config.section import Priority
 from serve_app.config.stages import Autoscaling, Decoder, Denoiser, Encoder, Parallel, Pipeline, Resources
 from serve_app.config.storage import Storage
@@ -39,8 +40,12 @@ __all__ = [
     "Storage",
     "Store",
     "Webhooks",
+    "below",
+    "home_of",
     "is_loopback",
     "is_mail_address",
     "load_file",
+    "placed",
     "validate",
+    "variables",
 ]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from serve_app.config.gateway import is_loopback
+from serve_app.config.paths import below, placed
 from serve_app.config.section import Section
 from serve_app.config.tree import Config, checked, validate
+from serve_app.config.yaml_file import YamlFile
 from serve_app.errors import ConfigError
 
 # What a Serve YAML file may hold beside our `args`. Ray ignores keys that it does not know, so a typing error in one
 # would silently do nothing.
 _FILE_KEYS = {"proxy_location", "http_options", "grpc_options", "controller_options", "logging_config", "applications"}
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PROXIES = ("EveryNode", "HeadOnly", "Disabled")
 _APPLICATION_KEYS = {"name", "import_path", "route_prefix", "runtime_env", "args", "external_scaler_enabled"}
 
@@ -23,38 +29,49 @@ _APPLICATION_KEYS = {"name", "import_path", "route_prefix", "runtime_env", "args
 class _Http(Section):
     """What Ray takes as `http_options`, as far as it makes sense here."""
 
-    host: str | None = None
+    host: str | None = Field(None, min_length=1)
     port: int = Field(8000, ge=1, le=65535)
     root_path: str | None = None
     request_timeout_s: PositiveFloat | None = None
-    keep_alive_timeout_s: PositiveFloat | None = None
+    keep_alive_timeout_s: PositiveInt | None = None
+
+    @field_validator("host")
+    @classmethod
+    def _bare(cls, host: str | None) -> str | None:
+        return host.strip().removeprefix("[").removesuffix("]") if host else host
+
+    def given(self) -> dict[str, Any]:
+        """Return what Ray gets. The host is always there: without one Ray takes another by `serve run` than by us."""
+        return {"host": "127.0.0.1", **self.model_dump(exclude_none=True)}
 
 
 def load_file(path: Path) -> tuple[dict[str, Any], Config]:
     """Read and check a Serve YAML file of ours.
 
     Returns:
-        The file as Ray wants it, and the one configuration that its applications share.
+        The file as Ray wants it, and the one configuration that its applications share. Paths in it are absolute:
+        those that the file names are relative to the file.
 
     Raises:
         ConfigError: the file cannot be read, holds an unknown key, or an option that cannot work.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8: {error.reason} at byte {error.start}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {_where(error)}") from None
+    file = YamlFile(path)
+    content = file.content
+    if content is None:
+        raise ConfigError(f"{path}: is empty, expected a mapping with a list `applications`")
     if (
         not isinstance(content, dict)
         or not isinstance(content.get("applications"), list)
         or not content["applications"]
     ):
         raise ConfigError(f"{path}: expected a mapping with a list `applications` of at least one")
-    _known(content, _FILE_KEYS, str(path))
-    checked(_Http, content.get("http_options") or {}, f"{path}: http_options")
+    _known(content, _FILE_KEYS, str(path), file, ())
+    http = checked(
+        _Http,
+        content.get("http_options") or {},
+        f"{path}: http_options",
+        lambda place: file.line(("http_options", *place)),
+    )
     if content.get("proxy_location", _PROXIES[0]) not in _PROXIES:
         raise ConfigError(
             f"{path}: proxy_location has value {content['proxy_location']!r}, expected one of {', '.join(_PROXIES)}"
@@ -64,27 +81,47 @@ def load_file(path: Path) -> tuple[dict[str, Any], Config]:
     for number, application in enumerate(content["applications"]):
         name = application.get("name") if isinstance(application, dict) else None
         where = f"{path}: " + (f"applications[{number}]" if name is None else f"application {name!r}")
-        _known(application, _APPLICATION_KEYS, where)
+        here = ("applications", number)
+        _known(application, _APPLICATION_KEYS, where, file, here)
         if not isinstance(name, str) or not name or name in names:
             raise ConfigError(f"{where}: name has value {name!r}, expected one that no other application has")
         names.append(name)
-        configs.append(validate(application.get("args") or {}, where))
+
+        def line(place: Sequence[object], here: tuple[object, ...] = here) -> int:
+            return file.line((*here, "args", *place))
+
+        configs.append(validate(application.get("args") or {}, where, line))
     if any(config != configs[0] for config in configs):
         raise ConfigError(f"{path}: the applications' `args` differ, expected the same ones (share them by an anchor)")
-    _guarded(configs[0], content, path)
-    return content, configs[0]
+    environment = variables(content["applications"][0], f"{path}: application {names[0]!r}")
+    config = placed(configs[0], below(path.parent), {**os.environ, **environment})
+    _guarded(config, http, path)
+    args = config.model_dump(mode="json", exclude_unset=True)
+    applications = [{**application, "args": args} for application in content["applications"]]
+    return {**content, "http_options": http.given(), "applications": applications}, config
 
 
-def _where(error: yaml.YAMLError) -> str:
-    """A mistake in YAML as its line and what is wrong there."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())
+def variables(application: dict[str, Any], where: str) -> dict[str, str]:
+    """Return the environment variables that an application's `runtime_env` sets.
+
+    Raises:
+        ConfigError: they are none that an environment could hold.
+    """
+    runtime = application.get("runtime_env") or {}
+    found = (runtime.get("env_vars") or {}) if isinstance(runtime, dict) else None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: runtime_env has value {runtime!r}, expected a mapping, with a mapping `env_vars`")
+    for name, value in found.items():
+        if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
+            raise ConfigError(f"{where}: runtime_env.env_vars has {name!r}, expected the name of a variable")
+        if not isinstance(value, str):  # which may be a password
+            kind = type(value).__name__
+            raise ConfigError(f"{where}: runtime_env.env_vars.{name} is of type {kind}, expected a text in quotes")
+    return found
 
 
-def _guarded(config: Config, content: dict[str, Any], path: Path) -> None:
-    host = str((content.get("http_options") or {}).get("host") or "127.0.0.1")
+def _guarded(config: Config, http: _Http, path: Path) -> None:
+    host = http.host or "127.0.0.1"
     if config.auth.mode == "none" and not config.auth.open and not is_loopback(host):
         raise ConfigError(
             f"{path}: http_options.host has value {host!r}, expected a loopback address with auth.mode 'none'; "
@@ -92,9 +129,11 @@ def _guarded(config: Config, content: dict[str, Any], path: Path) -> None:
         )
 
 
-def _known(mapping: Any, keys: set[str], where: str) -> None:
+def _known(mapping: Any, keys: set[str], where: str, file: YamlFile, place: Sequence[object]) -> None:
     if not isinstance(mapping, dict):
         raise ConfigError(f"{where}: has value {mapping!r}, expected a mapping")
     for key in mapping:
         if key not in keys:
-            raise ConfigError(f"{where}: unknown option {key!r}, expected one of {', '.join(sorted(keys))}")
+            close = get_close_matches(str(key), keys, 1)
+            instead = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(sorted(keys))}"
+            raise ConfigError(f"{where}: unknown option {key!r}, {instead} (line {file.line((*place, key))})")

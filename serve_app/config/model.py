@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from serve_app.config.paths import home_of
 from serve_app.config.section import NonNegativeFloat, Section
 
 # The fixed negative prompt of the Wan2.2 release (wan/configs/shared_config.py there); quality drops without it.
@@ -56,7 +57,7 @@ class Model(Section):
             from serve_app.tiny import CHECKPOINT
 
             return CHECKPOINT
-        return Path(self.path).expanduser()
+        return home_of("model.path", self.path)
 
     @property
     def itemsize(self) -> int:
@@ -71,7 +72,7 @@ class Model(Section):
     @property
     def prepared_folder(self) -> Path | None:
         """The folder that `prepared` names."""
-        return None if self.prepared is None else Path(self.prepared).expanduser()
+        return None if self.prepared is None else home_of("model.prepared", self.prepared)
 
 
 class Defaults(Section):

@@ -9,16 +9,31 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from serve_app.config.section import Device, NonNegativeFloat, Section
 from serve_app.wan.mesh import Mesh
 
+_RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+_LEAST = 0.0001
+
 
 class Resources(Section):
     """What Ray reserves for one process."""
 
     num_cpus: NonNegativeFloat = 1
     num_gpus: NonNegativeFloat = 0
-    resources: dict[str, float] = Field(default_factory=dict)
+    resources: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Custom Ray resources that it uses up."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Ray node labels that its host must have, e.g. `{pool: h200}`; a value may be `in(a, b)` or `!a`."""
+
+    @model_validator(mode="after")
+    def _grantable(self) -> Resources:
+        if self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(f"num_gpus is {self.num_gpus:g}, expected a whole number, or a share below 1")
+        for name in self.resources:
+            if not name.strip() or name in _RAYS_OWN:
+                raise ValueError(f"resources has {name!r}, expected the name of a custom resource (num_cpus, num_gpus)")
+        for name, amount in {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, **self.resources}.items():
+            if 0 < amount < _LEAST:
+                raise ValueError(f"{name} is {amount:g}, expected 0 or at least {_LEAST:g}, the least that Ray counts")
+        return self
 
 
 class Autoscaling(Section):
@@ -30,8 +45,8 @@ class Autoscaling(Section):
     """Requests per replica, running and waiting, that the autoscaler aims at."""
     upscale_delay_s: NonNegativeFloat = 10
     downscale_delay_s: NonNegativeFloat = 300
-    look_back_s: PositiveFloat = 10
-    """Length of the window over which the queue length is averaged."""
+    look_back_s: float = Field(20, gt=10)
+    """Length of the window over which the queue length is averaged; Ray counts every 10 seconds."""
 
     @model_validator(mode="after")
     def _order(self) -> Autoscaling:

@@ -18,7 +18,7 @@ class Storage(Section):
     `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, a web identity, a container's role) or from the instance."""
 
     url: str = ""
-    """A folder, or `s3://bucket/prefix`; empty is `<home>/videos`."""
+    """A folder, as a path or a `file:///` URL, or `s3://bucket/prefix`; empty is `<home>/videos`."""
     endpoint: str = ""
     """URL of the S3 server, `http://` only where nobody else listens; empty is AWS."""
     public_endpoint: str = ""
@@ -67,6 +67,8 @@ class Storage(Section):
                 if value and not _ENDPOINT.fullmatch(value):
                     raise ValueError(f"{name} has value {value!r}, expected https://host:port or http://host:port")
             return self
+        if self.url.startswith("file://") and not self.url.startswith("file:///"):
+            raise ValueError(f"url has value {self.url!r}, expected file:///folder, with an absolute path")
         if "://" in self.url.removeprefix("file://"):
             raise ValueError(f"url has value {self.url!r}, expected a folder or s3://bucket/prefix")
         for name in ("endpoint", "public_endpoint", "region"):

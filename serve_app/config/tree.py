@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError, model_validator
 
@@ -14,19 +16,22 @@ from serve_app.config.gpu_memory import Taker, too_much
 from serve_app.config.jobs import Dispatcher, Patience, Queue, Retention, Store
 from serve_app.config.model import Defaults, Limits, Model
 from serve_app.config.notice import Mail, Webhooks
+from serve_app.config.paths import default_home, home_of, sqlite_url
 from serve_app.config.section import Section
 from serve_app.config.stages import Decoder, Denoiser, Encoder, Pipeline
 from serve_app.config.storage import Storage
 from serve_app.errors import ConfigError, without_password
 
 T = TypeVar("T", bound=Section)
+Line = Callable[[Sequence[object]], int]
 
 
 class Config(Section):
     """All options of a deployment."""
 
     home: str = ""
-    """Folder of everything that outlives the process; empty is `$WAN_SERVE_HOME`, else `./data`."""
+    """Folder of everything that outlives the process; empty is `$WAN_SERVE_HOME`, else `./data`, both relative to the
+    folder in which the server is started. What a file names is relative to the file."""
     model: Model = Model()
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
@@ -45,6 +50,12 @@ class Config(Section):
     webhooks: Webhooks = Webhooks()
     mail: Mail | None = None
     """None: no mails are sent, and requests that want one are refused."""
+
+    @model_validator(mode="after")
+    def _home_is_a_folder(self) -> Config:
+        if "://" in self.home:
+            raise ValueError(f"home is {self.home!r}, expected a folder (storage.url and store.url may be elsewhere)")
+        return self
 
     @model_validator(mode="after")
     def _defaults_within_limits(self) -> Config:
@@ -101,7 +112,7 @@ class Config(Section):
     @property
     def home_path(self) -> Path:
         """The folder that `home` names, absolute."""
-        return Path(self.home or os.environ.get("WAN_SERVE_HOME") or "data").expanduser().absolute()
+        return home_of("home", self.home).absolute() if self.home else default_home()
 
     def make_home(self) -> None:
         """Make the folder `home`.
@@ -110,7 +121,8 @@ class Config(Section):
             ConfigError: it cannot be made, or nothing can be written to it.
         """
         home = self.home_path
-        name = "home" if self.home or not os.environ.get("WAN_SERVE_HOME") else "WAN_SERVE_HOME"
+        given = os.environ.get("WAN_SERVE_HOME")
+        name = "WAN_SERVE_HOME" if given and home == default_home() else "home"
         expected = f"{name} has value '{home}', expected a folder that can be written to"
         try:
             home.mkdir(parents=True, exist_ok=True)
@@ -122,7 +134,7 @@ class Config(Section):
     @property
     def store_url(self) -> str:
         """The SQLAlchemy URL of the job store."""
-        return self.store.url or f"sqlite+aiosqlite:///{self.home_path / 'jobs.db'}"
+        return self.store.url or sqlite_url(self.home_path / "jobs.db")
 
     @property
     def queue_url(self) -> str:
@@ -131,10 +143,25 @@ class Config(Section):
         Raises:
             ConfigError: none is given.
         """
-        url = self.queue.url or os.environ.get("WAN_SERVE_QUEUE_URL", "")
+        return self.broker_url(os.environ)
+
+    def broker_url(self, environ: Mapping[str, str]) -> str:
+        """Return the URL of the broker for processes with these environment variables.
+
+        Raises:
+            ConfigError: none is given, or it cannot be read.
+        """
+        url = self.queue.url or environ.get("WAN_SERVE_QUEUE_URL", "")
+        expected = "expected amqp://user:password@host:5672/vhost"
         if not url.startswith(("amqp://", "amqps://")):
             said = "no URL of RabbitMQ" if url else "value ''"  # what it is instead may hold a password
-            raise ConfigError(f"queue.url has {said}, expected amqp://user:password@host:5672/vhost")
+            raise ConfigError(f"queue.url has {said}, {expected}")
+        try:
+            host = urlsplit(url).port is not None or urlsplit(url).hostname
+        except ValueError as error:  # a port that is none
+            raise ConfigError(f"queue.url has value {without_password(url)!r}, {expected}: {error}") from None
+        if not host:
+            raise ConfigError(f"queue.url has value {without_password(url)!r}, {expected}")
         return url
 
     @property
@@ -148,17 +175,21 @@ class Config(Section):
         return self.storage.model_copy(update={"url": self.storage_url})
 
 
-def validate(args: dict[str, Any], where: str = "args") -> Config:
-    """The configuration in `args`.
+def validate(args: dict[str, Any], where: str = "args", line: Line | None = None) -> Config:
+    """Return the configuration in `args`.
+
+    Args:
+        where: the place that a message begins with.
+        line: tells the line of an option, if `args` are from a file.
 
     Raises:
         ConfigError: one line for each option at fault, with its value and what was expected.
     """
-    return checked(Config, args, where)
+    return checked(Config, args, where, line)
 
 
-def checked(section: type[T], args: Any, where: str) -> T:
-    """`args` as a `section`.
+def checked(section: type[T], args: Any, where: str, line: Line | None = None) -> T:
+    """Return `args` as a `section`.
 
     Raises:
         ConfigError: as `validate`.
@@ -166,10 +197,12 @@ def checked(section: type[T], args: Any, where: str) -> T:
     try:
         return section.model_validate(args)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(section, e, where) for e in error.errors())) from None
+        raise ConfigError("\n".join(_explain(section, e, where, line) for e in error.errors())) from None
 
 
-def _explain(section: type[Section], error: Any, where: str) -> str:
+def _explain(section: type[Section], error: Any, where: str, line: Line | None) -> str:
+    if line is not None:
+        return f"{_explain(section, error, where, None)} (line {line(error['loc'])})"
     option = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown option {option!r}{_instead(section, error['loc'])}"

@@ -14,6 +14,7 @@ from serve_app.gateway import docs, errors, webhooks
 from serve_app.gateway.auth import AnyCaller, Guard, bearer
 from serve_app.gateway.middleware import Exchange
 from serve_app.gateway.origins import Cors
+from serve_app.gateway.prefix import SlashAfterPrefix
 from serve_app.gateway.readiness import Readiness, Ready
 from serve_app.gateway.routes import router
 from serve_app.gateway.routing import Routes
@@ -55,6 +56,7 @@ def create_app(
     app.include_router(router(videos))
     app.include_router(webhooks.router(config, store.database))
     app.add_middleware(Exchange, body_bytes=config.limits.body_bytes, answer_request_id=answer_request_id)
+    app.add_middleware(SlashAfterPrefix)
     app.add_middleware(Cors, options=config.gateway)  # outermost: it speaks in the answers of all others
     errors.install(app)
     app.include_router(docs.router(app.title))

@@ -7,6 +7,7 @@ only write lock from its first statement on.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sqlite3
 import time
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import ColumnElement, event, func, select
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.util import await_only
@@ -26,7 +27,14 @@ from serve_app.jobs.schema import migrate
 STORE_AWAY = (SQLAlchemyError, OSError)
 """What a call raises while the database is away; asyncpg raises OSError when it cannot connect."""
 
-_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
+# `postgres` is what libpq and many a provider call it.
+_DRIVERS = {
+    "sqlite": "sqlite+aiosqlite",
+    "postgresql": "postgresql+asyncpg",
+    "postgres": "postgresql+asyncpg",
+}
+_OPTIONS_OF_THE_DIALECT = ("prepared_statement_cache_size", "prepared_statement_name_func")
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 # One lock for whoever changes the tables: a number that other users of the database are unlikely to have chosen.
 _SCHEMA_LOCK = 0x77616E32
 # How long a writer waits for the others before SQLite says "database is locked".
@@ -45,7 +53,8 @@ class Database:
         url: a SQLAlchemy URL; the driver may be left out.
 
     Raises:
-        ConfigError: the URL cannot be read, or names another kind of database.
+        ConfigError: the URL cannot be read, names another kind of database, or has an option that there is not; or the
+            package is missing that talks to it.
     """
 
     def __init__(self, url: str) -> None:
@@ -58,11 +67,30 @@ class Database:
         memory = backend == "sqlite" and parsed.database in (None, "", ":memory:")
         if backend not in _DRIVERS or memory:
             raise ConfigError(f"{said}, expected a file of SQLite or a PostgreSQL database")
-        self._url = parsed.set(drivername=_DRIVERS[backend])
         self._sqlite = backend == "sqlite"
+        self._url = parsed.set(drivername=_DRIVERS[backend])
+        if not self._sqlite:
+            self._url = self._with_options_of_asyncpg(self._url)
         self._engine: AsyncEngine | None = None
         # SQLite admits one writer; queueing here beats polling for the file lock.
         self._turn: Any = asyncio.Lock() if self._sqlite else nullcontext()
+
+    def _with_options_of_asyncpg(self, url: URL) -> URL:
+        """Return the URL with the names that asyncpg has for what stands behind its `?`, where libpq has others."""
+        if url.port is not None and not 0 < url.port < 65536:
+            raise ConfigError(f"{self._said}: has the port {url.port}, expected 1 to 65535")
+        try:
+            import asyncpg  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise ConfigError(f"{self._said}: needs the package {error.name!r}") from None
+        query = {"ssl" if name == "sslmode" else name: value for name, value in url.query.items()}
+        known = {*inspect.signature(asyncpg.connect).parameters, *_OPTIONS_OF_THE_DIALECT}
+        for name in query:
+            if name not in known:
+                raise ConfigError(f"{self._said}: has the option {name!r}, which asyncpg does not know")
+        if query.get("ssl", "prefer") not in _SSL_MODES:
+            raise ConfigError(f"{self._said}: has sslmode {query['ssl']!r}, expected one of {', '.join(_SSL_MODES)}")
+        return url.set(query=query)
 
     @property
     def file(self) -> Path | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import obstore
 from obstore.store import LocalStore
 
+from serve_app.config.paths import folder_of, home_of
 from serve_app.errors import ConfigError
 from serve_app.storage.backend import CHUNK_BYTES, Backend, Method, Refused
 
@@ -25,7 +26,7 @@ class Folder(Backend):
     """
 
     def __init__(self, url: str, min_free_mib: float) -> None:
-        self.folder = Path(url.removeprefix("file://")).expanduser().absolute()
+        self.folder = home_of("storage.url", folder_of(url)).absolute()
         self._min_free_mib = min_free_mib
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -184,7 +184,7 @@ def test_replicas_follow_the_queue(deploy):
                 "target_queue_length": 2,
                 "upscale_delay_s": 0,
                 "downscale_delay_s": 1,
-                "look_back_s": 2,
+                "look_back_s": 11,
             }
         },
         limits={"num_inference_steps": 2000},

@@ -106,14 +106,14 @@ def test_a_replica_that_is_scaled_down_hands_its_sample_over_and_is_gone(deploy)
                 "target_queue_length": 2,
                 "upscale_delay_s": 0,
                 "downscale_delay_s": 1,
-                "look_back_s": 2,
+                "look_back_s": 11,
             },
             "max_ongoing_requests": 1,
             "shutdown_timeout_s": 300,
         },
         limits={"num_inference_steps": 2000},
     )
-    steps = 1000
+    steps = 2000
     videos = [Video(app, seed=0, num_frames=33, num_inference_steps=steps) for _ in range(4)]
     until(lambda: sum(video.step > 0 for video in videos) == 2)
     running = [video for video in videos if video.step > 0]

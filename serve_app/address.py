@@ -1,0 +1,28 @@
+"""The address under which a server of a YAML file is reached from its own machine."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+_ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def base_url(http: dict[str, Any], route_prefix: str) -> str:
+    """Return the URL that the gateway's paths are appended to, without a slash at its end.
+
+    A `root_path` is not in it: that is what a proxy in front takes away before it passes a request on.
+
+    Args:
+        http: the file's `http_options`, with the host.
+        route_prefix: of the application with the gateway.
+    """
+    host = str(http["host"])
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a name
+        shown = host
+    else:
+        near = _ALL_INTERFACES.get(address.compressed, host)
+        shown = f"[{near}]" if address.version == 6 else near
+    return f"http://{shown}:{http.get('port', 8000)}{route_prefix.rstrip('/')}"
