@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from tests.test_deployment import BIN, REPOSITORY, end, free_port, wait_ready, write_config
 
@@ -86,7 +88,8 @@ def test_up_on_a_ray_of_its_own(config, tmp_path):
         wait_ready(f"http://127.0.0.1:{port}", up.process)
         assert str(tmp_path / "home") in up.said and f"http://127.0.0.1:{port}/docs" in up.said
 
-        second = run(config)
+        exports = dict(word.split("=", 1) for word in shlex.split(re.search(r"export (.*)", up.said)[1]))
+        second = run(config, **exports)
         assert second.returncode == 1 and second.stderr.count("\n") == 1, second.stderr
         for part in ("'wan' and 'gateway'", f"http://127.0.0.1:{port}", f"pid {up.process.pid}", "--replace"):
             assert part in second.stderr
@@ -95,7 +98,6 @@ def test_up_on_a_ray_of_its_own(config, tmp_path):
         # As another shell would, elsewhere and with another Python in front.
         shell = {**bare_environment(tmp_path), "PATH": f"/usr/bin:/bin:{BIN}"}
         del shell["PYTHONPATH"]
-        exports = dict(word.split("=", 1) for word in shlex.split(re.search(r"export (.*)", up.said)[1]))
         for command in (
             ["ray", "status"],
             ["serve", "status"],
@@ -137,7 +139,7 @@ MOMENTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "whom", "how", "status"), MOMENTS.values(), ids=MOMENTS.keys())
 def test_nothing_is_left_whenever_it_is_ended(config, tmp_path, moment, whom, how, status):
-    up = Up(tmp_path, config)
+    up = Up(tmp_path, config, "--own-ray")
     up.wait_for(moment)
     time.sleep(1)
     family = up.family()
@@ -147,23 +149,35 @@ def test_nothing_is_left_whenever_it_is_ended(config, tmp_path, moment, whom, ho
     assert "Traceback" not in up.said and "***" not in up.said
 
 
+@dataclass
+class Head:
+    process: subprocess.Popen
+    environment: dict[str, str]
+
+
 @pytest.fixture
-def ray_head(tmp_path: Path) -> Iterator[dict[str, str]]:
+def ray_head(tmp_path: Path) -> Iterator[Head]:
     """A Ray that `ray start` has started, and what its commands need."""
     environment = {**bare_environment(tmp_path), "RAY_AUTH_MODE": "disabled"}
-    port = free_port()
-    head = subprocess.Popen(
-        [BIN / "ray", "start", "--head", "--block", f"--port={port}", "--num-cpus=8", "--include-dashboard=false"],
-        env=environment,
-        stdout=(tmp_path / "ray.log").open("w"),
-        stderr=subprocess.STDOUT,
-    )
-    deadline = time.monotonic() + 300
-    while "will now block forever" not in (tmp_path / "ray.log").read_text():
-        assert head.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    yield environment
-    end(head, signal.SIGTERM)
+    Path(environment["RAY_TMPDIR"]).mkdir(exist_ok=True)
+    port, agent, client = free_port(), free_port(), free_port()
+    options = [f"--port={port}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
+    log = tmp_path / "ray.log"
+    with log.open("w") as out:
+        head = subprocess.Popen(
+            [BIN / "ray", "start", "--head", "--block", "--num-cpus=8", "--include-dashboard=false", *options],
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while "will now block forever" not in log.read_text():
+            assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield Head(head, {**environment, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"})
+    finally:
+        end(head, signal.SIGTERM)
 
 
 def python(environment: dict[str, str], code: str) -> str:
@@ -185,30 +199,31 @@ NAMES = "print(sorted(serve.status().applications))"
 @pytest.mark.slow
 def test_up_on_a_ray_of_others(ray_head, config, tmp_path):
     """It refuses another port, ends its own applications only, notices that they went away, and gives up on a hang."""
-    port = free_port()
-    python(ray_head, OTHER % port)
-    refused = run(config, RAY_AUTH_MODE="disabled")
+    port, environment = free_port(), ray_head.environment
+    joins = {name: environment[name] for name in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    python(environment, OTHER % port)
+    refused = run(config, **joins)
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1, refused.stderr
     assert f"expected {port}" in refused.stderr and "--own-ray" in refused.stderr
 
-    up = Up(tmp_path, config, "--port", str(port), RAY_AUTH_MODE="disabled")
+    up = Up(tmp_path, config, "--port", str(port), **joins)
     up.wait_for("ready on")
-    assert python(ray_head, NAMES) == "['gateway', 'other', 'wan']\n"
+    assert python(environment, NAMES) == "['gateway', 'other', 'wan']\n"
     up.process.terminate()
     assert up.process.wait(ENDS_WITHIN_S) == 143, up.said
-    assert python(ray_head, NAMES) == "['other']\n"
+    assert python(environment, NAMES) == "['other']\n"
 
-    up = Up(tmp_path, config, "--port", str(port), RAY_AUTH_MODE="disabled")
+    up = Up(tmp_path, config, "--port", str(port), **joins)
     up.wait_for("ready on")
-    python(ray_head, "serve.delete('gateway')")
+    python(environment, "serve.delete('gateway')")
     assert up.process.wait(ENDS_WITHIN_S) == 1
     assert "wan-serve: application 'gateway' was deleted by somebody else" in up.said
-    assert python(ray_head, NAMES) == "['other']\n"
+    assert python(environment, NAMES) == "['other']\n"
 
-    control = next(p for p in psutil.process_iter(["name"]) if p.info["name"] == "gcs_server")
+    control = next(p for p in psutil.Process(ray_head.process.pid).children() if p.name() == "gcs_server")
     control.suspend()
     try:
-        hung = run(config, RAY_AUTH_MODE="disabled")
+        hung = run(config, **joins)
     finally:
         control.resume()
     assert hung.returncode == 1 and hung.stderr.count("\n") == 1, hung.stderr
