@@ -60,9 +60,11 @@ def write(
         `folder`.
     """
     folder.mkdir(parents=True)
+    shape = A14B | (expert or {})
     with torch.device("meta"):
-        experts = WanTransformer3DModel(**(A14B | (expert or {})))
-        encoder = UMT5EncoderModel(UMT5Config(**(XXL | (text or {}))))
+        experts = WanTransformer3DModel(**shape)
+        # The experts read what it writes, or the folder would be refused.
+        encoder = UMT5EncoderModel(UMT5Config(**(XXL | {"d_model": shape["text_dim"]} | (text or {}))))
         decoder = AutoencoderKLWan(**(vae or {}))
     for name in ("transformer", "transformer_2"):
         experts.save_config(folder / name)
