@@ -20,6 +20,7 @@ from serve_app.cli_jobs import jobs
 from serve_app.cli_keys import keys
 from serve_app.cli_prepare import prepare
 from serve_app.errors import ServeAppError
+from serve_app.tiny.vocabulary import NOTE
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 cli.add_typer(jobs, name="jobs")
@@ -108,7 +109,7 @@ def generate(
 
 @cli.command()
 def demo(
-    prompt: Annotated[str, typer.Argument()] = DEMO_PROMPT,
+    prompt: Annotated[str, typer.Argument(help=f"What to draw. {NOTE}")] = DEMO_PROMPT,
     folder: Annotated[Path, typer.Option(help="Where the video goes.")] = Path("out"),
     config: Annotated[Path, typer.Option(help="What to serve.")] = TINY,
 ) -> None:
@@ -120,6 +121,8 @@ def demo(
     with Server(config, port=_free_port(), own_ray=True, dashboard=False, say=say) as server:
         server.wait_ready()
         ready = time.monotonic()
+        if server.config.model.bundled:
+            say(NOTE)
         say(f"asking for: {prompt}")
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / ".partial.mp4"
@@ -207,6 +210,8 @@ def _report(video: dict[str, Any], out: Path) -> None:
     times = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in (video.get("timings") or {}).items())
     console.print(f"{out}: {video['size']}, {video['seconds']} s, seed {video['seed']}", style="bold", soft_wrap=True)
     console.print(times, soft_wrap=True)
+    for warning in video.get("warnings") or []:
+        console.print(f"warning: {escape(warning)}", style="yellow", soft_wrap=True)
 
 
 class _Say:

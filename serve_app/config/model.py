@@ -55,6 +55,13 @@ class Model(Section):
         return Path(self.path).expanduser()
 
     @property
+    def bundled(self) -> bool:
+        """Whether this is the model inside the package, which draws a few shapes and nothing else."""
+        from serve_app.tiny import CHECKPOINT
+
+        return self.folder == CHECKPOINT
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a number in `dtype`."""
         return 4 if self.dtype == "float32" else 2

@@ -20,6 +20,7 @@ from serve_app.gateway.schemas import ErrorEnvelope, ModelCard, ModelList
 from serve_app.gateway.service import Videos, Wake
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
+from serve_app.tiny.vocabulary import NOTE
 
 Ready = Callable[[], Awaitable[str | None]]
 """None, or the reason why no video can be made now."""
@@ -98,7 +99,11 @@ def model_card(config: Config) -> ModelCard:
         include={"prompt_chars", "pixels", "num_frames", "num_inference_steps", "fps", "queued_jobs"}
     )
     return ModelCard(
-        id=config.model.name, created=int(time.time()), limits=limits, defaults=config.defaults.model_dump()
+        id=config.model.name,
+        created=int(time.time()),
+        limits=limits,
+        defaults=config.defaults.model_dump(),
+        note=NOTE if config.model.bundled else None,
     )
 
 
