@@ -21,6 +21,7 @@ from serve_app.cli_keys import keys
 from serve_app.cli_prepare import prepare
 from serve_app.cli_videos import generate, make, report, videos
 from serve_app.errors import ConfigError
+from serve_app.tiny.vocabulary import NOTE
 from serve_app.whole_file import check_target
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -91,7 +92,7 @@ def up(
 
 @cli.command()
 def demo(
-    prompt: Annotated[str, typer.Argument()] = DEMO_PROMPT,
+    prompt: Annotated[str, typer.Argument(help=f"What to draw. {NOTE}")] = DEMO_PROMPT,
     folder: Annotated[Path, typer.Option(help="Where the video goes.")] = Path("out"),
     config: Annotated[Path, typer.Option(help="What to serve.")] = TINY,
 ) -> None:
@@ -109,6 +110,8 @@ def demo(
     with Server(config, port=_free_port(), own_ray=True, dashboard=False, say=say) as server:
         server.wait_ready()
         ready = time.monotonic()
+        if server.config.model.bundled:
+            say(NOTE)
         say(f"asking for: {prompt}")
         with Api(server.url, say=say) as api:
             video = make(api, lambda: api.create({"prompt": prompt}), lambda video: folder / f"{video['id']}.mp4")

@@ -60,6 +60,13 @@ class Model(Section):
         return home_of("model.path", self.path)
 
     @property
+    def bundled(self) -> bool:
+        """Whether this is the model inside the package, which draws a few shapes and nothing else."""
+        from serve_app.tiny import CHECKPOINT
+
+        return self.folder == CHECKPOINT
+
+    @property
     def itemsize(self) -> int:
         """Bytes of a number in `dtype`."""
         return 4 if self.dtype == "float32" else 2

@@ -22,6 +22,7 @@ from serve_app.gateway.schemas import ErrorEnvelope, ModelCard, ModelList, Ready
 from serve_app.gateway.service import Videos, Wake
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
+from serve_app.tiny.vocabulary import NOTE
 
 _PAGE = Path(__file__).parent / "page" / "index.html"
 
@@ -108,5 +109,9 @@ def model_card(config: Config) -> ModelCard:
         include={"prompt_chars", "pixels", "side", "num_frames", "num_inference_steps", "fps", "queued_jobs"}
     )
     return ModelCard(
-        id=config.model.name, created=int(time.time()), limits=limits, defaults=config.defaults.model_dump()
+        id=config.model.name,
+        created=int(time.time()),
+        limits=limits,
+        defaults=config.defaults.model_dump(),
+        note=NOTE if config.model.bundled else None,
     )

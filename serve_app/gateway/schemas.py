@@ -130,7 +130,7 @@ class Video(BaseModel):
     started_at: int | None = None
     timings: dict[str, float] = {}
     """Seconds of each stage."""
-    warnings: list[str] = []
+    warnings: list[str] = Field([], description="What a person should know of it, some of it from the start.")
     size_bytes: int | None = None
 
     @classmethod
@@ -215,6 +215,7 @@ class ModelCard(BaseModel):
     owned_by: str = "serve_app"
     limits: dict[str, int]
     defaults: dict[str, int | float | str | None]
+    note: str | None = Field(None, description="What it cannot be asked for; null where it takes any prompt.")
 
 
 class ModelList(BaseModel):

@@ -21,6 +21,7 @@ from serve_app.jobs.tables import CANCELLED, Job
 from serve_app.logs import get_logger
 from serve_app.request import Params, Urgency, VideoRequest, resolve
 from serve_app.storage import Stat, Storage
+from serve_app.tiny import vocabulary
 
 logger = get_logger(__name__)
 
@@ -104,6 +105,7 @@ class Videos:
             idempotency=named,
             remixed_from=remixed_from,
             notify_email=notify_email,
+            warnings=vocabulary.warnings(params.prompt) if self.config.model.bundled else (),
             max_queued=self.config.limits.queued_jobs,
         )
         logger.info(

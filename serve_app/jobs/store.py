@@ -164,11 +164,15 @@ class JobStore(Leases, Upkeep, Switches):
         idempotency: Idempotency | None = None,
         remixed_from: str | None = None,
         notify_email: str | None = None,
+        warnings: Sequence[str] = (),
         max_queued: int | None = None,
     ) -> Job:
         """Put a job into the queue; see `claim` for its place. Once it is there, whoever listens is told.
 
         Where the same request of the same owner was here before, its job is returned, whatever became of it.
+
+        Args:
+            warnings: sentences for the user that can be said before any work.
 
         Raises:
             QueueFull: `max_queued` jobs wait already. OverLimit: as many of this owner do as may.
@@ -185,6 +189,7 @@ class JobStore(Leases, Upkeep, Switches):
             request_digest=None if idempotency is None else idempotency.digest,
             remixed_from=remixed_from,
             notify_email=notify_email,
+            warnings=[*warnings],
             priority=urgency.priority,
             start_at=urgency.start_at,
             not_before=urgency.start_at or 0.0,

@@ -31,7 +31,8 @@ def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Ba
     job.completed_at = now
     job.progress = 100
     job.step, job.seconds_left = job.steps, None
-    job.outputs, job.timings, job.warnings = dict(done.outputs), dict(done.timings), [*done.warnings]
+    job.outputs, job.timings = dict(done.outputs), dict(done.timings)
+    job.warnings = [*job.warnings, *done.warnings]
     job.size_bytes, job.revision = done.size_bytes, done.revision
     job.lease_owner = job.lease_until = None
     job.error_code = job.error_message = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
@@ -19,12 +19,15 @@ from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
 from serve_app.request import Params
+from serve_app.stages.callers import Callers
 from serve_app.storage import Storage, download_name
-from serve_app.wan.arrival import Arrival
+from serve_app.wan.arrival import Abandoned, Arrival, PixelsNotFinite
 
 log = get_logger(__name__)
 
 _Storing: TypeAlias = asyncio.Task[tuple[dict[str, str], int, float]]
+_Stored: TypeAlias = tuple[_Storing, float]
+"""What stores a video, and the seconds that decoding it took."""
 
 SPRITES = (4, 16)
 """Columns of a spritesheet, and tiles."""
@@ -32,20 +35,22 @@ SPRITES = (4, 16)
 
 @dataclass(frozen=True)
 class Decoded:
-    """Where a video was stored: keys by `video`, `thumbnail`, `spritesheet`; the mp4's size; seconds by part; and the
-    revision of the checkpoint."""
+    """Where a video was stored: keys by `video`, `thumbnail`, `spritesheet`; the mp4's size; seconds by part; the
+    revision of the checkpoint; and sentences for the user."""
 
     outputs: dict[str, str]
     size_bytes: int
     timings: dict[str, float]
     revision: str
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
 class _Item:
     """A call of `decode`.
 
-    `again`: an earlier call may have left some of its files under `prefix`. `abandoned`: nobody wants the video now.
+    `again`: an earlier call may have left some of its files under `prefix`. `arrival`, `decoded` and `storing` belong
+    to the latest pass of the VAE that it was in; `result` is what the call gets of it.
     """
 
     latents: np.ndarray
@@ -54,6 +59,19 @@ class _Item:
     job_id: str
     again: bool
     abandoned: bool = False
+    arrival: Arrival = field(default_factory=Arrival)
+    decoded: asyncio.Future[float] | None = None
+    """When its frames were all there."""
+    storing: _Storing | None = None
+    result: _Stored | JobFailed | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    async def end(self) -> None:
+        """Stop storing it, and have the decode hear of it before its next chunk. Returns when nothing works on it."""
+        self.arrival.fail(Abandoned())
+        if self.storing is not None:
+            self.storing.cancel()
+            await asyncio.wait([self.storing])
 
 
 @serve.deployment(name="Decoder")
@@ -81,8 +99,11 @@ class Decoder:
         for one in (device, *others):
             limit_memory(one, stage.memory_fraction)
         dtype, tile_bytes = getattr(torch, config.model.vae_dtype), stage.tile_memory_mib * 2**20
+        self._dtype = config.model.vae_dtype
         self._decoder = self._math.call(VideoDecoder, checkpoint, device, dtype, others, tile_bytes)
         self._storage = Storage(config.storage_options)
+        self._callers = Callers()
+        self._videos = self._stopped = self._repeated = 0
         if stage.warmup:
             params = Params(**config.defaults.model_dump(), prompt="warm-up", seed=0)
             noise = np.zeros((1, checkpoint.vae_config["z_dim"], *params.latent_shape), dtype=np.float32)
@@ -93,90 +114,136 @@ class Decoder:
         log.info("decoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
 
     async def decode(
-        self, latents: np.ndarray, params: Params, prefix: str, job_id: str, again: bool = False
+        self,
+        latents: np.ndarray,
+        params: Params,
+        prefix: str,
+        job_id: str,
+        again: bool = False,
+        caller: Any = None,
     ) -> Decoded:
         """Decode latents [1, channels, frames, height, width] and store the video under `prefix`.
 
+        Cancelling the call, or the death of its caller, ends the work on it before the next chunk of frames, and
+        leaves nothing under `prefix`.
+
         Args:
             again: an earlier call may have left some of its files there.
+            caller: see `stages.callers`.
 
         Raises:
-            JobFailed: `decode_failed`; `out_of_memory` if not even the smallest tile fits, which another replica may
-                have room for, or this one later; or `store_failed`, which is retryable where the storage was away or
-                full.
+            JobFailed: `decode_failed`; `not_finite` if the latents or the pixels made of them are; `out_of_memory` if
+                not even the smallest tile fits, which another replica may have room for, or this one later; or
+                `store_failed`, which is retryable where the storage was away or full.
         """
         item = _Item(latents, params, prefix, job_id, again)
-        try:
-            result = await self._decode_batch(item)
-        except asyncio.CancelledError:
-            item.abandoned = True
-            raise
-        if isinstance(result, JobFailed):
-            raise result
-        storing, seconds = result
-        try:
-            outputs, size, stored = await storing  # which is cancelled with this call
-        except Exception as error:
-            log.exception("storing failed", extra={"job": job_id})
-            raise JobFailed("store_failed", one_line(error), retryable=isinstance(error, OSError)) from None
-        return Decoded(outputs, size, {"vae": seconds, "store": stored}, self._revision)
+        with self._callers.serving(caller):
+            try:
+                result = await self._decode_batch(item)
+                if isinstance(result, JobFailed):
+                    raise result
+                storing, seconds = result
+                outputs, size, stored = await storing
+            except asyncio.CancelledError:
+                item.abandoned = True
+                await item.end()
+                log.info("decode ended early", extra={"job": job_id})
+                raise
+            except JobFailed:
+                raise
+            except Exception as error:
+                log.exception("storing failed", extra={"job": job_id})
+                raise JobFailed("store_failed", one_line(error), retryable=isinstance(error, OSError)) from None
+        return Decoded(outputs, size, {"vae": seconds, "store": stored}, self._revision, item.warnings)
+
+    async def describe(self) -> dict[str, int]:
+        """Count what was done so far: `videos` whose decode began, those of them that were `stopped` before their end,
+        and those that were `repeated` in float32."""
+        return {"videos": self._videos, "stopped": self._stopped, "repeated": self._repeated}
 
     @serve.batch
-    async def _decode_batch(self, items: list[_Item]) -> list[tuple[_Storing, float] | JobFailed]:
-        """Of each what stores it, and the seconds that decoding all took together.
+    async def _decode_batch(self, items: list[_Item]) -> list[_Stored | JobFailed]:
+        """Decode videos, and return for each what stores it and the seconds that decoding all took together.
 
         Latents of equal shape share a pass of the VAE, whose sums then differ in the last bits from those of each
-        alone. A failure concerns its own item only. Files are written while frames come, but storing them is not waited
-        for: the next batch is decoded meanwhile.
+        alone. A failure, or a call that is cancelled, concerns its own item only. Files are written while frames come,
+        but storing them is not waited for: the next batch is decoded meanwhile.
         """
-        by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, item in enumerate(items):
-            by_shape[item.latents.shape].append(index)
-        results: list[tuple[_Storing, float] | JobFailed] = [JobFailed("decode_failed", "not decoded")] * len(items)
-        for indices in by_shape.values():
-            started = time.monotonic()
-            arrival = Arrival()
-            decoded: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-            storing = [
-                asyncio.create_task(self._store(items[index], arrival, place, decoded))
-                for place, index in enumerate(indices)
-            ]
-            try:
-                latents = np.concatenate([items[index].latents for index in indices])
-                await self._math.run(self._frames, latents, arrival)
-            except asyncio.CancelledError as error:
-                arrival.fail(error)  # no thread may wait for ever
-                decoded.cancel()
-                raise
-            except Exception as error:  # of our own type, because a process without torch cannot unpickle torch's
-                log.exception("decoding failed", extra={"jobs": [items[index].job_id for index in indices]})
-                short = is_out_of_memory(error)
-                failure = JobFailed("out_of_memory" if short else "decode_failed", one_line(error), short)
-                arrival.fail(failure)
-                decoded.cancel()
-                await asyncio.gather(*storing, return_exceptions=True)
-                for index in indices:
-                    results[index] = failure
-                continue
-            decoded.set_result(time.monotonic())
-            seconds = time.monotonic() - started
-            for index, task in zip(indices, storing, strict=True):
-                results[index] = task, seconds
-        return results
+        by_shape: dict[tuple[int, ...], list[_Item]] = defaultdict(list)
+        for item in items:
+            if np.isfinite(item.latents).all():
+                by_shape[item.latents.shape].append(item)
+            else:
+                item.result = JobFailed("not_finite", "The latents that came to the decode stage are not finite.")
+        for those in by_shape.values():
+            await self._pass(those)
+        # Nobody hears of a video that was abandoned before its pass.
+        return [item.result or JobFailed("decode_failed", "not decoded") for item in items]
 
-    def _frames(self, latents: np.ndarray, arrival: Arrival) -> np.ndarray:
+    async def _pass(self, items: list[_Item], in_float32: bool = False) -> None:
+        """Decode videos of equal shape together, and note the `result` of each that is still wanted.
+
+        Those whose pixels are not finite numbers are decoded once more in float32, if this was a smaller type.
+        """
+        items = [item for item in items if not item.abandoned]
+        if not items:
+            return
+        self._videos += 0 if in_float32 else len(items)
+        started = time.monotonic()
+        for item in items:
+            item.arrival, item.decoded = Arrival(), asyncio.get_running_loop().create_future()
+            item.storing = asyncio.create_task(self._store(item, item.arrival, item.decoded))
+        try:
+            latents = np.concatenate([item.latents for item in items])
+            await self._math.run(self._frames, latents, [item.arrival for item in items], in_float32)
+        except asyncio.CancelledError:
+            for item in items:
+                await item.end()
+            raise
+        except (Abandoned, PixelsNotFinite):
+            pass  # which the arrival of each such video says as well; the others are there
+        except Exception as error:  # of our own type, because a process without torch cannot unpickle torch's
+            log.exception("decoding failed", extra={"jobs": [item.job_id for item in items]})
+            short = is_out_of_memory(error)
+            for item in items:
+                item.arrival.fail(JobFailed("out_of_memory" if short else "decode_failed", one_line(error), short))
+        seconds = time.monotonic() - started
+        not_finite = []
+        for item in items:
+            assert item.decoded is not None and item.storing is not None
+            if (reason := item.arrival.error) is None:
+                item.decoded.set_result(time.monotonic())
+                item.result = item.storing, seconds
+                continue
+            await item.end()
+            self._stopped += item.abandoned
+            if isinstance(reason, PixelsNotFinite):
+                log.error("pixels are not finite", extra={"job": item.job_id, "error": str(reason)})
+                not_finite.append(item)
+            item.result = reason if isinstance(reason, JobFailed) else JobFailed("not_finite", str(reason))
+        if self._dtype != "float32" and not in_float32:
+            for item in not_finite:
+                item.warnings.append(
+                    f"In {self._dtype} (model.vae_dtype) the pixels were not finite numbers, so the video was decoded "
+                    "again in float32."
+                )
+            self._repeated += len(not_finite)
+            await self._pass(not_finite, in_float32=True)
+
+    def _frames(self, latents: np.ndarray, arrivals: list[Arrival], in_float32: bool = False) -> np.ndarray:
         import torch
 
-        return self._decoder.decode(torch.from_numpy(latents), arrival)
+        # Loaded for this pass alone: it is rare, and its weights would take the room of larger tiles.
+        decoder = self._decoder.in_float32() if in_float32 else self._decoder
+        return decoder.decode(torch.from_numpy(latents), arrivals)
 
     async def _store(
-        self, item: _Item, arrival: Arrival, place: int, decoded: asyncio.Future[float]
+        self, item: _Item, arrival: Arrival, decoded: asyncio.Future[float]
     ) -> tuple[dict[str, str], int, float]:
         """Write one video's files while its frames come, and put them where they belong.
 
         Args:
-            place: of the video among those that are decoded together.
-            decoded: when that was done.
+            decoded: when all frames were there.
 
         Returns:
             The keys of the files, the size of the mp4, and the seconds that this took beyond decoding.
@@ -187,40 +254,61 @@ class Decoder:
         metadata.update(item.params.model_dump())
 
         def write(path: Path) -> None:
-            write_mp4(arrival.frames()[place], path, item.params.fps, metadata, arrival.wait)
+            write_mp4(arrival.frames(), path, item.params.fps, metadata, arrival.wait)
 
         with TemporaryDirectory(prefix="wan-serve-") as folder:
             path = Path(folder) / "video.mp4"
             writing = asyncio.create_task(asyncio.to_thread(write, path))
             try:
                 began = await decoded
-                if item.abandoned:
-                    raise asyncio.CancelledError
                 if item.again:
                     await self._storage.delete_prefix(item.prefix)
                 outputs: dict[str, str] = {}
-                frames = arrival.frames()[place]  # of which the encoder still has some to do
+                frames = arrival.frames()  # of which the encoder still has some to do
                 small = await asyncio.to_thread(lambda: (thumbnail(frames), spritesheet(frames, *SPRITES)))
                 await self._put(item, "thumbnail.jpg", small[0], outputs)
                 await self._put(item, "spritesheet.jpg", small[1], outputs)
                 await asyncio.shield(writing)
                 # Last, so that whoever finds the video finds the rest too.
                 await self._put(item, "video.mp4", path, outputs)
+            except BaseException as error:
+                arrival.fail(Abandoned())  # the encoder need not go on
+                if isinstance(error, asyncio.CancelledError) and decoded.done() and not decoded.cancelled():
+                    await self._remove(item)
+                raise
             finally:
-                # A thread cannot be stopped, and wants its folder.
+                # A thread cannot be stopped at any moment, and wants its folder.
                 await asyncio.gather(writing, return_exceptions=True)
             return outputs, path.stat().st_size, time.monotonic() - began
 
     async def _put(self, item: _Item, name: str, content: bytes | Path, outputs: dict[str, str]) -> None:
         """Store one of a video's files, and note its key."""
         key = f"{item.prefix}/{name}"
-        await self._storage.put(key, content, download_name(item.job_id, key))
+        putting = asyncio.ensure_future(self._storage.put(key, content, download_name(item.job_id, key)))
+        try:
+            await asyncio.shield(putting)
+        except asyncio.CancelledError:
+            # It goes on in its thread, and only what is there can be removed.
+            await asyncio.gather(putting, return_exceptions=True)
+            raise
         outputs[name.partition(".")[0]] = key
+
+    async def _remove(self, item: _Item) -> None:
+        """Remove what was stored of a video that nobody wants any more."""
+        try:
+            await self._storage.delete_prefix(item.prefix)
+        except OSError as error:  # whoever ended the job has it removed later as well
+            log.warning("files not removed yet", extra={"job": item.job_id, "error": one_line(error)})
 
     def _warm_up(self, latents: np.ndarray, params: Params) -> None:
         from serve_app.wan.video import spritesheet, thumbnail, write_mp4
 
-        frames = self._frames(latents, Arrival())[0]
+        arrival = Arrival()
+        try:
+            self._frames(latents, [arrival])
+        except PixelsNotFinite as error:  # of zeros; jobs are judged by their own
+            log.error("the warm-up's pixels are not finite: this VAE may be damaged", extra={"error": str(error)})
+        frames = arrival.frames()
         with TemporaryDirectory(prefix="wan-serve-") as folder:
             write_mp4(frames, Path(folder) / "video.mp4", params.fps, {})
         thumbnail(frames)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ray import serve
@@ -12,6 +13,9 @@ from serve_app.compute import MathThread, limit_memory, pick_device, settle
 from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
+
+if TYPE_CHECKING:
+    from serve_app.wan.text import Embedding
 
 log = get_logger(__name__)
 
@@ -60,7 +64,11 @@ class Encoder:
         log.info("encoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
 
     async def encode(self, prompt: str, negative_prompt: str | None) -> Encoded:
-        """Embed a prompt and, where guidance needs it, a negative prompt."""
+        """Embed a prompt and, where guidance needs it, a negative prompt.
+
+        Raises:
+            JobFailed: `encode_failed`, or `not_finite` if an embedding holds NaN or infinity.
+        """
         result = await self._encode_batch((prompt, negative_prompt))
         if isinstance(result, Exception):
             raise result
@@ -84,6 +92,10 @@ class Encoder:
         for prompt, negative_prompt in requests:
             positive = by_text[prompt]
             negative = None if negative_prompt is None else by_text[negative_prompt]
+            if (failure := _not_finite(positive, negative)) is not None:
+                log.error("embeddings are not finite", extra={"error": failure.message})
+                results.append(failure)
+                continue
             truncated = [
                 name
                 for name, embedding in (("prompt", positive), ("negative_prompt", negative))
@@ -98,3 +110,14 @@ class Encoder:
                 )
             )
         return results
+
+
+def _not_finite(positive: Embedding, negative: Embedding | None) -> JobFailed | None:
+    """Return the failure of a request whose embeddings hold NaN or infinity; None if they are good."""
+    for name, embedding in (("prompt", positive), ("negative_prompt", negative)):
+        if embedding is not None and not embedding.tensor.isfinite().all():
+            kind = str(embedding.tensor.dtype).removeprefix("torch.")
+            return JobFailed(
+                "not_finite", f"The encode stage made numbers of '{name}' that are not finite ({kind}, model.dtype)."
+            )
+    return None

@@ -130,8 +130,9 @@ class Pipeline:
                 raise
             finally:
                 # Serve does this where the request was cancelled, but not where it ends for another reason.
-                with suppress(RayServeException):
-                    stream.cancel()
+                _cancel(stream)
+                if denoised is None:
+                    _cancel(encoded)  # a text that waits to be encoded need not be
             if isinstance(denoised, Moved):
                 log.info("moved", extra={"job": job["id"], "with_state": denoised.state is not None})
                 state = denoised.state or state
@@ -158,7 +159,8 @@ class Pipeline:
             },
             size_bytes=decoded.size_bytes,
             warnings=[
-                f"'{name}' is longer than the text encoder reads; its end was ignored." for name in begun.truncated
+                *(f"'{name}' is longer than the text encoder reads; its end was ignored." for name in begun.truncated),
+                *decoded.warnings,
             ],
             revision=decoded.revision,
         )
@@ -172,8 +174,9 @@ class Pipeline:
         pause_s, again = _STORE_AGAIN_S[0], False
         pauses = iter(_DECODE_AGAIN_S)
         while True:
+            decoding = self._decoder.decode.remote(latents, params, job["prefix"], job["id"], again, this_process())
             try:
-                decoded: Decoded = await self._decoder.decode.remote(latents, params, job["prefix"], job["id"], again)
+                decoded: Decoded = await decoding
                 return decoded
             except RayActorError as error:
                 raise JobFailed("decoder_lost", _LOST.format("decoder"), retryable=True) from error
@@ -191,6 +194,8 @@ class Pipeline:
                 if failed.code != "store_failed" or time.monotonic() + pause_s > until:
                     raise
                 log.warning("not stored, tried again", extra={"job": job["id"], "error": failed.message})
+            finally:
+                _cancel(decoding)  # as with the denoiser's stream
             await asyncio.sleep(pause_s)
             pause_s, again = min(2 * pause_s, _STORE_AGAIN_S[1]), True
 
@@ -198,6 +203,12 @@ class Pipeline:
         measured = seconds / (params.width * params.height * params.num_frames)
         known = self._decode_s_per_pixel
         self._decode_s_per_pixel = known + _NEWEST * (measured - known) if known else measured
+
+
+def _cancel(response: Any) -> None:
+    """Cancel a call, wherever it is. Without effect once it has ended."""
+    with suppress(RayServeException):
+        response.cancel()
 
 
 async def _was_lost(response: Any) -> bool:

@@ -19,11 +19,16 @@ class NotFinite(JobFailed):
     """Latents became NaN or infinite. `samples` are those concerned; the others of the batch have made their step."""
 
     def __init__(self, samples: list[Sample]) -> None:
-        what = "; ".join(
-            f"sample {s.name or '(unnamed)'} with seed {s.params.seed} at step {s.step} of {s.steps}" for s in samples
-        )
-        super().__init__("not_finite", f"The latents are no longer finite numbers: {what}.")
+        super().__init__("not_finite", " ".join(self.of(sample) for sample in samples))
         self.samples = samples
+
+    @staticmethod
+    def of(sample: Sample) -> str:
+        """Say it of one sample: its batch mates are others' videos."""
+        return (
+            "The latents are no longer finite numbers after the denoise stage's "
+            f"step {sample.step} of {sample.steps}: sample {sample.name or '(unnamed)'} with seed {sample.params.seed}."
+        )
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def from_bytes(data: bytes, checkpoint: Checkpoint, device: torch.device, dtype:
 
     Raises:
         StateError: the bytes are damaged, not a sample's state, of another version of the format, of another
-            checkpoint or dtype, or do not fit together.
+            checkpoint or dtype, hold NaN or infinity, or do not fit together.
     """
     try:
         tensors = load(data)
@@ -128,6 +128,9 @@ def from_bytes(data: bytes, checkpoint: Checkpoint, device: torch.device, dtype:
     _expect("tensors", sorted(tensors), [*(["last_sample"] if filled else []), "latents", *filled])
     for name, tensor in tensors.items():
         _expect(name, _kind(tensor), f"float32 {list(sample.latents.shape)}")
+    for name, tensor in (texts | tensors).items():
+        if not tensor.isfinite().all():
+            raise StateError(f"saved sample: {name} holds NaN or infinity, expected finite numbers")
     # Copied: what safetensors hands out is not aligned as torch's own memory, and kernels may round by alignment.
     tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 

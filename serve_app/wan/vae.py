@@ -41,6 +41,7 @@ class VideoDecoder:
         others: Sequence[torch.device] = (),
         tile_bytes: float = 0,
     ) -> None:
+        self._made_of = checkpoint, device, others, tile_bytes
         vae, loading = AutoencoderKLWan.from_pretrained(
             checkpoint.folder / "vae", dtype=dtype, use_safetensors=True, output_loading_info=True
         )
@@ -60,13 +61,18 @@ class VideoDecoder:
         statistics = (vae.config.latents_mean, vae.config.latents_std)
         self._mean, self._std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(device, dtype) for values in statistics)
 
+    def in_float32(self) -> VideoDecoder:
+        """Load the same decoder in float32, for latents that a smaller type has no finite pixels for."""
+        checkpoint, device, others, tile_bytes = self._made_of
+        return VideoDecoder(checkpoint, device, torch.float32, others, tile_bytes)
+
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, arrival: Arrival | None = None) -> np.ndarray:
-        """Frames of a batch of latents.
+    def decode(self, latents: torch.Tensor, arrivals: Sequence[Arrival] | None = None) -> np.ndarray:
+        """Return the frames of a batch of latents.
 
         Args:
             latents: `[batch, channels, frames, height, width]`, any float dtype and device.
-            arrival: is told of the frames as they come.
+            arrivals: one for each video, which is told of its frames as they come, and of why they do not.
 
         Returns:
             `[batch, 4 * (frames - 1) + 1, 8 * height, 8 * width, 3]`, uint8 RGB. Values are rounded to the nearest
@@ -74,8 +80,10 @@ class VideoDecoder:
             is darker by half a level.
 
         Raises:
+            PixelsNotFinite: a video's pixels are not all finite numbers. It and what else an arrival was failed with
+                is raised when the batch's other videos are done; their arrivals have no error.
             MemoryError: not even the smallest tile fits.
         """
         latents = latents.to(self.device, self.dtype)
         # Division by the inverse, not multiplication: the last bit is that of WanPipeline.
-        return self.tiled.decode(latents / (1.0 / self._std) + self._mean, arrival=arrival).numpy()
+        return self.tiled.decode(latents / (1.0 / self._std) + self._mean, arrivals=arrivals).numpy()

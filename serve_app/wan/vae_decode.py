@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLWan
 from serve_app.compute import is_out_of_memory
 from serve_app.errors import one_line
 from serve_app.logs import get_logger
-from serve_app.wan.arrival import Arrival
+from serve_app.wan.arrival import Arrival, PixelsNotFinite
 from serve_app.wan.vae_stream import Stream
 from serve_app.wan.vae_tiles import Picture, Tile
 
@@ -29,6 +29,13 @@ log = get_logger(__name__)
 _SHARE = 0.67
 MORE_AFTER = 16
 """Decodes in a row that fit, after which larger tiles are tried again: what was short may be there now."""
+
+
+class _Ended(Exception):
+    """No video of the call is wanted any more. `_Job.errors` has the reasons.
+
+    Raised in place of those, because an exception keeps the tensors alive that it passes by.
+    """
 
 
 class TiledDecoder:
@@ -55,37 +62,59 @@ class TiledDecoder:
         self.tiles: list[Tile] = []
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, raw: bool = False, arrival: Arrival | None = None) -> torch.Tensor:
-        """Frames of a batch of latents.
+    def decode(
+        self, latents: torch.Tensor, raw: bool = False, arrivals: Sequence[Arrival] | None = None
+    ) -> torch.Tensor:
+        """Return the frames of a batch of latents.
+
+        Stops between two chunks once no video of the batch is wanted any more.
 
         Args:
             latents: `[samples, channels, frames, height, width]` as the VAE wants them, on the first device.
             raw: float32 from -1 to 1, for comparisons.
-            arrival: is told of the frames as they come.
+            arrivals: one for each sample, which is told of its frames as they come, and of why they do not.
 
         Returns:
             `[samples, 4 * (frames - 1) + 1, 8 * height, 8 * width, 3]`, uint8 or float32, in host memory.
 
         Raises:
+            PixelsNotFinite, or what else an arrival was failed with: at least one sample has no frames. Raised when
+                the others are done; their arrivals have no error.
             MemoryError: not even the smallest tile fits.
         """
-        first = self._streams[0]
         height, width = latents.shape[-2:]
         picture = Picture(self.levels, height, width, len(latents), latents.element_size())
-        job = _Job(picture, latents, raw, arrival)
+        job = _Job(picture, latents, raw, arrivals or [Arrival() for _ in latents])
         self.tiles = job.done
         if self._fitted >= MORE_AFTER:
             self.most_bytes, self._fitted = min(self._given, 2 * self.most_bytes), 0
         bound = min([self.most_bytes, *(_free(stream.device) for stream in self._streams)])
         todo = deque(picture.tiles(bound, len(self._streams)))
         job.plan(todo)
+        try:
+            self._run(job, todo, latents)
+        except _Ended:
+            pass
+        else:
+            self._fitted += 1
+        for error in job.errors:
+            if error is not None:
+                raise error
+        return job.result
+
+    def _run(self, job: _Job, todo: deque[Tile], latents: torch.Tensor) -> None:
+        """Do all tiles."""
+        first = self._streams[0]
         if len(todo) == 1:
             tile = todo.popleft()
             if not self._fits(job, first, tile, first.features(latents)):
                 todo.extend(self._smaller(job, tile))
         if todo:
             # In host memory, because they are all needed until the last tile is done.
-            features = [_to_host(feature) for feature in first.features(latents)]
+            features = []
+            for feature in first.features(latents):
+                features.append(_to_host(feature))
+                job.check()
             _finish(first.device)
             if self._threads is None:
                 self._work(job, first, todo, features)
@@ -94,8 +123,6 @@ class TiledDecoder:
                 wait(futures)  # all of them, before anything is raised: the next call wants the devices for itself
                 for future in futures:
                     future.result()
-        self._fitted += 1
-        return job.result
 
     @torch.no_grad()  # which is a property of the thread
     def _work(self, job: _Job, stream: Stream, todo: deque[Tile], features: list[torch.Tensor]) -> None:
@@ -152,20 +179,32 @@ class TiledDecoder:
 class _Job:
     """One call: what is decoded, and where its pixels go."""
 
-    def __init__(self, picture: Picture, latents: torch.Tensor, raw: bool, arrival: Arrival | None) -> None:
+    def __init__(self, picture: Picture, latents: torch.Tensor, raw: bool, arrivals: Sequence[Arrival]) -> None:
         self.picture = picture
         self.done: list[Tile] = []
+        self._chunks = latents.shape[2]
+        self._dtype = latents.dtype
         self._convert = _floats if raw else _levels
         dtype = torch.float32 if raw else torch.uint8
         pixels = picture.spans(picture.whole)[-1]
         shape = (len(latents), picture.frames(latents.shape[2]), pixels.rows[1], pixels.columns[1], 3)
         self.result = _on_host(shape, dtype, latents.device)
-        self._arrival = arrival
+        self._arrivals = arrivals
         self._planned = threading.Lock()
         self._there: dict[Tile, int] = {}
         """Frames of each tile."""
-        if arrival is not None:
-            arrival.begin(self.result.numpy())
+        for arrival, video in zip(arrivals, self.result, strict=True):
+            arrival.begin(video.numpy())
+
+    @property
+    def errors(self) -> list[BaseException | None]:
+        """Why each video has no frames; None where it has."""
+        return [arrival.error for arrival in self._arrivals]
+
+    def check(self) -> None:
+        """Raise `_Ended` if no video is wanted any more."""
+        if None not in self.errors:
+            raise _Ended
 
     def plan(self, tiles: Iterable[Tile], instead: Tile | None = None) -> None:
         """These have to be done, and `instead` no longer."""
@@ -176,42 +215,68 @@ class _Job:
 
     def run(self, stream: Stream, tile: Tile, features: Iterable[torch.Tensor]) -> None:
         """Decode one tile."""
+        self.check()
         spans = self.picture.spans(tile)
         view = self.result[:, :, slice(*spans[-1].rows), slice(*spans[-1].columns)]
         # Only into contiguous memory can a device copy without being waited for.
         direct = stream.device.type == "cpu" or view[0].is_contiguous()
         target = view if direct else _on_host(view.shape, view.dtype, stream.device)
+        # Of each chunk and sample. Judged where the host waits for the chunk's bytes anyway.
+        finite = _on_host((self._chunks, len(target)), torch.bool, stream.device)
         begun = 0
-        copying: tuple[slice, torch.cuda.Event | None] | None = None
+        copying: tuple[int, slice, torch.cuda.Event | None] | None = None
 
         def arrived() -> None:
             if copying is None:
                 return
-            frames, event = copying
+            index, frames, event = copying
             if event is not None:
                 event.synchronize()
+            self._judge(finite[index].tolist(), frames)
             if not direct:
                 view[:, frames].copy_(target[:, frames])
             self._tell(tile, frames.stop)
 
-        for chunk in stream.frames(features, spans):
+        for index, chunk in enumerate(stream.frames(features, spans)):
+            finite[index].copy_(_are_finite(chunk), non_blocking=True)
             pixels = self._convert(chunk.permute(0, 2, 3, 4, 1))
             for video, sample in zip(target, pixels, strict=True):
                 video[begun : begun + len(sample)].copy_(sample, non_blocking=True)
             # The device has the next chunk to do while the host waits for the copy of the last.
             arrived()
-            copying = slice(begun, begun + pixels.shape[1]), _event(stream.device)
+            copying = index, slice(begun, begun + pixels.shape[1]), _event(stream.device)
             begun += pixels.shape[1]
+            self.check()
         arrived()
         _finish(stream.device)
         self.done.append(tile)
+
+    def _judge(self, finite: list[bool], frames: slice) -> None:
+        """Fail the videos whose new pixels are not finite numbers."""
+        for arrival, good in zip(self._arrivals, finite, strict=True):
+            if not good:
+                arrival.fail(
+                    PixelsNotFinite(
+                        f"The decode stage made pixels that are not finite numbers, in frames {frames.start + 1} to "
+                        f"{frames.stop} of {self.result.shape[1]} ({str(self._dtype).removeprefix('torch.')})."
+                    )
+                )
 
     def _tell(self, tile: Tile, frames: int) -> None:
         with self._planned:
             self._there[tile] = frames
             whole = min(self._there.values())
-        if self._arrival is not None:
-            self._arrival.advance(whole)
+        for arrival in self._arrivals:
+            arrival.advance(whole)
+
+
+def _are_finite(chunk: torch.Tensor) -> torch.Tensor:
+    """Return for each sample whether all of its numbers are finite, on the device.
+
+    By the extremes, which NaN passes through, because `isfinite` on every pixel would make copies of the chunk.
+    """
+    pixels = (1, 2, 3, 4)
+    return chunk.amax(pixels).isfinite() & chunk.amin(pixels).isfinite()
 
 
 def _levels(chunk: torch.Tensor) -> torch.Tensor:

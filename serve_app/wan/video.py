@@ -44,7 +44,8 @@ def write_mp4(
         frames: `[frames, height, width, 3]`, uint8 RGB, even sides.
         fps: frames per second.
         metadata: JSON-able; kept as the comment of the file, see `read_metadata`.
-        wait: called with the index of each frame before it is read, as long as it may not be there yet.
+        wait: called with the index of each frame before it is read, as long as it may not be there yet, and with the
+            last one again and again while the encoder finishes. What it raises ends the writing.
 
     Raises:
         ValueError: frames of another shape or type.
@@ -76,7 +77,11 @@ def write_mp4(
                 wait(index)
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
                 container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
-            container.mux(stream.encode())
+            # One by one, because what the encoder still holds is seconds of work that nobody may want any more.
+            for packet in context.encode_lazy():
+                wait(len(frames) - 1)
+                packet.stream = stream
+                container.mux(packet)
         temporary.chmod(0o644)  # mkstemp's 0600 would keep a web server's user out
         temporary.replace(path)
     except BaseException:

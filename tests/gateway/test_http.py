@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fastapi.openapi.utils import get_openapi
 
+from serve_app.gateway.app import model_card
 from tests.gateway.conftest import Server
 
 ENVELOPE = {"message", "type", "param", "code"}
@@ -140,6 +141,9 @@ async def test_models(server: Server) -> None:
     assert model["limits"]["num_frames"] == 81 and model["defaults"]["num_inference_steps"] == 4
     assert (await server.http.get(f"/v1/models/{model['id']}")).json() == model
     assert (await server.http.get("/v1/models/sora-2")).status_code == 404
+    assert "circles, squares, triangles and stars" in model["note"]
+    other = server.config.model_copy(update={"model": server.config.model.model_copy(update={"path": "/models/a14b"})})
+    assert model_card(other).note is None
 
 
 async def test_page(server: Server) -> None:

@@ -55,6 +55,14 @@ async def test_a_video_from_a_prompt(page: Page, server: Server, films: FilmPipe
     assert (await asyncio.to_thread(Path(await download.path()).read_bytes))[4:8] == b"ftyp"
 
 
+async def test_what_the_model_draws_is_said_beside_the_prompt_and_what_it_does_not_beside_the_video(page: Page) -> None:
+    await page.locator("#note", has_text="circles, squares, triangles and stars").wait_for()
+    await make(page, "a cat")
+    await page.locator("#warnings", has_text="none of the shapes").wait_for()
+    await status(page, "Done")
+    await page.locator("#warnings", has_text="The prompt is short.").wait_for()
+
+
 async def test_markup_in_a_prompt_is_text(page: Page) -> None:
     await make(page, MARKUP)
     await status(page, "Done")

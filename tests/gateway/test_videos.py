@@ -36,6 +36,24 @@ async def test_create_and_retrieve(server: Server) -> None:
     assert done["size_bytes"] == 200_000
 
 
+async def test_what_the_bundled_model_does_not_know_is_said_from_the_start(server: Server, held: asyncio.Event) -> None:
+    video = await server.create(prompt="a cat rides a skateboard")
+    (warning,) = video["warnings"]
+    assert "circle, square, triangle, star" in warning
+    assert (await server.http.get("/v1/videos")).json()["data"][0]["warnings"] == [warning]
+    held.set()
+    assert (await server.ended(video["id"]))["warnings"] == [warning, "The prompt is short."]
+    remix = await server.http.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "a star grows"})
+    assert remix.json()["warnings"] == []
+
+    async def wake() -> None:
+        server.dispatcher.wake()
+
+    model = server.config.model.model_copy(update={"path": "/models/a14b"})
+    videos = Videos(server.config.model_copy(update={"model": model}), server.store, server.storage, wake)
+    assert (await videos.submit({"prompt": "a cat rides a skateboard"})).warnings == []
+
+
 async def test_a_seed_is_drawn_and_shown(server: Server) -> None:
     first, second = await server.create(), await server.create()
     assert first["seed"] != second["seed"]

@@ -11,9 +11,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
+from serve_app.wan.arrival import Abandoned, Arrival, PixelsNotFinite
 from serve_app.wan.vae_decode import TiledDecoder
 from serve_app.wan.vae_tiles import Picture
 from tests.wan.test_arrival import Watched
+from tests.wan.test_vae_ends import Chunks, Leaving
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 HEIGHT, WIDTH = 60, 104
@@ -62,9 +64,34 @@ def test_tiles_are_the_whole_picture(vae: AutoencoderKLWan) -> None:
 @pytest.mark.parametrize("most_bytes", [math.inf, 1], ids=["whole", "tiles"])
 def test_what_is_told_to_be_there_is_there(vae: AutoencoderKLWan, most_bytes: float) -> None:
     watched = Watched()
-    frames = TiledDecoder([vae], most_bytes).decode(noise()[..., :16, :32], arrival=watched).numpy()
-    assert {1, 5, 9} <= {seen.shape[1] for seen in watched.seen}
-    assert all(np.array_equal(seen, frames[:, : seen.shape[1]]) for seen in watched.seen)
+    frames = TiledDecoder([vae], most_bytes).decode(noise()[..., :16, :32], arrivals=[watched]).numpy()
+    assert {1, 5, 9} <= {len(seen) for seen in watched.seen}
+    assert all(np.array_equal(seen, frames[0, : len(seen)]) for seen in watched.seen)
+
+
+@pytest.mark.parametrize("most_bytes", [math.inf, 1], ids=["whole", "tiles"])
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_one_number_that_is_not_finite_is_found(vae: AutoencoderKLWan, most_bytes: float, chunk: int) -> None:
+    small = noise()[..., :16, :32].repeat(2, 1, 1, 1, 1)
+    expected = TiledDecoder([vae], most_bytes).decode(small).numpy()
+    decoder, arrivals = TiledDecoder([vae], most_bytes), [Arrival(), Arrival()]
+    Chunks(decoder, tile=0, chunk=chunk, sample=1)
+    with pytest.raises(PixelsNotFinite, match="frames 1 to 1 of 9" if chunk == 0 else "frames 6 to 9 of 9"):
+        decoder.decode(small, arrivals=arrivals)
+    arrivals[0].wait(8)
+    assert arrivals[0].error is None and np.array_equal(arrivals[0].frames(), expected[0])
+
+
+@pytest.mark.parametrize("most_bytes", [math.inf, 1], ids=["whole", "tiles"])
+def test_a_decode_that_nobody_wants_stops_between_chunks(vae: AutoencoderKLWan, most_bytes: float) -> None:
+    decoder = TiledDecoder([vae], most_bytes)
+    chunks, latents = Chunks(decoder), noise(8)[..., :16, :16]
+    first = Leaving()
+    with pytest.raises(Abandoned):
+        decoder.decode(latents, arrivals=[first])
+    least = 0 if most_bytes == math.inf else 8 * (len(Picture(decoder.levels, 16, 16).tiles(1)) - 1)
+    assert chunks.count <= least + 2, "frames of the last tile are the first that are told of"
+    assert decoder.decode(latents).any()
 
 
 def test_memory_is_as_planned_and_does_not_grow_with_frames(vae: AutoencoderKLWan) -> None:

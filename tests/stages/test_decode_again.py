@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine, Generator
 from typing import Any
 
 import numpy as np
@@ -17,19 +19,38 @@ DECODED = Decoded({"video": "videos/a/1/video.mp4"}, 1, {"vae": 1.0, "store": 1.
 PARAMS = next(iter(CASES.values()))
 
 
+class FakeCall:
+    """What a handle returns. It goes on when who waits for it does not."""
+
+    def __init__(self, work: Coroutine[Any, Any, Decoded]) -> None:
+        self.task = asyncio.ensure_future(work)
+        self.cancel = self.task.cancel
+
+    def __await__(self) -> Generator[Any, None, Decoded]:
+        return asyncio.shield(self.task).__await__()
+
+
 class FakeDecoder:
     """A handle. Fails as often as it is told to, as Serve reports it, and keeps what it was given."""
 
-    def __init__(self, failures: list[JobFailed]) -> None:
-        self.failures = failures
+    def __init__(self, failures: list[JobFailed], hangs: bool = False) -> None:
+        self.failures, self.hangs = failures, hangs
         self.given: list[np.ndarray] = []
+        self.asked = asyncio.Event()
         self.decode = self
 
     def options(self) -> FakeDecoder:
         return self
 
-    async def remote(self, latents: np.ndarray, *_: Any) -> Decoded:
+    def remote(self, latents: np.ndarray, *_: Any) -> FakeCall:
         self.given.append(latents)
+        self.asked.set()
+        self.call = FakeCall(self._decode())
+        return self.call
+
+    async def _decode(self) -> Decoded:
+        if self.hangs:
+            await asyncio.Event().wait()
         if self.failures:
             raise RayTaskError("decode", "", self.failures.pop(0)).as_instanceof_cause()
         return DECODED
@@ -71,3 +92,14 @@ async def test_it_ends(failed: JobFailed, tries: int) -> None:
         await decode(decoder, np.ones(1, dtype=np.float32))
     assert (error.value.cause.code, error.value.cause.retryable) == (failed.code, failed.retryable)
     assert len(decoder.given) == tries
+
+
+async def test_a_pipeline_that_ends_early_ends_the_decode_too() -> None:
+    """Serve cancels calls of a call that was cancelled by itself; but this one may end because its caller has died."""
+    decoder = FakeDecoder([], hangs=True)
+    ending = asyncio.create_task(decode(decoder, np.ones(1, dtype=np.float32)))
+    await decoder.asked.wait()
+    ending.cancel()
+    await asyncio.wait([ending])
+    await asyncio.wait([decoder.call.task])
+    assert decoder.call.task.cancelled()

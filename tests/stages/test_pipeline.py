@@ -154,6 +154,26 @@ async def test_a_failure_concerns_its_own_item_only(app):
     assert isinstance(failed.cause, JobFailed) and failed.cause.code == "decode_failed"
 
 
+async def test_a_decode_that_is_cancelled_makes_room_for_the_next(app):
+    decoder = app.handle("Decoder")
+    before = await decoder.describe.remote()
+    name = f"cancelled{app.config.denoiser.parallel.size}"
+    long, short = app.params(width=512, height=512, num_frames=161), app.params()
+
+    def decode(params, name):
+        latents = np.zeros((1, 16, *params.latent_shape), dtype=np.float32)
+        return decoder.decode.remote(latents, params, f"videos/{name}/1", name)
+
+    cancelled = decode(long, name)
+    while (await decoder.describe.remote())["videos"] == before["videos"]:  # noqa: ASYNC110 (it is in a replica)
+        await asyncio.sleep(0.01)
+    cancelled.cancel()
+    await decode(short, f"after-{name}")
+    after = await decoder.describe.remote()
+    assert {what: after[what] - before[what] for what in after} == {"videos": 2, "stopped": 1, "repeated": 0}
+    assert not app.path(f"videos/{name}").exists()
+
+
 def test_only_processes_that_do_math_hold_torch(app):
     """The coordinator and the pipeline must stay small: there may be many of them on one host."""
     list(app.pipeline.generate.remote(app.job(seed=5)))

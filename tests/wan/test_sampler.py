@@ -68,7 +68,7 @@ def test_a_sample_that_is_not_finite_is_named(generator: Generator, poison: floa
     good, bad = generator.start(BASE), generator.start(STRANGERS[1])
     bad.name = "job-7"
     bad.latents[0, 0, 0, 0, 0] = poison
-    with pytest.raises(NotFinite, match="sample job-7 with seed 5 at step 1 of 8") as error:
+    with pytest.raises(NotFinite, match="denoise stage's step 1 of 8: sample job-7 with seed 5") as error:
         advance(generator.experts["transformer"], [good, bad], FUSE)
     assert error.value.samples == [bad]
     assert not error.value.retryable

@@ -239,3 +239,24 @@ def test_tensors_that_do_not_fit(folder: Checkpoint) -> None:
     refused(sample, r"tensors is .*'model_outputs\.0', .* expected \['last_sample', 'latents', 'model_outputs\.1'\]")
     sample.step = 9
     refused(sample, "step is 9, expected 0 to 8")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(folder: Checkpoint, poison: float) -> None:
+    sample = steps(start(folder), 2)
+    held = {
+        "latents": sample.latents,
+        "positive": sample.positive,
+        "negative": sample.negative,
+        "last_sample": sample.scheduler.last_sample,
+        r"model_outputs\.0": sample.scheduler.model_outputs[0],
+    }
+    for name, tensor in held.items():
+        assert tensor is not None
+        place = tensor.view(-1)[:1]
+        kept = place.clone()
+        place.fill_(poison)
+        with pytest.raises(StateError, match=f"^saved sample: {name} holds NaN or infinity, expected finite numbers$"):
+            from_bytes(to_bytes(sample, folder.revision), folder, CPU, FLOAT)
+        place.copy_(kept)
+    assert from_bytes(to_bytes(sample, folder.revision), folder, CPU, FLOAT).step == 2

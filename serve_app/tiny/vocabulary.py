@@ -1,0 +1,50 @@
+"""The bundled model's vocabulary: whether a prompt names anything that it draws. Knows nothing of tokens or torch.
+
+The model was trained on captions made of `words.py` alone: it draws one or two of four shapes whatever it is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from serve_app.tiny.words import SHAPE_WORDS
+
+NOTE = (
+    "This small test model draws circles, squares, triangles and stars that move, one or two at a time, and nothing "
+    "else."
+)
+"""For people, wherever prompts are typed."""
+
+WARNING = (
+    "The prompt names none of the shapes that this small test model knows (circle, square, triangle, star; 圆形, "
+    "正方形, 三角形, 星形), so the video shows some shape and not what was asked for."
+)
+
+_WORD = re.compile(r"[a-z]+")
+_ENGLISH = frozenset(word for words in SHAPE_WORDS["en"].values() for word in words if " " not in word)
+_CHINESE = tuple(word for words in SHAPE_WORDS["zh"].values() for word in words)
+# Chinese has no spaces: these hold the name of a shape and mean something else, among it shapes that it does not know.
+_OTHERS = re.compile("[椭半]圆形?|长方形|圆[桌满明周珠润滑舞]|[团汤桂月]圆|三角[洲恋裤铁]|方块字")
+
+
+def knows(prompt: str) -> bool:
+    """Return whether a prompt names a shape that the bundled model draws, in English or Chinese.
+
+    Full-width letters, capitals and plurals are read as the words that they are.
+    """
+    text = unicodedata.normalize("NFKC", prompt).lower()
+    english = _WORD.findall(text)
+    if any(word in _ENGLISH or _singular(word) in _ENGLISH for word in english):
+        return True
+    text = _OTHERS.sub(" ", text)
+    return any(word in text for word in _CHINESE)
+
+
+def warnings(prompt: str) -> list[str]:
+    """Return what a user should know of a prompt before a video is made of it."""
+    return [] if knows(prompt) else [WARNING]
+
+
+def _singular(word: str) -> str:
+    return word.removesuffix("es") if word.endswith("xes") else word.removesuffix("s")
