@@ -18,10 +18,10 @@ from serve_app.config import Autoscaling, Config, Parallel, Resources, below, ho
 from serve_app.errors import CheckpointError, ConfigError, InvalidRequest, without_password
 from serve_app.logs import get_logger
 from serve_app.model import fit, open_model
-from serve_app.readiness import shortages
 from serve_app.request import VideoRequest, resolve
+from serve_app.shortage import shortages
 from serve_app.wan.checkpoint import Checkpoint
-from serve_app.wan.mesh import default_mesh
+from serve_app.wan.mesh import Mesh, default_mesh
 from serve_app.wan.prepared import Prepared
 
 logger = get_logger(__name__)
@@ -162,8 +162,8 @@ def _check_parallel(parallel: Parallel, checkpoint: Checkpoint) -> None:
     """Whether the ranks of a group can share the model, before any of them starts."""
     for expert in checkpoint.experts:
         shape = checkpoint.expert_config(expert)
-        if parallel.mesh is not None:
-            parallel.mesh.check(shape)
+        if (mesh := Mesh.of(parallel)) is not None:
+            mesh.check(shape)
         else:
             default_mesh(parallel.size, shape, weight_bytes=lambda tensor: 0, device_bytes=1)
 

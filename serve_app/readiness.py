@@ -11,8 +11,9 @@ import ray
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
-from serve_app.capacity import Host, Need, described, impossible
-from serve_app.errors import ConfigError, ServeAppError
+from serve_app.capacity import Need, described
+from serve_app.errors import ServeAppError
+from serve_app.shortage import hosts
 
 Say = Callable[[str], None]
 
@@ -21,32 +22,9 @@ _SAY_WHY_S = 10
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 # In the message of a deployment that Serve has found no place for, after half a minute of looking.
 _NO_PLACE = "to be scheduled"
-# On nodes that Kubernetes or Ray's cluster launcher has started; then more may come.
-_NODE_GROUP = "ray.io/node-group"
 
 
-def hosts() -> list[Host]:
-    """Return the hosts of the Ray cluster that are alive."""
-    return [Host(node["Resources"], node.get("Labels") or {}) for node in ray.nodes() if node["Alive"]]
-
-
-def shortages(wanted: Sequence[Need]) -> list[str]:
-    """Return a line for each thing that the cluster could never give; none of one that may grow."""
-    there = hosts()
-    return [] if any(host.labels.get(_NODE_GROUP) for host in there) else impossible(wanted, there)
-
-
-def refuse_the_impossible(wanted: Sequence[Need]) -> None:
-    """Refuse what the cluster could never give, unless it may grow.
-
-    Raises:
-        ConfigError: a line for each thing that is too much, with what the cluster has.
-    """
-    if lines := shortages(wanted):
-        raise ConfigError("\n".join(lines))
-
-
-class Readiness:
+class Startup:
     """What is known of applications that start.
 
     Args:

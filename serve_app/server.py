@@ -25,8 +25,9 @@ from serve_app.errors import ConfigError, ServeAppError
 from serve_app.model import departures, makes_videos, open_model
 from serve_app.preflight import preflight
 from serve_app.ray_session import RaySession
-from serve_app.readiness import Readiness, refuse_the_impossible
+from serve_app.readiness import Startup
 from serve_app.replica import alive_hosts, check_hosts
+from serve_app.shortage import refuse_the_impossible
 from serve_app.targets import build, where_data_goes
 
 Say = Callable[[str], None]
@@ -156,7 +157,7 @@ class Server:
             ServeAppError: a deployment failed, or the time is up.
         """
         names = [entry["name"] for entry in self._file["applications"]]
-        Readiness(names, self.url or None, self._built.needs, self._say).wait(timeout_s)
+        Startup(names, self.url or None, self._built.needs, self._say).wait(timeout_s)
 
     def watch(self) -> NoReturn:
         """Serve until the process is stopped.

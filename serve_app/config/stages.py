@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from serve_app.config.section import Device, NonNegativeFloat, Section
-from serve_app.wan.mesh import Mesh
 
 _RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 _LEAST = 0.0001
@@ -109,14 +108,9 @@ class Parallel(Section):
         return self
 
     @property
-    def mesh(self) -> Mesh | None:
-        """The sizes that are given; None where the group picks them."""
-        return None if self.ranks is not None else Mesh(self.guidance, self.sequence, self.tensor)
-
-    @property
     def size(self) -> int:
         """Ranks of a group."""
-        return self.ranks or Mesh(self.guidance, self.sequence, self.tensor).ranks
+        return self.ranks or self.guidance * self.sequence * self.tensor
 
 
 class Denoiser(Stage):

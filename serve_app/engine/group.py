@@ -61,7 +61,7 @@ class Group:
     """
 
     def __init__(self, ranks: list[Any], config: Config) -> None:
-        self.mesh = config.denoiser.parallel.mesh or Mesh()
+        self.mesh = Mesh.of(config.denoiser.parallel) or Mesh()
         self._ranks = ranks
         self._config = config
         self._step_timeout_s = config.denoiser.step_timeout_s
@@ -98,7 +98,7 @@ class Group:
         timeout = config.denoiser.start_timeout_s
         try:
             started = time.monotonic()
-            if parallel.mesh is None:
+            if Mesh.of(parallel) is None:
                 seen: Survey = (await group._within(timeout, ranks[0].survey.remote()))[0]
                 work = functools.partial(
                     activation_bytes,
@@ -230,7 +230,7 @@ class Group:
 
 def rank_actor(config: Config) -> dict[str, Any]:
     """Ray's options for a rank."""
-    stage, need, mesh = config.denoiser, config.denoiser.rank, config.denoiser.parallel.mesh
+    stage, need, mesh = config.denoiser, config.denoiser.rank, Mesh.of(config.denoiser.parallel)
     # Those that share weights show each other their devices' memory, see `peer_memory`.
     shared = stage.peer_memory and need.num_gpus > 0 and (mesh.tensor > 1 if mesh else stage.parallel.size > 1)
     return {

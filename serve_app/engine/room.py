@@ -109,8 +109,9 @@ def _held(config: Config, checkpoint: Checkpoint, expert: Expert, tensor: int) -
     import torch
 
     from serve_app.wan.pieces import held_bytes
+    from serve_app.wan.weights import Weights
 
-    with checkpoint.weights(expert) as weights:
+    with Weights(checkpoint.folder / expert) as weights:
         sizes = held_bytes(weights, getattr(torch, config.model.dtype), tensor)
     blocks = sum(size for name, size in sizes.items() if name.startswith("blocks."))
     return _Held(blocks, sum(sizes.values()) - blocks)

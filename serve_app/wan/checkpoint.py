@@ -9,16 +9,13 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from serve_app.errors import CheckpointError
 from serve_app.wan.components import IndexConfig, SchedulerConfig, understand
 from serve_app.wan.files import read_json, read_tensors, weight_files
 from serve_app.wan.tensors import ExpertConfig, TextConfig, VaeConfig
 from serve_app.wan.tokenizer import MAX_TOKENS, tokenizer_files, vocabulary_size
-
-if TYPE_CHECKING:
-    from serve_app.wan.weights import Weights
 
 __all__ = ["MAX_TOKENS", "Checkpoint", "Expert"]
 
@@ -130,12 +127,6 @@ class Checkpoint:
         if expert not in self._experts:
             raise CheckpointError(f"{self.folder / expert}: is not part of this checkpoint, it has one expert only")
         return self._experts[expert]
-
-    def weights(self, component: str) -> Weights:
-        """A reader of the weights of an expert or the VAE."""
-        from serve_app.wan.weights import Weights  # only now: who checks a folder needs no torch
-
-        return Weights(self.folder / component)
 
     def _json(self, name: str) -> dict[str, Any]:
         content = read_json(self.folder / name)

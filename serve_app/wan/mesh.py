@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from serve_app.errors import ConfigError
+
+if TYPE_CHECKING:
+    from serve_app.config import Parallel
 
 AxisName = Literal["guidance", "sequence", "tensor"]
 AXES: tuple[AxisName, ...] = get_args(AxisName)
@@ -30,6 +33,11 @@ class Mesh:
     guidance: int = 1
     sequence: int = 1
     tensor: int = 1
+
+    @classmethod
+    def of(cls, parallel: Parallel) -> Self | None:
+        """Return the mesh that `denoiser.parallel` names; None where it says only how many ranks there are."""
+        return None if parallel.ranks is not None else cls(parallel.guidance, parallel.sequence, parallel.tensor)
 
     @property
     def ranks(self) -> int:

@@ -123,7 +123,7 @@ def _source(
 ) -> Weights:
     if checkpoint.random:
         return RandomWeights(checkpoint.folder / expert, device)
-    return checkpoint.weights(expert) if prepared is None else prepared.weights(expert, tensor.index)
+    return Weights(checkpoint.folder / expert) if prepared is None else prepared.weights(expert, tensor.index)
 
 
 class _Mpu:

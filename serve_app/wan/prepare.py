@@ -142,7 +142,7 @@ class _Preparation:
         for job in self._again:
             self._verify(job)
         for job in self._left:
-            with self._checkpoint.weights(job.expert) as weights:
+            with Weights(self._checkpoint.folder / job.expert) as weights:
                 shard = _write(job, weights, self._out / job.name, self._told(job.name))
             self._note(files=dict(sorted({**self._manifest.files, job.name: shard}.items())))
         return Done(len(self._left), sum(job.size for job in self._left), self._kept)
@@ -196,7 +196,7 @@ class _Preparation:
 
 def _jobs(checkpoint: Checkpoint, expert: Expert, tensor: int, dtype: str) -> Iterator[_Job]:
     shapes = shard_shapes(checkpoint, expert, tensor)
-    with checkpoint.weights(expert) as weights:
+    with Weights(checkpoint.folder / expert) as weights:
         for rank in range(tensor):
             parts = pieces(shapes, weights, rank, tensor, getattr(torch, dtype))
             # The wider elements first, so that every tensor lies at a multiple of its elements' size.

@@ -11,7 +11,8 @@ from ray import serve
 
 from serve_app.capacity import Need
 from serve_app.errors import ConfigError, ServeAppError
-from serve_app.readiness import Readiness, refuse_the_impossible, shortages
+from serve_app.readiness import Startup
+from serve_app.shortage import refuse_the_impossible, shortages
 
 
 def test_what_no_host_has_is_refused(ray_cluster: str) -> None:
@@ -56,7 +57,7 @@ def test_what_is_taken_is_said_and_waited_for(ray_cluster: str) -> None:
     said: list[str] = []
     deploy(Short.bind(), "short")
     waiting = threading.Thread(
-        target=Readiness(["short"], None, [Need("Short", "short", ({"CPU": 12},))], said.append).wait, args=[300]
+        target=Startup(["short"], None, [Need("Short", "short", ({"CPU": 12},))], said.append).wait, args=[300]
     )
     waiting.start()
     while not said and waiting.is_alive():  # half a minute, in which Serve looks for a place
@@ -73,5 +74,5 @@ def test_what_cannot_start_ends_the_waiting(ray_cluster: str) -> None:
     options = Broken.options(max_constructor_retry_count=1, ray_actor_options={"num_cpus": 0})
     deploy(options.bind(), "broken")
     with pytest.raises(ServeAppError, match=r"application 'broken' did not start: .*no such thing"):
-        Readiness(["broken"], None, [], print).wait(300)
+        Startup(["broken"], None, [], print).wait(300)
     serve.delete("broken")

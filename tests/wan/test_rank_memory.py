@@ -10,6 +10,7 @@ from benchmarks.rank_memory import MB, SIZES, measure, write_large
 from serve_app.wan.checkpoint import Checkpoint
 from serve_app.wan.pieces import held_bytes
 from serve_app.wan.prepare import prepare
+from serve_app.wan.weights import Weights
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_rank_holds_and_reads_its_shard_only(large: Path, size: int) -> None:
     whole = sum(file.stat().st_size for file in (large / "transformer").glob("*.safetensors"))
-    with Checkpoint(large).weights("transformer") as weights:
+    with Weights(large / "transformer") as weights:
         # What is not cut (embeddings, the projection of the timestep, cross-attention's layers of the video) is whole.
         expected = sum(held_bytes(weights, torch.float32, size).values())
     assert whole / size - MB <= expected <= whole / size + 75 * MB
