@@ -45,26 +45,26 @@ test-all: setup ## also the slow ones, one by one: every fault between hosts (ro
 	@$(BIN)/python -m pytest --slow
 
 bench: setup ## the benchmarks that this machine can run
-	@$(BIN)/python -m benchmarks.serving_tax
-	@$(BIN)/python -m benchmarks.cold_start
-	@$(BIN)/python -m benchmarks.parity --model serve_app/tiny/checkpoint
-	@$(BIN)/python -m benchmarks.rank_memory
-	@$(BIN)/python -m benchmarks.loading
-	@$(BIN)/python -m benchmarks.exchange
-	@$(BIN)/python -m benchmarks.engine_throughput
-	@$(BIN)/python -m benchmarks.mixed_trace
-	@$(BIN)/python -m benchmarks.engine_overhead
-	@$(BIN)/python -m benchmarks.cpu_vae
-	@$(BIN)/python -m benchmarks.gateway
-	@$(BIN)/python -m benchmarks.api_fuzz
-	@$(BIN)/python -m benchmarks.job_chaos
+	@$(BIN)/python -m benchmarks.serving.serving_tax
+	@$(BIN)/python -m benchmarks.serving.cold_start
+	@$(BIN)/python -m benchmarks.model.parity --model serve_app/tiny/checkpoint
+	@$(BIN)/python -m benchmarks.model.rank_memory
+	@$(BIN)/python -m benchmarks.model.loading
+	@$(BIN)/python -m benchmarks.model.collectives
+	@$(BIN)/python -m benchmarks.serving.engine_throughput
+	@$(BIN)/python -m benchmarks.serving.mixed_trace
+	@$(BIN)/python -m benchmarks.serving.engine_overhead
+	@$(BIN)/python -m benchmarks.model.cpu_vae
+	@$(BIN)/python -m benchmarks.serving.gateway
+	@$(BIN)/python -m benchmarks.serving.api_fuzz
+	@$(BIN)/python -m benchmarks.faults.job_chaos
 
 bench-gpu: setup ## those of A14B's size, on CUDA devices, with random weights
-	@$(BIN)/python -m benchmarks.a14b_forward --attention auto cudnn --compile also --diffusers
-	@$(BIN)/python -m benchmarks.a14b_memory --compile
-	@$(BIN)/python -m benchmarks.vae_decode
-	@$(BIN)/python -m benchmarks.loading --device cuda --layers 8
-	@$(BIN)/python -m benchmarks.a14b_serve
+	@$(BIN)/python -m benchmarks.model.a14b_forward --attention auto cudnn --compile also --diffusers
+	@$(BIN)/python -m benchmarks.model.a14b_memory --compile
+	@$(BIN)/python -m benchmarks.model.vae_decode
+	@$(BIN)/python -m benchmarks.model.loading --device cuda --layers 8
+	@$(BIN)/python -m benchmarks.serving.a14b_serve
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -20,9 +20,9 @@ from serve_app.logs import get_logger
 from serve_app.model import fit, open_model
 from serve_app.request import VideoRequest, resolve
 from serve_app.shortage import shortages
-from serve_app.wan.checkpoint import Checkpoint
-from serve_app.wan.mesh import Mesh, default_mesh
-from serve_app.wan.prepared import Prepared
+from serve_app.wan.parallel.mesh import Mesh, default_mesh
+from serve_app.wan.weights.checkpoint import Checkpoint
+from serve_app.wan.weights.sharded import Prepared
 
 logger = get_logger(__name__)
 
@@ -88,9 +88,9 @@ def gateway(args: dict[str, Any]) -> Application:
     Raises:
         ConfigError: an option that cannot work.
     """
+    from serve_app.db.database import Database
+    from serve_app.dispatch.deployment import DispatcherDeployment
     from serve_app.gateway.ingress import Gateway
-    from serve_app.jobs.database import Database
-    from serve_app.jobs.deployment import DispatcherDeployment
 
     config, expert = _with_model(_config(args, pipeline=False))
     _check_defaults(config)

@@ -100,7 +100,8 @@ class Client:
 
         Raises:
             InvalidRequest: the field at fault in `param`.
-            serve_app.jobs.store.QueueFull, serve_app.jobs.keys.OverLimit: not now; `retry_after_s` says when, if known.
+            serve_app.jobs.store.QueueFull, serve_app.accounts.keys.OverLimit: not now; `retry_after_s` says when, if
+                known.
         """
         with _plain_errors():
             return Video(self._gateway.submit.remote(_fields(request, fields), self._owner).result(), self)

@@ -26,8 +26,8 @@ _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "status_alloc_failed
 _OUT_OF_MEMORY_ALONE = ("could not create a primitive", "could not execute a primitive")
 
 _ALLOCATOR = "expandable_segments:True"
-"""torch's setting for CUDA memory. What was freed can then be had again in other sizes: `benchmarks.vae_decode` prints
-what the allocator holds beside what is allocated."""
+"""Setting of torch for CUDA memory: freed memory can then be had again in other sizes. `benchmarks.model.vae_decode`
+prints what the allocator holds beside what is allocated."""
 _ALLOCATOR_OPTIONS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Where whoever deploys says otherwise."""
 
@@ -69,7 +69,8 @@ def pick_devices(wanted: str, count: int, own: Sequence[str] = ()) -> list[torch
 def see_own_first(own: Sequence[str], there: int) -> None:
     """Let this process see all GPUs of its host, the one that is its own as the first; before anything asks CUDA.
 
-    Who shows its device's memory to others looks at how the devices are joined, see `serve_app.wan.peer_memory`.
+    Whoever shows its device's memory to others looks at how the devices are joined, see
+    `serve_app.wan.parallel.symmetric_memory`.
 
     Args:
         own: what Ray gave this process, as `CUDA_VISIBLE_DEVICES` names it; empty where it has none.

@@ -9,7 +9,7 @@ from typing import Any
 
 from serve_app.config import Config
 from serve_app.errors import CheckpointError, ConfigError
-from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.weights.checkpoint import Checkpoint
 
 
 def open_model(config: Config) -> Checkpoint:

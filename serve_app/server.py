@@ -17,18 +17,18 @@ import ray
 from ray import serve
 from ray.exceptions import RayTaskError
 
-from serve_app import claim, guard
-from serve_app.address import base_url
-from serve_app.applications import Applications
 from serve_app.config import Config, load_file
 from serve_app.errors import ConfigError, ServeAppError
+from serve_app.launch import claim, guard
+from serve_app.launch.address import base_url
+from serve_app.launch.applications import Applications
+from serve_app.launch.preflight import preflight
+from serve_app.launch.ray_session import RaySession
+from serve_app.launch.startup import Startup
+from serve_app.launch.targets import build, where_data_goes
 from serve_app.model import departures, makes_videos, open_model
-from serve_app.preflight import preflight
-from serve_app.ray_session import RaySession
-from serve_app.readiness import Startup
 from serve_app.replica import alive_hosts, check_hosts
 from serve_app.shortage import refuse_the_impossible
-from serve_app.targets import build, where_data_goes
 
 Say = Callable[[str], None]
 

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.s3 import s3_credentials, s3_options, s3_server, s3_storage
+from tests.support.s3 import s3_credentials, s3_options, s3_server, s3_storage
 
 __all__ = ["s3_credentials", "s3_options", "s3_server", "s3_storage"]
 
@@ -40,6 +40,7 @@ _WITH_RAY = {
     "stages",
     "cluster",
     "test_applications.py",
+    "test_startup.py",
     "test_deployment.py",
     "test_ray_life.py",
     "test_serve.py",
@@ -80,7 +81,7 @@ def _lane(path: Path) -> str:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small random Wan2.2, both experts."""
-    from tests.random_checkpoint import write
+    from tests.support.random_checkpoint import write
 
     return write(tmp_path_factory.mktemp("checkpoint"))
 

@@ -10,8 +10,8 @@ from ray import serve
 
 from serve_app import app
 from serve_app.errors import ConfigError
-from serve_app.wan.checkpoint import Checkpoint
-from tests.shapes import A14B
+from serve_app.wan.weights.checkpoint import Checkpoint
+from tests.support.shapes import A14B
 
 
 def arguments(application: serve.Application) -> tuple[Any, ...]:

@@ -194,7 +194,7 @@ def test_handle_calls_from_another_ray_job(deployment, tmp_path):
     done = subprocess.run(
         [
             *(BIN / "ray", "job", "submit", "--address", deployment.dashboard),
-            *("--", sys.executable, REPOSITORY / "tests/ray_job.py", tmp_path / "out.mp4"),
+            *("--", sys.executable, REPOSITORY / "tests/support/ray_job.py", tmp_path / "out.mp4"),
         ],
         env=deployment.environment,
         capture_output=True,

@@ -17,7 +17,7 @@ from serve_app.config import Config, validate
 from serve_app.errors import ConfigError, InvalidRequest
 from serve_app.model import departures, fit, open_model
 from serve_app.request import parse, resolve
-from serve_app.wan.checkpoint import Checkpoint
+from serve_app.wan.weights.checkpoint import Checkpoint
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from serve_app.config import Config, Defaults, Limits
 from serve_app.errors import InvalidRequest
-from serve_app.gateway.body import understand
+from serve_app.gateway.videos.body import understand
 from serve_app.request import FIELDS, MAX_DEADLINE_S, Params, Urgency, VideoRequest, parse, resolve, urgency
 
 CONFIG = Config(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.trace import milliseconds, read, span_ms
+from benchmarks.model.trace import milliseconds, read, span_ms
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from serve_app.config.file import load_file, variables
 from serve_app.config.gateway import Auth, Gateway, is_loopback
 from serve_app.config.jobs import Dispatcher, Patience, Queue, Retention, Store
 from serve_app.config.model import WAN_NEGATIVE_PROMPT, Defaults, Limits, Model
-from serve_app.config.notice import Mail, Webhooks, is_mail_address
+from serve_app.config.notifications import Mail, Webhooks, is_mail_address
 from serve_app.config.paths import below, home_of, placed
 from serve_app.config.section import Priority
 from serve_app.config.stages import Autoscaling, Decoder, Denoiser, Encoder, Parallel, Pipeline, Resources

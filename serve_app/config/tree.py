@@ -15,7 +15,7 @@ from serve_app.config.gateway import Auth, Gateway
 from serve_app.config.gpu_memory import Taker, too_much
 from serve_app.config.jobs import Dispatcher, Patience, Queue, Retention, Store
 from serve_app.config.model import Defaults, Limits, Model
-from serve_app.config.notice import Mail, Webhooks
+from serve_app.config.notifications import Mail, Webhooks
 from serve_app.config.paths import default_home, home_of, sqlite_url
 from serve_app.config.section import Section
 from serve_app.config.stages import Decoder, Denoiser, Encoder, Pipeline

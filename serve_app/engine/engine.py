@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
 from serve_app.config import Config, Priority
+from serve_app.engine.admission_queue import Claim, Leaving, Seats
 from serve_app.engine.group import Group, GroupLost
 from serve_app.engine.messages import Order, OutOfMemory, Stepped
+from serve_app.engine.sample_request import Admission, Denoised, Moved, Ticket
 from serve_app.engine.scheduler import Entry, Scheduler
-from serve_app.engine.seats import Claim, Leaving, Seats
-from serve_app.engine.ticket import Admission, Denoised, Moved, Ticket
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Progress
 from serve_app.logs import get_logger
 
 if TYPE_CHECKING:
-    from serve_app.wan.checkpoint import Expert
+    from serve_app.wan.weights.checkpoint import Expert
 
 log = get_logger(__name__)
 

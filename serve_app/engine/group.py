@@ -25,10 +25,10 @@ from serve_app.errors import ServeAppError
 from serve_app.logs import get_logger
 from serve_app.request import Params
 from serve_app.wan.cost import activation_bytes
-from serve_app.wan.mesh import Mesh, default_mesh
+from serve_app.wan.parallel.mesh import Mesh, default_mesh
 
 if TYPE_CHECKING:
-    from serve_app.wan.checkpoint import Expert
+    from serve_app.wan.weights.checkpoint import Expert
 
 log = get_logger(__name__)
 

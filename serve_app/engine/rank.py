@@ -29,14 +29,14 @@ from serve_app.engine.profile import StepProfile
 from serve_app.errors import StateError, one_line
 from serve_app.logs import get_logger
 from serve_app.request import Params
-from serve_app.wan.mesh import Mesh
+from serve_app.wan.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from serve_app.wan.checkpoint import Expert
-    from serve_app.wan.experts import Experts
-    from serve_app.wan.sample import Sample
+    from serve_app.wan.sampling.sample import Sample
+    from serve_app.wan.transformer.experts import Experts
+    from serve_app.wan.weights.checkpoint import Expert
 
 log = get_logger(__name__)
 
@@ -79,8 +79,8 @@ class Rank:
         """
         import psutil
 
-        from serve_app.engine.room import Room
-        from serve_app.wan.checkpoint import Checkpoint
+        from serve_app.engine.memory_budget import Room
+        from serve_app.wan.weights.checkpoint import Checkpoint
 
         stage, checkpoint = self._config.denoiser, Checkpoint(self._config.model.folder)
         experts = self._wanted or checkpoint.experts
@@ -112,15 +112,15 @@ class Rank:
 
         import torch
 
-        from serve_app.engine.room import Room
+        from serve_app.engine.memory_budget import Room
         from serve_app.engine.saver import Saver
         from serve_app.model import departures
         from serve_app.storage import Storage
-        from serve_app.wan.checkpoint import Checkpoint
-        from serve_app.wan.experts import Experts
-        from serve_app.wan.parallel import load_expert
-        from serve_app.wan.prepared import Prepared
-        from serve_app.wan.world import init_world
+        from serve_app.wan.parallel.process_groups import init_world
+        from serve_app.wan.transformer.experts import Experts
+        from serve_app.wan.transformer.load import load_expert
+        from serve_app.wan.weights.checkpoint import Checkpoint
+        from serve_app.wan.weights.sharded import Prepared
 
         started = time.monotonic()
         stage = self._config.denoiser
@@ -171,7 +171,7 @@ class Rank:
 
     def warm_up(self, params: Params) -> None:
         """Run one step of each expert at the size of `params`, so that no request pays for first-time work."""
-        from serve_app.wan.warm_up import warm_up
+        from serve_app.wan.sampling.warm_up import warm_up
 
         assert self._experts is not None
         stage = self._config.denoiser
@@ -264,8 +264,8 @@ class Rank:
         """The seconds that the step took, and for samples that did not survive it, why."""
         import torch
 
-        from serve_app.wan.peer_memory import OutOfStep
-        from serve_app.wan.sampler import NotFinite, advance
+        from serve_app.wan.parallel.symmetric_memory import OutOfStep
+        from serve_app.wan.sampling.sampler import NotFinite, advance
 
         assert self._experts is not None
         started, before = time.monotonic(), self._world.exchanged
@@ -327,12 +327,12 @@ class Rank:
         )
 
     def _start(self, params: Params, positive: Any, negative: Any, name: str) -> Sample:
-        from serve_app.wan.sample import Sample
+        from serve_app.wan.sampling.sample import Sample
 
         return Sample.start(params, self._checkpoint, positive, negative, self._device, self._dtype, name)
 
     def _continue(self, state: bytes, params: Params, name: str) -> Sample:
-        from serve_app.wan.state import from_bytes
+        from serve_app.wan.sampling.snapshot import from_bytes
 
         sample = from_bytes(state, self._checkpoint, self._device, self._dtype)
         if sample.params != params:
@@ -341,7 +341,7 @@ class Rank:
         return sample
 
     def _bytes(self, sample: Sample) -> bytes:
-        from serve_app.wan.state import to_bytes
+        from serve_app.wan.sampling.snapshot import to_bytes
 
         return to_bytes(sample, self._checkpoint.revision)
 

@@ -10,16 +10,17 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse
 
 from serve_app.config import Config
-from serve_app.gateway import docs, errors, webhooks
-from serve_app.gateway.auth import AnyCaller, Guard, bearer
-from serve_app.gateway.middleware import Exchange
-from serve_app.gateway.origins import Cors
-from serve_app.gateway.prefix import SlashAfterPrefix
+from serve_app.gateway.http import docs, errors
+from serve_app.gateway.http.auth import AnyCaller, Guard, bearer
+from serve_app.gateway.http.middleware import Exchange
+from serve_app.gateway.http.origins import Cors
+from serve_app.gateway.http.prefix import SlashAfterPrefix
+from serve_app.gateway.http.routing import Routes
 from serve_app.gateway.readiness import Readiness, Ready
-from serve_app.gateway.routes import router
-from serve_app.gateway.routing import Routes
-from serve_app.gateway.schemas import ErrorEnvelope, ModelCard, ModelList, ReadyState
-from serve_app.gateway.service import Videos, Wake
+from serve_app.gateway.videos.routes import router
+from serve_app.gateway.videos.schemas import ErrorEnvelope, ModelCard, ModelList, ReadyState
+from serve_app.gateway.videos.service import Videos, Wake
+from serve_app.gateway.webhooks import routes as webhooks
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 from serve_app.tiny.vocabulary import NOTE

@@ -14,14 +14,14 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from serve_app.config import Config
+from serve_app.db.database import STORE_AWAY
+from serve_app.dispatch.rabbitmq import broker
 from serve_app.errors import InvalidRequest, Unavailable, one_line
 from serve_app.gateway.app import create_app
-from serve_app.gateway.auth import Caller
-from serve_app.gateway.errors import ApiError, reason
-from serve_app.gateway.schemas import Variant
-from serve_app.gateway.service import Videos
-from serve_app.jobs.database import STORE_AWAY
-from serve_app.jobs.rabbitmq import broker
+from serve_app.gateway.http.auth import Caller
+from serve_app.gateway.http.errors import ApiError, reason
+from serve_app.gateway.videos.schemas import Variant
+from serve_app.gateway.videos.service import Videos
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
 from serve_app.replica import alive_hosts, check_hosts, starting

@@ -7,9 +7,9 @@ import time
 from collections.abc import Awaitable, Callable
 
 from serve_app.errors import Unavailable
-from serve_app.gateway.errors import ApiError
-from serve_app.gateway.intake import Intake
-from serve_app.gateway.schemas import ReadyState
+from serve_app.gateway.http.errors import ApiError
+from serve_app.gateway.videos.admission import Intake
+from serve_app.gateway.videos.schemas import ReadyState
 from serve_app.jobs.store import JobStore
 
 Ready = Callable[[], Awaitable[str | None]]

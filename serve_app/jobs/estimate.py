@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from serve_app.jobs.tables import Job
+from serve_app.db.tables import Job
 
 # Of the last jobs: enough to even out chance, few enough to follow a change of the hardware.
 _RECENT = 50

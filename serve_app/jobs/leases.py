@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from sqlalchemy import case, func, select, update
 
 from serve_app import config
+from serve_app.accounts.keys import at_running_limit
+from serve_app.db.tables import Job
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
 from serve_app.jobs import transitions
-from serve_app.jobs.keys import at_running_limit
 from serve_app.jobs.order import due, next_job, not_paused
 from serve_app.jobs.rows import Rows, held_by
-from serve_app.jobs.tables import Job
 
 # Percent at which a stage begins and ends. Denoising takes nearly all of the time on every model and device.
 _SPANS = {"encode": (0, 2), "denoise": (2, 92), "decode": (92, 99)}

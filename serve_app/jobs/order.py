@@ -14,8 +14,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, case, exists, func, or_, select
 from sqlalchemy.orm import aliased
 
-from serve_app.jobs.keys import at_running_limit
-from serve_app.jobs.tables import Job, Switch
+from serve_app.accounts.keys import at_running_limit
+from serve_app.db.tables import Job, Switch
 
 PAUSED = "paused"
 

@@ -8,8 +8,8 @@ from sqlalchemy import ColumnElement, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve_app.config import Retention
-from serve_app.jobs.database import Database
-from serve_app.jobs.tables import Base, Job, id_time
+from serve_app.db.database import Database
+from serve_app.db.tables import Base, Job, id_time
 
 
 class Rows:

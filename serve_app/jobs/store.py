@@ -15,15 +15,15 @@ from sqlalchemy import func, or_, select, text, tuple_
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from serve_app.accounts.keys import Keys, admit
 from serve_app.config import Config, Patience, Retention
+from serve_app.db.database import Database
+from serve_app.db.tables import CANCELLED, SHOWN_STATUS, Job, id_time, new_id
 from serve_app.errors import ServeAppError
 from serve_app.jobs import transitions
-from serve_app.jobs.database import Database
 from serve_app.jobs.estimate import Pace, measure, work_ahead
-from serve_app.jobs.keys import Keys, admit
 from serve_app.jobs.leases import Leases
-from serve_app.jobs.switches import Switches
-from serve_app.jobs.tables import CANCELLED, SHOWN_STATUS, Job, id_time, new_id
+from serve_app.jobs.maintenance import Switches
 from serve_app.jobs.upkeep import Upkeep
 from serve_app.request import Params, Urgency
 

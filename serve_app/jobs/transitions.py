@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from serve_app import config
+from serve_app.db.notifications import event_of
+from serve_app.db.tables import CANCELLED, Base, Garbage, Job, Usage
 from serve_app.errors import JobFailed
 from serve_app.events import Done
-from serve_app.jobs.notice.tables import event_of
-from serve_app.jobs.tables import CANCELLED, Base, Garbage, Job, Usage
 
 # A longer wait between two attempts helps nobody: what takes minutes to come back keeps no job from waiting.
 _LONGEST_DELAY_S = 60

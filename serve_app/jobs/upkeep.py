@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from sqlalchemy import delete, select, update
 
 from serve_app import config
+from serve_app.db.tables import Garbage, Job
 from serve_app.errors import JobFailed
 from serve_app.jobs import transitions
 from serve_app.jobs.order import due
 from serve_app.jobs.rows import Rows
-from serve_app.jobs.tables import Garbage, Job
 
 # Rows that one call takes on, so that it never holds a transaction open for long.
 _PORTION = 100

@@ -19,9 +19,9 @@ from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
 from serve_app.request import Params
-from serve_app.stages.callers import Callers
+from serve_app.stages.client_liveness import Callers
 from serve_app.storage import Storage, download_name
-from serve_app.wan.arrival import Abandoned, Arrival, PixelsNotFinite
+from serve_app.wan.vae.frame_buffer import Abandoned, Arrival, PixelsNotFinite
 
 log = get_logger(__name__)
 
@@ -85,8 +85,8 @@ class Decoder:
     def __init__(self, config: Config) -> None:
         import torch
 
-        from serve_app.wan.checkpoint import Checkpoint
-        from serve_app.wan.vae import VideoDecoder
+        from serve_app.wan.vae.decoder import VideoDecoder
+        from serve_app.wan.weights.checkpoint import Checkpoint
 
         stage = config.decoder
         started = time.monotonic()

@@ -16,21 +16,21 @@ import ray
 from ray import serve
 
 from serve_app.config import Config
+from serve_app.engine.admission_queue import Leaving
 from serve_app.engine.engine import Engine
 from serve_app.engine.group import Group, GroupLost
+from serve_app.engine.sample_request import Admission, Denoised, Moved, Ticket
 from serve_app.engine.saver import latest
-from serve_app.engine.seats import Leaving
-from serve_app.engine.ticket import Admission, Denoised, Moved, Ticket
 from serve_app.errors import one_line
 from serve_app.events import Progress
 from serve_app.logs import get_logger
-from serve_app.stages import retirement
-from serve_app.stages.callers import Callers
+from serve_app.stages import drain_watcher as retirement
+from serve_app.stages.client_liveness import Callers
 from serve_app.stages.encoder import Encoded
 from serve_app.storage import Storage
 
 if TYPE_CHECKING:
-    from serve_app.wan.checkpoint import Expert
+    from serve_app.wan.weights.checkpoint import Expert
 
 log = get_logger(__name__)
 

@@ -42,8 +42,8 @@ class Encoder:
     def __init__(self, config: Config) -> None:
         import torch
 
-        from serve_app.wan.checkpoint import Checkpoint
         from serve_app.wan.text import TextEncoder
+        from serve_app.wan.weights.checkpoint import Checkpoint
 
         stage = config.encoder
         started = time.monotonic()

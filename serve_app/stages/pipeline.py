@@ -17,13 +17,13 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.engine.ticket import Denoised, Moved, Ticket
+from serve_app.engine.sample_request import Denoised, Moved, Ticket
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Event, Progress
 from serve_app.logs import get_logger
 from serve_app.replica import this_process
 from serve_app.request import Params
-from serve_app.stages.callers import Callers
+from serve_app.stages.client_liveness import Callers
 from serve_app.stages.decoder import Decoded
 from serve_app.stages.denoiser import Started
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from serve_app.request import Params
-from serve_app.wan.checkpoint import MAX_TOKENS
-from serve_app.wan.mesh import Mesh
+from serve_app.wan.parallel.mesh import Mesh
+from serve_app.wan.weights.checkpoint import MAX_TOKENS
 
 
 def latent_tokens(config: dict[str, Any], latent_shape: Sequence[int]) -> int:

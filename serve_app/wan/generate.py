@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from serve_app.request import Params
-from serve_app.wan.checkpoint import Checkpoint, Expert
-from serve_app.wan.parallel import load_expert
-from serve_app.wan.sample import Sample
-from serve_app.wan.sampler import denoise
+from serve_app.wan.parallel.process_groups import World
+from serve_app.wan.sampling.sample import Sample
+from serve_app.wan.sampling.sampler import denoise
 from serve_app.wan.text import TextEncoder
-from serve_app.wan.vae import VideoDecoder
-from serve_app.wan.world import World
+from serve_app.wan.transformer.load import load_expert
+from serve_app.wan.vae.decoder import VideoDecoder
+from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 
 
 class Generator:

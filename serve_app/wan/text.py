@@ -12,11 +12,11 @@ from transformers import UMT5EncoderModel
 from transformers.utils import logging
 
 from serve_app.prompt import clean_prompt
-from serve_app.wan.checkpoint import MAX_TOKENS, Checkpoint
-from serve_app.wan.files import check_loading
-from serve_app.wan.random_weights import randomise
-from serve_app.wan.tensors import TextConfig
-from serve_app.wan.tokenizer import Tokenizer
+from serve_app.wan.weights.checkpoint import MAX_TOKENS, Checkpoint
+from serve_app.wan.weights.files import check_loading
+from serve_app.wan.weights.random_weights import randomise
+from serve_app.wan.weights.tensors import TextConfig
+from serve_app.wan.weights.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

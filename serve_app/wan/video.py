@@ -24,7 +24,7 @@ _X264 = {
     "x264-params": "mbtree=0",
 }
 _THREADS = 16
-"""With 8, decoding on two GPUs outruns it (`python -m benchmarks.files`)."""
+"""With 8, decoding on two GPUs outruns it (`python -m benchmarks.serving.files`)."""
 _BT709 = 1  # H.273's code for BT.709, the same for matrix, primaries and transfer
 _TV_RANGE = 1
 

@@ -13,7 +13,7 @@ import pytest
 from cluster.dev import Cluster
 from cluster.namespaces import missing
 from cluster.teardown import abandoned, take_down
-from tests.cluster.serving import QUICK, Serving
+from tests.support.serving import QUICK, Serving
 
 
 @pytest.fixture(scope="session")

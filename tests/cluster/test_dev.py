@@ -21,8 +21,8 @@ from cluster.dev import Cluster, ClusterError
 from cluster.loopback import MARK
 from cluster.processes import control
 from cluster.teardown import leftovers, take_down
-from tests.cluster.serving import QUICK
 from tests.stages.conftest import until
+from tests.support.serving import QUICK
 
 REPOSITORY = Path(__file__).parent.parent.parent
 

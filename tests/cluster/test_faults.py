@@ -15,9 +15,9 @@ import numpy as np
 import psutil
 import pytest
 
-from benchmarks.faults import FAULTS, find, strike
+from benchmarks.faults.strikes import FAULTS, find, strike
 from cluster.dev import Cluster
-from tests.cluster.serving import QUICK, Serving
+from tests.support.serving import QUICK, Serving
 
 pytestmark = pytest.mark.slow
 JOB = {"prompt": "a red circle", "seed": 3, "num_inference_steps": 400}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from tests.cluster.serving import ray_processes
+from tests.support.serving import ray_processes
 
 
 @pytest.mark.slow

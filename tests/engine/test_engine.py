@@ -12,7 +12,7 @@ from serve_app.config import Config, Denoiser
 from serve_app.engine.engine import Engine
 from serve_app.engine.group import GroupLost
 from serve_app.engine.messages import Admitted, Order, OutOfMemory, Stepped
-from serve_app.engine.ticket import Admission, Denoised, Ticket
+from serve_app.engine.sample_request import Admission, Denoised, Ticket
 from serve_app.errors import JobFailed
 from serve_app.request import Params
 

@@ -15,7 +15,7 @@ from serve_app.engine.profile import StepProfile
 from serve_app.engine.rank import Rank
 from serve_app.errors import ConfigError
 from serve_app.request import Params
-from serve_app.wan.mesh import Mesh
+from serve_app.wan.parallel.mesh import Mesh
 
 SMALL = {"width": 64, "height": 64, "num_frames": 5, "num_inference_steps": 3}
 

@@ -10,8 +10,8 @@ import torch
 from serve_app.config import Config
 from serve_app.engine.messages import DeviceBroken, OutOfMemory
 from serve_app.engine.rank import Rank
-from serve_app.wan import sampler
-from serve_app.wan.peer_memory import OutOfStep
+from serve_app.wan.parallel.symmetric_memory import OutOfStep
+from serve_app.wan.sampling import sampler
 
 
 @pytest.mark.parametrize(

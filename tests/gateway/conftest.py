@@ -16,23 +16,23 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from serve_app.accounts.keys import Limits as KeyLimits
+from serve_app.accounts.keys import Scope
 from serve_app.config import Auth, Config, Defaults, Gateway, Limits
 from serve_app.config import Dispatcher as Options
 from serve_app.config import Storage as StorageOptions
+from serve_app.dispatch.dispatcher import Dispatcher
 from serve_app.errors import Unavailable
 from serve_app.gateway.app import create_app
-from serve_app.jobs.dispatcher import Dispatcher
-from serve_app.jobs.keys import Limits as KeyLimits
-from serve_app.jobs.keys import Scope
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 from serve_app.wan.cost import video_tflop
-from tests.gateway.sites import sdk, site
-from tests.jobs.databases import empty_sqlite, postgres_url, store, store_url
-from tests.jobs.disks import small_disk
-from tests.jobs.fakes import FakePipeline, until
-from tests.jobs.links import link_to
-from tests.shapes import A14B
+from tests.support.databases import empty_sqlite, postgres_url, store, store_url
+from tests.support.disks import small_disk
+from tests.support.fakes import FakePipeline, until
+from tests.support.links import link_to
+from tests.support.shapes import A14B
+from tests.support.sites import sdk, site
 
 __all__ = [
     "Server",

@@ -33,7 +33,7 @@ class Pipeline:
 
     def __init__(self, storage_url: str) -> None:
         from serve_app.storage import Storage
-        from tests.jobs.fakes import FakePipeline
+        from tests.support.fakes import FakePipeline
 
         self._storage = Storage(storage_url)
         self._make = FakePipeline
@@ -68,8 +68,8 @@ def url(ray_cluster: str, home: Path) -> Iterator[str]:
     from serve_app.config import Config, Defaults, Webhooks
     from serve_app.config import Dispatcher as Options
     from serve_app.config import Gateway as GatewayOptions
+    from serve_app.dispatch.deployment import DispatcherDeployment
     from serve_app.gateway.ingress import Gateway
-    from serve_app.jobs.deployment import DispatcherDeployment
 
     config = Config(
         home=str(home),
@@ -136,7 +136,7 @@ def test_http(url: str) -> None:
 
 
 def test_the_logs_of_a_job_are_found(url: str) -> None:
-    from serve_app.ray_logs import job_lines, session_folders
+    from serve_app.cli.ray_logs import job_lines, session_folders
 
     video_id = make(url, "a cat")["id"]
 
@@ -275,8 +275,8 @@ def test_cancel_and_delete_reach_the_pipeline(url: str) -> None:
 
 def test_a_gateway_that_cannot_start_says_why_in_one_line(url: str, tmp_path: Path) -> None:
     from serve_app.config import Config, Store
+    from serve_app.dispatch.deployment import DispatcherDeployment
     from serve_app.gateway.ingress import Gateway
-    from serve_app.jobs.deployment import DispatcherDeployment
 
     config = Config(home=str(tmp_path), store=Store(url="postgresql://me:secret@127.0.0.1:1/wan"))
     options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "max_constructor_retry_count": 1}

@@ -11,8 +11,8 @@ from serve_app.config import Config, Defaults, Store
 from serve_app.config import Dispatcher as Options
 from serve_app.config import Queue as QueueOptions
 from tests.gateway.test_serve import Pipeline, make, serve
-from tests.jobs.brokers import SERVER, queue_options
-from tests.jobs.fakes import until
+from tests.support.brokers import SERVER, queue_options
+from tests.support.fakes import until
 
 __all__ = ["queue_options"]
 
@@ -22,8 +22,8 @@ async def test_jobs_run_through_both(
 ) -> None:
     from ray.serve.context import _get_global_client
 
+    from serve_app.dispatch.deployment import DispatcherDeployment
     from serve_app.gateway.ingress import Gateway
-    from serve_app.jobs.deployment import DispatcherDeployment
 
     config = Config(
         home=str(tmp_path),

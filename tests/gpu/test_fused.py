@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.parity import run_ranks
-from serve_app.wan import peer_memory
-from serve_app.wan.attention import ShardedNorm, _rotate
-from serve_app.wan.fused import LinearGelu, norm_rotate, square_sums
-from serve_app.wan.mesh import Mesh
-from serve_app.wan.row_parallel import ROWS, RowParallel
-from serve_app.wan.world import init_world
+from benchmarks.model.parity import run_ranks
+from serve_app.wan.kernels.fused import LinearGelu, norm_rotate, square_sums
+from serve_app.wan.parallel import symmetric_memory as peer_memory
+from serve_app.wan.parallel.mesh import Mesh
+from serve_app.wan.parallel.process_groups import init_world
+from serve_app.wan.parallel.tensor_parallel import ROWS, RowParallel
+from serve_app.wan.transformer.attention import ShardedNorm, _rotate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.parity import CASES
+from benchmarks.model.parity import CASES
 from serve_app.compute import limit_memory, pick_device
-from serve_app.wan.block_store import FileBlocks, HostBlocks, host_memory
-from serve_app.wan.checkpoint import Checkpoint, Expert
-from serve_app.wan.experts import Experts
-from serve_app.wan.parallel import load_expert
-from serve_app.wan.prepare import prepare
-from serve_app.wan.prepared import Prepared
-from serve_app.wan.sample import Sample
-from serve_app.wan.sampler import denoise
-from serve_app.wan.slots import Slots
+from serve_app.wan.offload.block_store import FileBlocks, HostBlocks, host_memory
+from serve_app.wan.offload.block_swap import Slots
+from serve_app.wan.parallel.process_groups import World
+from serve_app.wan.sampling.sample import Sample
+from serve_app.wan.sampling.sampler import denoise
 from serve_app.wan.text import Embedding
-from serve_app.wan.world import World
-from tests import random_checkpoint
+from serve_app.wan.transformer.experts import Experts
+from serve_app.wan.transformer.load import load_expert
+from serve_app.wan.weights.checkpoint import Checkpoint, Expert
+from serve_app.wan.weights.sharded import Prepared
+from serve_app.wan.weights.writer import prepare
+from tests.support import random_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PARAMS = next(iter(CASES.values()))

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.parity import CASES
+from benchmarks.model.parity import CASES
 from serve_app.wan.generate import Generator
-from serve_app.wan.sampler import predict
+from serve_app.wan.sampling.sampler import predict
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from serve_app.wan.arrival import Abandoned, Arrival, PixelsNotFinite
-from serve_app.wan.vae_decode import TiledDecoder
-from serve_app.wan.vae_tiles import Picture
-from tests.wan.test_arrival import Watched
-from tests.wan.test_vae_ends import Chunks, Leaving
+from serve_app.wan.vae.decode import TiledDecoder
+from serve_app.wan.vae.frame_buffer import Abandoned, Arrival, PixelsNotFinite
+from serve_app.wan.vae.tiles import Picture
+from tests.wan.vae.test_ends import Chunks, Leaving
+from tests.wan.vae.test_frame_buffer import Watched
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 HEIGHT, WIDTH = 60, 104

@@ -1,8 +1,8 @@
-from tests.jobs.brokers import queue_options
-from tests.jobs.databases import empty_sqlite, empty_url, postgres_url, store, store_url
-from tests.jobs.disks import small_disk
-from tests.jobs.links import link_to
-from tests.jobs.running import start, storage
+from tests.support.brokers import queue_options
+from tests.support.databases import empty_sqlite, empty_url, postgres_url, store, store_url
+from tests.support.disks import small_disk
+from tests.support.links import link_to
+from tests.support.running import start, storage
 
 __all__ = [
     "empty_sqlite",

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import update
 
+from serve_app.db.tables import Job
 from serve_app.events import Done, Progress
 from serve_app.jobs.estimate import Finished, Pace
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.tables import Job
 from serve_app.request import Params, Urgency
 from serve_app.wan.cost import step_flops, video_tflop
-from tests.jobs.fakes import PARAMS
-from tests.shapes import A14B
+from tests.support.fakes import PARAMS
+from tests.support.shapes import A14B
 
 
 def test_nothing_known_nothing_said() -> None:

@@ -7,7 +7,7 @@ import pytest
 from serve_app.events import Progress
 from serve_app.jobs.leases import percent
 from serve_app.jobs.store import JobStore
-from tests.jobs.claiming import DONE, LOST, OPTIONS, claim, create, get, nothing_to_claim
+from tests.support.claiming import DONE, LOST, OPTIONS, claim, create, get, nothing_to_claim
 
 
 @pytest.mark.parametrize(

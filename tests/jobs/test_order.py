@@ -12,10 +12,10 @@ from sqlalchemy import update
 
 from serve_app import config
 from serve_app.config import Patience, Priority
+from serve_app.db.tables import Job
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.tables import Job
 from serve_app.request import Urgency
-from tests.jobs.fakes import PARAMS
+from tests.support.fakes import PARAMS
 
 OPTIONS = config.Dispatcher()
 PATIENCE = Patience(interactive=60, standard=900, batch=3600)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, update
 
+from serve_app.db.tables import Garbage, Job, id_time, new_id
 from serve_app.errors import ConfigError
 from serve_app.events import Progress
 from serve_app.jobs.store import JobStore, QueueFull
-from serve_app.jobs.tables import Garbage, Job, id_time, new_id
-from tests.jobs.claiming import DONE, LOST, OPTIONS, claim, create, get, nothing_to_claim
-from tests.jobs.fakes import PARAMS
+from tests.support.claiming import DONE, LOST, OPTIONS, claim, create, get, nothing_to_claim
+from tests.support.fakes import PARAMS
 
 
 def test_ids() -> None:

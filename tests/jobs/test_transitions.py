@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app import config
+from serve_app.db.notifications import Event
+from serve_app.db.tables import Garbage, Job, new_id
 from serve_app.errors import JobFailed
-from serve_app.jobs.notice.tables import Event
-from serve_app.jobs.tables import Garbage, Job, new_id
 from serve_app.jobs.transitions import attempt_failed, delay_s
 
 OPTIONS = config.Dispatcher(max_attempts=3, group_losses=2, retry_s=5)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ray.exceptions import RayTaskError
 
-from benchmarks.parity import CASES
+from benchmarks.model.parity import CASES
 from serve_app.errors import JobFailed
 from serve_app.stages import pipeline
 from serve_app.stages.decoder import Decoded

@@ -14,14 +14,14 @@ import av
 import numpy as np
 import pytest
 
-from benchmarks.parity import CASES
+from benchmarks.model.parity import CASES
 from serve_app.config import Config
 from serve_app.errors import JobFailed
 from serve_app.request import Params
 from serve_app.stages.decoder import Decoder, _Item
 from serve_app.tiny import CHECKPOINT
 from serve_app.wan import video
-from serve_app.wan.arrival import Arrival
+from serve_app.wan.vae.frame_buffer import Arrival
 
 PARAMS: Params = next(iter(CASES.values()))
 

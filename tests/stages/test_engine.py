@@ -14,10 +14,10 @@ import numpy as np
 import psutil
 import pytest
 
-from serve_app.engine.ticket import Denoised, Moved, Ticket
+from serve_app.dispatch.deployment import translate
+from serve_app.engine.sample_request import Denoised, Moved, Ticket
 from serve_app.errors import JobFailed
 from serve_app.events import Progress
-from serve_app.jobs.deployment import translate
 from serve_app.request import Params
 from serve_app.stages.denoiser import Started
 from tests.stages.conftest import Wan, processes, until

@@ -15,7 +15,7 @@ import ray
 from ray import serve
 
 from serve_app.engine.group import _called
-from serve_app.engine.ticket import Ticket
+from serve_app.engine.sample_request import Ticket
 from serve_app.events import Done, Progress
 from serve_app.replica import this_process
 from tests.stages.conftest import Wan, processes, until
@@ -59,7 +59,7 @@ def test_a_rank_that_is_gone_takes_its_group_along_and_a_new_group_comes(app, bl
     os.kill(max(before), blow)
     with pytest.raises(Exception) as failure:
         list(stream)
-    from serve_app.jobs.deployment import translate
+    from serve_app.dispatch.deployment import translate
 
     assert getattr(translate(failure.value), "retryable", False), repr(failure.value)
     make_soon(app)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.parity import relative_error
+from benchmarks.model.parity import relative_error
 from serve_app.wan.generate import Generator
 from tests.stages.test_pipeline import denoise
 

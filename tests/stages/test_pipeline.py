@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
-from benchmarks.parity import arguments
-from serve_app.engine.ticket import Ticket
+from benchmarks.model.parity import arguments
+from serve_app.engine.sample_request import Ticket
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
-from serve_app.wan.checkpoint import Checkpoint
-from serve_app.wan.vae import VideoDecoder
+from serve_app.wan.vae.decoder import VideoDecoder
 from serve_app.wan.video import read_metadata
+from serve_app.wan.weights.checkpoint import Checkpoint
 from tests.stages.conftest import Wan, processes
 
 BATCH = {"batch": {"size": 4, "wait_s": 0.3}}

@@ -9,8 +9,8 @@ import pytest
 
 from serve_app.errors import JobFailed
 from serve_app.events import Done
-from tests.jobs.disks import Disk, small_disk
 from tests.stages.conftest import until
+from tests.support.disks import Disk, small_disk
 
 __all__ = ["small_disk"]
 

@@ -19,10 +19,10 @@ from serve_app import config
 from serve_app.errors import ConfigError
 from serve_app.storage import Refused, Storage
 from serve_app.storage.bucket import PART_BYTES
-from tests.jobs.fakes import until
-from tests.s3 import ACCESS_KEY, SECRET_KEY, S3Server, start_server
 from tests.storage.conftest import read
-from tests.storage.relay import Relay
+from tests.support.fakes import until
+from tests.support.relay import Relay
+from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, start_server
 
 LARGE = bytes(range(256)) * 160_000  # 41 MB: five parts
 MEDIUM = LARGE[: PART_BYTES + 1]  # two parts

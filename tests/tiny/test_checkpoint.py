@@ -8,7 +8,7 @@ from diffusers import WanPipeline
 from transformers import AutoTokenizer
 
 from serve_app.tiny import CHECKPOINT
-from serve_app.tiny.captions import DEFAULTS
+from serve_app.tiny.recipe.captions import DEFAULTS
 
 pytestmark = pytest.mark.skipif(not (CHECKPOINT / "model_index.json").exists(), reason="no trained checkpoint yet")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from serve_app.tiny import fullseq
+from serve_app.tiny.recipe import fullseq
 
 
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 32, 32), (5, 16, 48), (17, 48, 32)])

@@ -2,9 +2,9 @@
 
 import torch
 
-from benchmarks.tiny_reader import Seen, judge, read
-from serve_app.tiny.captions import names
-from serve_app.tiny.shapes import random_scenes, render
+from benchmarks.tiny.reader import Seen, judge, read
+from serve_app.tiny.recipe.captions import names
+from serve_app.tiny.recipe.shapes import random_scenes, render
 
 
 def test_reader_knows_rendered_clips() -> None:

@@ -8,9 +8,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from transformers import AutoTokenizer
 
-from serve_app.tiny import CHECKPOINT, captions, text, words
-from serve_app.tiny.dataset import describe, scenes_for_training
-from serve_app.tiny.shapes import paths, random_scenes
+from serve_app.tiny import CHECKPOINT, words
+from serve_app.tiny.recipe import captions, text
+from serve_app.tiny.recipe.dataset import describe, scenes_for_training
+from serve_app.tiny.recipe.shapes import paths, random_scenes
 
 
 def test_training_never_shows_held_out_objects() -> None:

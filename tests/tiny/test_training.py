@@ -8,11 +8,12 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import nn
 
-from serve_app.tiny import CHECKPOINT, export, train_experts, train_vae
-from serve_app.tiny.dataset import encoded
-from serve_app.tiny.experts import EXPERT, quicken
-from serve_app.tiny.muon import Muon, orthogonalise
-from serve_app.tiny.shapes import random_scenes
+from serve_app.tiny import CHECKPOINT
+from serve_app.tiny.recipe import export, train_experts, train_vae
+from serve_app.tiny.recipe.dataset import encoded
+from serve_app.tiny.recipe.experts import EXPERT, quicken
+from serve_app.tiny.recipe.muon import Muon, orthogonalise
+from serve_app.tiny.recipe.shapes import random_scenes
 
 
 def run(module: object, monkeypatch: pytest.MonkeyPatch, *args: str) -> None:

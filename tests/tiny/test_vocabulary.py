@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from serve_app.tiny import captions
-from serve_app.tiny.dataset import describe, scenes_for_training
+from serve_app.tiny.recipe import captions
+from serve_app.tiny.recipe.dataset import describe, scenes_for_training
 from serve_app.tiny.vocabulary import WARNING, knows, warnings
 from serve_app.tiny.words import FAULTS
 

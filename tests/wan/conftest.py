@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from serve_app.wan.generate import Generator
-from serve_app.wan.world import World
+from serve_app.wan.parallel.process_groups import World
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +26,6 @@ def generator(checkpoint: Path) -> Generator:
 @pytest.fixture(scope="session")
 def reference(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The latents of WanPipeline for the cases of the parity benchmark."""
-    from benchmarks import parity
+    from benchmarks.model import parity
 
     return parity.reference(checkpoint)

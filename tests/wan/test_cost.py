@@ -6,10 +6,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from serve_app.wan.cost import activation_bytes, latent_tokens, step_flops, video_tflop
 from serve_app.wan.generate import Generator
-from serve_app.wan.mesh import Mesh
-from serve_app.wan.sampler import advance
-from tests.shapes import A14B
-from tests.wan.test_sampler import BASE, Params
+from serve_app.wan.parallel.mesh import Mesh
+from serve_app.wan.sampling.sampler import advance
+from tests.support.shapes import A14B
+from tests.wan.sampling.test_sampler import BASE, Params
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

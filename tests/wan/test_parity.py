@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from benchmarks.parity import CASES, MESHES, arguments, bound, ours, relative_error
-from serve_app.wan.checkpoint import Checkpoint
+from benchmarks.model.parity import CASES, MESHES, arguments, bound, ours, relative_error
 from serve_app.wan.generate import Generator
-from serve_app.wan.mesh import Mesh
+from serve_app.wan.parallel.mesh import Mesh
+from serve_app.wan.weights.checkpoint import Checkpoint
 
 SLOW = [Mesh(sequence=4), Mesh(sequence=2, tensor=2), Mesh(guidance=2, tensor=2), Mesh(guidance=2, sequence=2)]
 """Four processes each, along axes that others have too."""

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.loading import load
-from benchmarks.rank_memory import MB, SIZES, measure, write_large
-from serve_app.wan.checkpoint import Checkpoint
-from serve_app.wan.pieces import held_bytes
-from serve_app.wan.prepare import prepare
-from serve_app.wan.weights import Weights
+from benchmarks.model.loading import load
+from benchmarks.model.rank_memory import MB, SIZES, measure, write_large
+from serve_app.wan.weights.checkpoint import Checkpoint
+from serve_app.wan.weights.reader import Weights
+from serve_app.wan.weights.shard_spec import held_bytes
+from serve_app.wan.weights.writer import prepare
 
 
 @pytest.fixture(scope="module")

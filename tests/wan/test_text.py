@@ -7,9 +7,9 @@ import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-from serve_app.wan.checkpoint import MAX_TOKENS
 from serve_app.wan.generate import Generator
 from serve_app.wan.text import TextEncoder, clean_prompt, pad
+from serve_app.wan.weights.checkpoint import MAX_TOKENS
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,101 @@
+"""`wan-serve keys`: API keys, in the database of a configuration. Works whether or not a server runs."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+
+from serve_app.cli.store import ConfigFile, with_store
+from serve_app.cli.table import one_cell, print_table
+from serve_app.errors import ConfigError
+
+keys = typer.Typer(no_args_is_help=True, help="API keys for `auth: {mode: keys}`.")
+console = Console(highlight=False)
+
+_NAMES = ("requests_per_minute", "queued_jobs", "running_jobs", "gpu_seconds_per_day")
+
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")]
+Requests = Annotated[int | None, typer.Option(min=0, help="Calls over HTTP in a minute; 0 is no limit.")]
+Queued = Annotated[int | None, typer.Option(min=0, help="Jobs that wait; 0 is no limit.")]
+Running = Annotated[int | None, typer.Option(min=0, help="Jobs that run at once, further ones wait; 0 is no limit.")]
+GpuSeconds = Annotated[
+    float | None, typer.Option(min=0, help="Seconds of denoising x ranks in 24 hours; 0 is no limit.")
+]
+
+
+@keys.command()
+def create(
+    name: Annotated[str, typer.Argument(help="Whose it is, or what for.")],
+    config: ConfigFile,
+    scopes: Annotated[str, typer.Option(help="Of create, read, admin; `admin` sees everybody's.")] = "create,read",
+    requests_per_minute: Requests = None,
+    queued_jobs: Queued = None,
+    running_jobs: Running = None,
+    gpu_seconds_per_day: GpuSeconds = None,
+) -> None:
+    """Make a key and show it, once."""
+    from serve_app.accounts.keys import Limits, Scope
+    from serve_app.config import load_file
+
+    chosen: list[Any] = [scope.strip() for scope in scopes.split(",")]
+    if not set(chosen) <= set(get_args(Scope)) or not {"create", "read"} & set(chosen):
+        raise ConfigError(f"--scopes has value {scopes!r}, expected some of create, read, admin, one of the first two")
+    given = dict(zip(_NAMES, (requests_per_minute, queued_jobs, running_jobs, gpu_seconds_per_day), strict=True))
+    limits: Any = {name: value or None for name, value in given.items()}
+    key, text = with_store(config, lambda store: store.keys.create(name, chosen, Limits(**limits)), make=True)
+    # The key alone on stdout, for scripts.
+    aside = Console(stderr=True, highlight=False)
+    aside.print(f"key {key.id} of {name}; it is shown only now:", markup=False)
+    print(text)
+    if load_file(config)[1].auth.mode == "none":
+        aside.print(
+            f"nobody asks for it: auth.mode has value 'none' in {config}, and `auth: {{mode: keys}}` asks for keys",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+@keys.command("list")
+def list_keys(config: ConfigFile) -> None:
+    """All keys, their limits, and the GPU-seconds of their last 24 hours."""
+    rows = []
+    for key, used in with_store(config, lambda store: store.keys.list()):
+        made = time.strftime("%Y-%m-%d", time.gmtime(key.created_at))
+        limits = "; ".join(f"{name} {getattr(key, name):g}" for name in _NAMES if getattr(key, name) is not None)
+        state = "valid" if key.revoked_at is None else "revoked"
+        rows.append((key.id, made, state, ",".join(key.scopes), f"{used:.0f}", f"[{limits}]", one_cell(key.name)))
+    print_table(("ID", "MADE", "STATE", "SCOPES", "GPU-S", "LIMITS", "NAME"), rows)
+
+
+@keys.command()
+def revoke(key_id: KeyId, config: ConfigFile) -> None:
+    """End a key, from the next request on. Its videos stay."""
+    if not with_store(config, lambda store: store.keys.revoke(key_id)):
+        raise _unknown(key_id)
+    console.print(f"{key_id}: revoked", markup=False)
+
+
+@keys.command()
+def limit(
+    key_id: KeyId,
+    config: ConfigFile,
+    requests_per_minute: Requests = None,
+    queued_jobs: Queued = None,
+    running_jobs: Running = None,
+    gpu_seconds_per_day: GpuSeconds = None,
+) -> None:
+    """Change limits of a key, from the next request on. What is not given stays as it is."""
+    given = dict(zip(_NAMES, (requests_per_minute, queued_jobs, running_jobs, gpu_seconds_per_day), strict=True))
+    changes = {name: value or None for name, value in given.items() if value is not None}
+    if not changes:
+        raise ConfigError(f"no limit is given, expected one of --{', --'.join(_NAMES).replace('_', '-')}")
+    if with_store(config, lambda store: store.keys.limit(key_id, changes)) is None:
+        raise _unknown(key_id)
+    console.print(f"{key_id}: " + ", ".join(f"{n} {'none' if v is None else f'{v:g}'}" for n, v in changes.items()))
+
+
+def _unknown(key_id: str) -> ConfigError:
+    return ConfigError(f"ID has value {key_id!r}, expected that of a key (`wan-serve keys list` shows them)")

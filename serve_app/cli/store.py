@@ -1,0 +1,50 @@
+"""The job store of a configuration file, for the commands that act on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from serve_app.jobs.store import JobStore
+
+T = TypeVar("T")
+
+ConfigFile = Annotated[Path, typer.Option("--config", help="The file that is served; its database is acted on.")]
+
+
+def with_store(path: Path, use: Callable[[JobStore], Awaitable[T]], *, make: bool = False) -> T:
+    """What `use` makes of the file's store, which is started for it and closed after it.
+
+    Args:
+        make: make the database where there is none yet. Otherwise that is most likely a wrong file or folder.
+
+    Raises:
+        ConfigError: the file cannot work, or its database cannot be opened.
+    """
+    # Here, because most commands are clients of a server and need no database.
+    from serve_app.config import load_file
+    from serve_app.db.database import Database
+    from serve_app.errors import ConfigError
+    from serve_app.jobs.store import JobStore
+
+    config = load_file(path)[1]
+
+    file = Database(config.store_url).file
+    if not make and file is not None and not file.exists():
+        option = f"store.url has value {config.store.url!r}" if config.store.url else f"home has value '{file.parent}'"
+        raise ConfigError(f"{option}: there is no database '{file}', expected that of something that was served")
+
+    async def work() -> T:
+        store = JobStore.of(config)
+        await store.start()
+        try:
+            return await use(store)
+        finally:
+            await store.close()
+
+    return asyncio.run(work())

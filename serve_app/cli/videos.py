@@ -1,0 +1,241 @@
+"""`wan-serve generate` and `wan-serve videos`: a client of a running server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from serve_app.cli.client import DEFAULT_URL, Api, ApiKey, Url, shown_status
+from serve_app.cli.table import one_cell, print_table
+from serve_app.errors import ServeAppError
+from serve_app.whole_file import check_target
+
+videos = typer.Typer(no_args_is_help=True, help="Look at the videos of a running server, and fetch or end them.")
+# Results are for scripts and go to stdout; whatever is only of interest meanwhile goes to stderr.
+console = Console(highlight=False)
+progress = Console(highlight=False, stderr=True)
+
+VideoId = Annotated[str, typer.Argument(metavar="ID", help="As `generate` and `videos list` print it.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Where the mp4 goes.")]
+_SUFFIXES = {"video": ".mp4", "thumbnail": "-thumbnail.jpg", "spritesheet": "-spritesheet.jpg"}
+
+
+def generate(
+    prompt: str,
+    out: Out = Path("out.mp4"),
+    url: Url = DEFAULT_URL,
+    key: ApiKey = None,
+    negative_prompt: Annotated[str | None, typer.Option("--negative", "--negative-prompt")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    frames: Annotated[int | None, typer.Option("--frames", "--num-frames", help="4k+1 frames.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Length, instead of the number of frames.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames per second.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", "--guidance-scale", help="Of the high-noise expert.")
+    ] = None,
+    guidance_2: Annotated[
+        float | None, typer.Option("--guidance-2", "--guidance-scale-2", help="Of the low-noise expert.")
+    ] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise levels.")] = None,
+    boundary_ratio: Annotated[float | None, typer.Option(help="Where the experts change, 0 to 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same video.")] = None,
+    priority: Annotated[str | None, typer.Option(help="interactive, standard or batch.")] = None,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", "--deadline-s", help="Seconds from now after which it is of no use.")
+    ] = None,
+    start_at: Annotated[float | None, typer.Option(help="Seconds since 1970 at which it may begin.")] = None,
+    notify_email: Annotated[str | None, typer.Option(help="Address that is told of its end.")] = None,
+) -> None:
+    """Make one video on a running server, with a progress bar. The first line on stdout is its id, printed at once."""
+    fields = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "size": size,
+        "num_frames": frames,
+        "seconds": seconds,
+        "fps": fps,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "guidance_scale_2": guidance_2,
+        "flow_shift": flow_shift,
+        "boundary_ratio": boundary_ratio,
+        "seed": seed,
+        "priority": priority,
+        "deadline_s": deadline,
+        "start_at": start_at,
+        "notify_email": notify_email,
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    check_target(out, "--out")
+    with _api(url, key) as api:
+        report(make(api, lambda: api.create(given), lambda video: out), out)
+
+
+@videos.command("list")
+def list_videos(
+    url: Url = DEFAULT_URL,
+    key: ApiKey = None,
+    limit: Annotated[int, typer.Option(min=1, max=100, help="At most so many.")] = 20,
+    after: Annotated[str | None, typer.Option(metavar="ID", help="Begin behind this one.")] = None,
+    order: Annotated[Literal["asc", "desc"], typer.Option(help="By age: desc is the newest first.")] = "desc",
+) -> None:
+    """Videos by age."""
+    with _api(url, key) as api:
+        page = api.list(after, limit, order)
+    rows = [
+        (
+            video["id"],
+            datetime.fromtimestamp(video["created_at"]).astimezone().isoformat(" ", "seconds"),
+            shown_status(video),
+            f"{video['progress']} %",
+            video["size"],
+            f"{video['seconds']} s",
+            one_cell(video.get("prompt") or ""),
+        )
+        for video in page["data"]
+    ]
+    print_table(("ID", "CREATED", "STATUS", "DONE", "SIZE", "LENGTH", "PROMPT"), rows)
+    if page["has_more"]:
+        print(f"… and more: --after {page['last_id']}")
+
+
+@videos.command()
+def show(video_id: VideoId, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
+    """The resource of a video, as JSON."""
+    with _api(url, key) as api:
+        print(json.dumps(api.get(video_id), indent=2, ensure_ascii=False))
+
+
+@videos.command()
+def cancel(video_id: VideoId, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
+    """Stop a video that waits or runs. One that has ended stays as it is."""
+    with _api(url, key) as api:
+        before = shown_status(api.get(video_id))
+        if before in ("completed", "failed", "cancelled"):
+            print(f"{video_id}: has ended already, {before}")
+            return
+        after = shown_status(api.cancel(video_id))
+    print(f"{video_id}: {after if after == 'cancelled' else 'ends at its next step'}")
+
+
+@videos.command()
+def delete(video_id: VideoId, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
+    """Remove a video and its files for good; one that runs is stopped."""
+    with _api(url, key) as api:
+        api.delete(video_id)
+    print(f"{video_id}: deleted")
+
+
+@videos.command()
+def download(
+    video_id: VideoId,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where it goes; ID.mp4 if not given.")] = None,
+    variant: Annotated[Literal["video", "thumbnail", "spritesheet"], typer.Option(help="What to fetch.")] = "video",
+    url: Url = DEFAULT_URL,
+    key: ApiKey = None,
+) -> None:
+    """Wait for the end of a video, and write it to a file."""
+    with _api(url, key) as api:
+        video = api.get(video_id)
+        target = Path(f"{video_id}{_SUFFIXES[variant]}") if out is None else out
+        check_target(target, "--out")
+        _finish(api, video, target, variant)
+    console.print(f"{target}: {target.stat().st_size} bytes", style="bold", soft_wrap=True, markup=False)
+
+
+@videos.command()
+def remix(
+    video_id: VideoId, prompt: str, out: Out = Path("out.mp4"), url: Url = DEFAULT_URL, key: ApiKey = None
+) -> None:
+    """Make a video like another one, seed included, with another prompt. The first line on stdout is its id."""
+    check_target(out, "--out")
+    with _api(url, key) as api:
+        report(make(api, lambda: api.remix(video_id, prompt), lambda video: out), out)
+
+
+def make(api: Api, create: Callable[[], dict[str, Any]], target: Callable[[dict[str, Any]], Path]) -> dict[str, Any]:
+    """Create a video, print its id, wait for its end and write its file. Returns its resource.
+
+    Args:
+        create: queues the video.
+        target: names the file for it.
+    """
+    try:
+        video = create()
+    except KeyboardInterrupt:
+        progress.print("interrupted; `wan-serve videos list` shows whether a video was queued", soft_wrap=True)
+        raise
+    return _finish(api, video, target(video), announce=True)
+
+
+def report(video: dict[str, Any], out: Path) -> None:
+    """Print what was made."""
+    for warning in video.get("warnings") or []:
+        progress.print(f"warning: {warning}", soft_wrap=True, markup=False)
+    times = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in (video.get("timings") or {}).items())
+    said = f"{out}: {video['size']}, {video['seconds']} s, seed {video['seed']}"
+    console.print(said, style="bold", soft_wrap=True, markup=False)
+    console.print(times, soft_wrap=True)
+
+
+def _api(url: str, key: str | None) -> Api:
+    return Api(url, key, lambda line: progress.print(line, soft_wrap=True, markup=False))
+
+
+def _finish(
+    api: Api, video: dict[str, Any], out: Path, variant: str = "video", *, announce: bool = False
+) -> dict[str, Any]:
+    """Follow a video to its end and write its file. `announce` prints its id first."""
+    video_id = video["id"]
+    more = ("-o", str(out), *(() if variant == "video" else ("--variant", variant)))
+    fetch, stop = api.command("download", video_id, *more), api.command("cancel", video_id)
+    with _going_on(f"{video_id} goes on: `{fetch}` waits for it, `{stop}` stops it"):
+        if announce:
+            print(video_id, flush=True)
+        video = _follow(api, video)
+    if video["status"] == "failed":
+        verb = "was cancelled" if shown_status(video) == "cancelled" else "failed"
+        raise ServeAppError(f"{video_id} {verb}: {(video.get('error') or {}).get('message', 'no reason given')}")
+    with _going_on(f"{video_id} is made: `{fetch}` fetches it"):
+        api.download(video_id, out, variant)
+    return video
+
+
+@contextmanager
+def _going_on(how: str) -> Iterator[None]:
+    """Say how to go on, if the block does not end well."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.print(f"interrupted; {how}", soft_wrap=True, markup=False)
+        raise
+    except ServeAppError as error:
+        raise ServeAppError(f"{error}; {how}") from error
+
+
+def _follow(api: Api, video: dict[str, Any]) -> dict[str, Any]:
+    """Wait for the end of a video, showing stage and step."""
+    if video["status"] in ("completed", "failed"):
+        return video
+    columns = (TextColumn("{task.description:>24}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeRemainingColumn(), console=progress) as bar:
+        task = bar.add_task(shown_status(video), total=100)
+        for state in api.follow(video):
+            step, steps = state.get("step") or 0, state.get("steps") or 0
+            text = f"{state.get('stage') or state['status']} step {step} of {steps}" if steps > 1 else ""
+            if state["status"] != "in_progress" or not text:
+                text = shown_status(state)
+            if text == "paused":
+                text = "paused by an operator"
+            bar.update(task, completed=state["progress"], description=text)
+            video = state
+    return video

@@ -1,0 +1,223 @@
+"""A connection pool on SQLite or PostgreSQL. All that differs between the two is in here.
+
+Row locks do too, without a word: SQLAlchemy leaves FOR UPDATE out on SQLite, where a writing transaction holds the
+only write lock from its first statement on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sqlite3
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, event, func, select
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.util import await_only
+
+from serve_app.db.schema import migrate
+from serve_app.errors import ConfigError, without_password
+
+STORE_AWAY = (SQLAlchemyError, OSError)
+"""What a call raises while the database is away; asyncpg raises OSError when it cannot connect."""
+
+# `postgres` is what libpq and many a provider call it.
+_DRIVERS = {
+    "sqlite": "sqlite+aiosqlite",
+    "postgresql": "postgresql+asyncpg",
+    "postgres": "postgresql+asyncpg",
+}
+_OPTIONS_OF_THE_DIALECT = ("prepared_statement_cache_size", "prepared_statement_name_func")
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+# One lock for whoever changes the tables: a number that other users of the database are unlikely to have chosen.
+_SCHEMA_LOCK = 0x77616E32
+# How long a writer waits for the others before SQLite says "database is locked".
+_BUSY_S = 30
+# Between two tries to switch a file of SQLite.
+_SWITCH_S = 0.02
+# A server that hangs is away: for a connection, and for an answer, which never takes as long as this.
+_CONNECT_S = 10
+_ANSWER_S = 30
+
+
+class Database:
+    """Transactions on the tables of `serve_app.db.tables`.
+
+    Args:
+        url: a SQLAlchemy URL; the driver may be left out.
+
+    Raises:
+        ConfigError: the URL cannot be read, names another kind of database, or has an option that there is not; or the
+            package is missing that talks to it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._said = said = f"store.url has value {without_password(url)!r}"
+        try:
+            parsed = make_url(url)
+        except (ArgumentError, ValueError):  # ValueError: a port that is no number
+            raise ConfigError(f"{said}, expected postgresql://user@host:5432/database") from None
+        backend = parsed.get_backend_name()
+        memory = backend == "sqlite" and parsed.database in (None, "", ":memory:")
+        if backend not in _DRIVERS or memory:
+            raise ConfigError(f"{said}, expected a file of SQLite or a PostgreSQL database")
+        self._sqlite = backend == "sqlite"
+        self._url = parsed.set(drivername=_DRIVERS[backend])
+        if not self._sqlite:
+            self._url = self._with_options_of_asyncpg(self._url)
+        self._engine: AsyncEngine | None = None
+        # SQLite admits one writer; queueing here beats polling for the file lock.
+        self._turn: Any = asyncio.Lock() if self._sqlite else nullcontext()
+
+    def _with_options_of_asyncpg(self, url: URL) -> URL:
+        """Return the URL with the names that asyncpg has for what stands behind its `?`, where libpq has others."""
+        if url.port is not None and not 0 < url.port < 65536:
+            raise ConfigError(f"{self._said}: has the port {url.port}, expected 1 to 65535")
+        try:
+            import asyncpg  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise ConfigError(f"{self._said}: needs the package {error.name!r}") from None
+        query = {"ssl" if name == "sslmode" else name: value for name, value in url.query.items()}
+        known = {*inspect.signature(asyncpg.connect).parameters, *_OPTIONS_OF_THE_DIALECT}
+        for name in query:
+            if name not in known:
+                raise ConfigError(f"{self._said}: has the option {name!r}, which asyncpg does not know")
+        if query.get("ssl", "prefer") not in _SSL_MODES:
+            raise ConfigError(f"{self._said}: has sslmode {query['ssl']!r}, expected one of {', '.join(_SSL_MODES)}")
+        return url.set(query=query)
+
+    @property
+    def file(self) -> Path | None:
+        """The file of SQLite; None of PostgreSQL."""
+        return Path(self._url.database or "").absolute() if self._sqlite else None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the file of SQLite lies; None of PostgreSQL."""
+        return self.file.parent if self.file else None
+
+    async def start(self) -> None:
+        """Connect, and make the tables or bring them up to date.
+
+        Raises:
+            ConfigError: the database cannot be opened, or its tables are not of this version or an older one.
+        """
+        if self._engine is not None:
+            return
+        try:
+            self._engine = await self._open()
+        except ImportError as error:
+            raise ConfigError(f"{self._said}: needs the package {error.name!r}") from None
+        except TimeoutError:
+            reason = f"no answer within {_CONNECT_S} s"
+            raise ConfigError(f"{self._said}: cannot be opened: {reason}") from None
+        except (SQLAlchemyError, OSError) as error:
+            reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+            raise ConfigError(f"{self._said}: cannot be opened: {reason}") from error
+
+    async def _open(self) -> AsyncEngine:
+        if self._sqlite:
+            assert self._url.database
+            Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
+            engine = create_async_engine(self._url, connect_args={"timeout": _BUSY_S})
+            event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+            event.listen(engine.sync_engine, "begin", _begin_sqlite)
+            event.listen(engine.sync_engine, "invalidate", _roll_back_sqlite)
+        else:
+            limits = {"timeout": _CONNECT_S, "command_timeout": _ANSWER_S}
+            engine = create_async_engine(self._url, pool_pre_ping=True, connect_args=limits)
+        try:
+            # Of SQLite this transaction is the only writer from its beginning on.
+            async with engine.begin() as connection:
+                if not self._sqlite:
+                    await connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+                await connection.run_sync(migrate)
+        except BaseException:
+            await engine.dispose()
+            raise
+        return engine
+
+    async def close(self) -> None:
+        """Give every connection back."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.dispose()
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """A session that only reads. Rows stay usable after it."""
+        engine = self._started().execution_options(read_only=True)
+        async with AsyncSession(engine, expire_on_commit=False) as session:
+            yield session
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncSession]:
+        """A session that is one transaction: committed at its end, rolled back on an exception."""
+        engine = self._started()
+        async with self._turn, AsyncSession(engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    async def clock(self, session: AsyncSession) -> float:
+        """The database's time, in seconds since the epoch: the one clock that all dispatchers share."""
+        now = self.now()
+        return now if isinstance(now, float) else float(await session.scalar(select(now)) or 0)
+
+    def now(self) -> float | ColumnElement[Any]:
+        """`clock` as part of a statement."""
+        if self._sqlite:
+            return time.time()  # the database is in this process
+        return func.extract("epoch", func.clock_timestamp())
+
+    def _started(self) -> AsyncEngine:
+        if self._engine is None:
+            raise RuntimeError("the job store is not started")
+        return self._engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    # The driver's own BEGIN is deferred and fails with "database is locked" where it should wait; ours is below.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    _write_ahead(cursor)
+    # FULL: a job that was acknowledged survives a power cut, at the price of one fsync each commit.
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _write_ahead(cursor: Any) -> None:
+    """Have the file keep a write-ahead log, which stays so.
+
+    SQLite does not wait here for one that writes, whatever its timeout: of several that open a new file at once the
+    first begins to write, and others may be told that it is locked.
+    """
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+        await_only(asyncio.sleep(_SWITCH_S))
+
+
+def _roll_back_sqlite(connection: Any, _record: Any, _error: Any) -> None:
+    """Called before a connection is closed whose task was cancelled within a statement.
+
+    Closing alone would not end its transaction: for as long as anything, a traceback say, refers to a cursor with rows
+    left to read, SQLite keeps the closed connection, and with it the only write lock.
+    """
+    with suppress(Exception, asyncio.CancelledError):  # it has been asked for, and is cancelled already
+        connection.rollback()
+
+
+def _begin_sqlite(connection: Any) -> None:
+    read_only = connection.get_execution_options().get("read_only")
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

@@ -1,0 +1,176 @@
+"""The dispatcher as a Serve deployment, and a pipeline application as its `Runner`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+from ray import serve
+from ray.exceptions import (
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    PlasmaObjectNotAvailable,
+    RayActorError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    RpcError,
+    TaskCancelledError,
+    TaskPlacementGroupRemoved,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+
+from serve_app.config import Config
+from serve_app.dispatch.dispatcher import Dispatcher
+from serve_app.dispatch.rabbitmq import broker
+from serve_app.dispatch.run import PipelineUnavailable
+from serve_app.errors import JobFailed
+from serve_app.events import Event
+from serve_app.jobs.store import JobStore
+from serve_app.notify.notifier import Notifier
+from serve_app.replica import alive_hosts, check_hosts, starting, this_process
+from serve_app.storage import Storage
+
+# What happens to a machine or a replica, not to a request: another attempt may well succeed. Each stands for its
+# subclasses too: ObjectLostError for an owner that died and for what cannot be reconstructed, RayActorError for an
+# actor that died or cannot be reached. RayServeException is what the router makes of a replica that died while another
+# stage waited for its answer.
+_LOST = (
+    ActorPlacementGroupRemoved,
+    ActorUnschedulableError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    PlasmaObjectNotAvailable,
+    RayActorError,
+    RayServeException,
+    RaySystemError,
+    RpcError,
+    TaskCancelledError,
+    TaskPlacementGroupRemoved,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
+_AWAY = (DeploymentUnavailableError, BackPressureError)
+
+
+class ServePipeline:
+    """A `Runner` over the pipeline of a Serve application.
+
+    Args:
+        application: the application's name; its ingress has `generate(job)`, which yields events.
+    """
+
+    def __init__(self, application: str) -> None:
+        self._application = application
+        self._handle: Any = None
+
+    async def __call__(self, job: dict[str, Any]) -> AsyncGenerator[Event, None]:
+        handle = await self._connected()
+        response = None
+        try:
+            response = handle.generate.remote({**job, "caller": this_process()})
+            async for event in response:
+                yield event
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Serve spells a call that was cancelled at its far end like a cancellation of the caller.
+            raise _lost() from None
+        except Exception as error:
+            self._handle = None  # the application may have been deployed anew
+            raise translate(error) from error
+        finally:
+            if response is not None:
+                # Without effect once the stream has ended. Where the call could not even be sent, it raises that again.
+                with suppress(Exception):
+                    response.cancel()
+
+    async def prepare(self) -> None:
+        """Look for the pipeline's replicas before the first job waits for that, if it is deployed already."""
+        with suppress(PipelineUnavailable):
+            await self._connected()
+
+    async def _connected(self) -> Any:
+        if self._handle is None:
+            try:
+                # Asks the controller and blocks, so not on the event loop.
+                handle = await asyncio.to_thread(serve.get_app_handle, self._application)
+                self._handle = handle.options(stream=True)
+            except (RayServeException, RayError, OSError) as error:
+                raise PipelineUnavailable(f"application {self._application!r} is not deployed") from error
+        return self._handle
+
+
+def translate(error: Exception) -> Exception:
+    """What an exception from a Serve handle means for the job.
+
+    Returns:
+        `JobFailed` if it or something of the machinery failed, `PipelineUnavailable` if a stage takes no requests,
+        else the original.
+    """
+    cause: Any = error
+    while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
+        cause = cause.cause
+    if isinstance(cause, JobFailed):
+        return JobFailed(cause.code, cause.message, cause.retryable, cause.step)
+    if isinstance(cause, _AWAY):
+        return PipelineUnavailable(f"a deployment takes no requests: {type(cause).__name__}")
+    if isinstance(cause, _LOST):
+        return _lost()
+    return cause if isinstance(cause, Exception) else error
+
+
+def _lost() -> JobFailed:
+    return JobFailed("worker_lost", "A process that worked on this video was lost.", retryable=True)
+
+
+@serve.deployment(name="dispatcher")
+class DispatcherDeployment:
+    """One dispatcher and one notifier per replica; replicas share the jobs, and what is to be told, by the store."""
+
+    async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
+        with starting():
+            check_hosts(config, alive_hosts())
+            self._broker = broker(config)
+            self._store = JobStore.of(config)
+            await self._store.start()
+            storage = Storage(config.storage_options)
+        if self._broker is not None:
+            self._broker.start()
+        pipeline = ServePipeline(config.dispatcher.pipeline)
+        self._dispatcher = Dispatcher(self._store, storage, pipeline, config.dispatcher, self._broker)
+        self._notifier = Notifier(self._store.database, config)
+        self._dispatcher.start()
+        self._notifier.start()
+        self._preparing = asyncio.create_task(pipeline.prepare(), name="prepare")
+
+    async def wake(self) -> None:
+        """There is something new in the store."""
+        self._dispatcher.wake()
+
+    async def check_health(self) -> None:
+        """Called by Serve; raising replaces the replica."""
+        self._dispatcher.check()
+        self._notifier.check()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_notifier"):
+            await asyncio.gather(self._dispatcher.stop(), self._notifier.stop())
+            if self._broker is not None:
+                await self._broker.close()
+            await self._store.close()

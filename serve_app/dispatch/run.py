@@ -1,0 +1,263 @@
+"""One attempt at a job: drives the pipeline, writes its progress, and records how it went.
+
+Knows nothing of Ray: the pipeline is a callable that yields events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from typing import Any, Literal
+
+from serve_app import config
+from serve_app.db.database import STORE_AWAY
+from serve_app.db.tables import CANCELLED, Job
+from serve_app.errors import JobFailed, one_line
+from serve_app.events import Done, Event, Progress
+from serve_app.jobs.store import JobStore
+from serve_app.logs import get_logger
+from serve_app.storage import Storage
+
+logger = get_logger(__name__)
+
+Runner = Callable[[dict[str, Any]], AsyncGenerator[Event, None]]
+"""Makes the video of a job (see `spec`), telling its events. Closing the generator cancels it."""
+
+Verdict = Literal["cancelled", "deadline", "lost", "stopping"]
+
+# Between two writes of progress, in seconds: what a watching person can tell apart, and a database never notices.
+PROGRESS_S = 0.25
+# Why a run was cut off, as its job's error: code and message.
+_ENDED = {
+    "cancelled": (CANCELLED, "Cancelled while it ran."),
+    "deadline": ("deadline_exceeded", "Its deadline passed while it ran."),
+}
+
+
+class PipelineUnavailable(Exception):
+    """The pipeline cannot be reached at all, which is no job's fault: jobs wait and lose no attempt."""
+
+
+def spec(job: Job) -> dict[str, Any]:
+    """What the pipeline is told of a job.
+
+    Returns:
+        `id`; `attempt`, counted from 1; `params`, of `serve_app.request.Params`; `prefix`, the storage folder of this
+        attempt's files; `state_prefix`, that of the sample's saved states, which outlive the attempt; `priority`;
+        `created_at`, from when on it waits, in seconds since the epoch; `losses`, how often a group was lost during one
+        and the same step.
+    """
+    return {
+        "id": job.id,
+        "attempt": job.attempt,
+        "params": job.params,
+        "prefix": job.prefix,
+        "state_prefix": job.state_prefix,
+        "priority": job.priority,
+        "created_at": job.waits_since,
+        "losses": job.losses,
+    }
+
+
+class Run:
+    """One attempt that is under way here.
+
+    Args:
+        job: as claimed.
+        pause: called when the pipeline cannot be reached, before the job waits again.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        store: JobStore,
+        storage: Storage,
+        runner: Runner,
+        options: config.Dispatcher,
+        pause: Callable[[], None],
+    ) -> None:
+        self.job = job
+        self.verdict: Verdict | None = None
+        self.latest: Progress | None = None
+        """What has not been written yet."""
+        self.task: asyncio.Task[None] | None = None
+        self._store = store
+        self._storage = storage
+        self._runner = runner
+        self._options = options
+        self._pause = pause
+        self._entered = False
+        self._stopping = False
+        self._resumed_step: int | None = None
+        """The denoising step that this attempt began at, once it is known."""
+        self._written_at = 0.0
+        self._writing = asyncio.Lock()
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin, as a task of the running event loop."""
+        self.task = asyncio.create_task(self._drive(), name=self.job.id)
+        return self.task
+
+    def end(self, verdict: Verdict) -> None:
+        """Cut the run off, once. A task that has not begun looks at the verdict itself."""
+        if self.verdict is None:
+            self.verdict = verdict
+            if self._entered and self.task is not None:
+                self.task.cancel()
+
+    def stop(self) -> None:
+        """Hand the job back, and wait for nothing that may take long."""
+        self._stopping = True
+        self.end("stopping")
+
+    async def write_progress(self) -> None:
+        """Write what has not been written yet."""
+        async with self._writing:
+            progress, self.latest = self.latest, None
+            if progress is None:
+                return
+            self._written_at = time.monotonic()
+            job = self.job
+            took_effect = await self._store.progress(job.id, job.attempt, progress, self._resumed_step or 0)
+        if not took_effect:
+            self.end("lost")
+
+    async def _drive(self) -> None:
+        self._entered = True
+        job, store = self.job, self._store
+        began = time.monotonic()
+        try:
+            if self.verdict is not None:
+                raise asyncio.CancelledError
+            done = await self._follow()
+        except asyncio.CancelledError:
+            if self.verdict is None:  # the event loop is going down; the lease will run out
+                raise
+            await self._cut_off()
+            return
+        except PipelineUnavailable as error:
+            self._pause()
+            logger.warning("pipeline unavailable", extra={"job": job.id, "error": one_line(error)})
+            await self._record(lambda: store.release(job.id, job.attempt))
+            return
+        except JobFailed as error:
+            await self._failed(error)
+            return
+        except Exception as error:
+            # Ray hands an exception over inside its own, with the original as `cause`.
+            cause = getattr(error, "cause", None)
+            if not isinstance(cause, JobFailed):
+                logger.exception("job broke the pipeline", extra={"job": job.id, "attempt": job.attempt})
+                cause = JobFailed("internal_error", f"An internal error ended this video: {one_line(error)}")
+            await self._failed(cause)
+            return
+        if await self._record(lambda: store.complete(job.id, job.attempt, done)):
+            seconds = round(time.monotonic() - began, 3)
+            logger.info("completed", extra={"job": job.id, "attempt": job.attempt, "seconds": seconds})
+
+    async def _follow(self) -> Done:
+        """The pipeline's events up to the video, or to the deadline."""
+        with self._deadline() as disarm:
+            async with aclosing(self._runner(spec(self.job))) as events:
+                async for event in events:
+                    if isinstance(event, Done):
+                        # What is there in time is recorded, however long that takes.
+                        disarm()
+                        return event
+                    await self._heard(event)
+        raise JobFailed("internal_error", "The pipeline ended without a video.")
+
+    @contextmanager
+    def _deadline(self) -> Iterator[Callable[[], None]]:
+        """Ends the run at its job's deadline, unless it is left, or what it yields is called, before."""
+        job = self.job
+        if job.deadline_at is None or job.started_at is None:
+            yield lambda: None
+            return
+        # Both by the database's clock; this host's may be another.
+        left_s = job.deadline_at - job.started_at
+        timer = asyncio.get_running_loop().call_later(left_s, self.end, "deadline")
+        try:
+            yield timer.cancel
+        finally:
+            timer.cancel()
+
+    async def _heard(self, event: Progress) -> None:
+        begins = event.stage == "denoise" and self._resumed_step is None
+        if begins:
+            self._resumed_step = event.step
+        self.latest = event
+        # A step that is not written now is written by the next heartbeat, unless a newer one replaces it.
+        if begins or event.step in (0, event.steps) or time.monotonic() - self._written_at >= PROGRESS_S:
+            with suppress(*STORE_AWAY):
+                await self.write_progress()
+
+    async def _failed(self, error: JobFailed) -> None:
+        job, store = self.job, self._store
+        logger.warning(
+            "attempt failed",
+            extra={
+                "job": job.id,
+                "attempt": job.attempt,
+                "code": error.code,
+                "step": error.step,
+                "error": error.message,
+            },
+        )
+        if error.retryable:
+            step = self._resumed_step or 0
+            await self._record(lambda: store.retry(job.id, job.attempt, error, self._options, step))
+        else:
+            await self._record(lambda: store.fail(job.id, job.attempt, error.code, error.message))
+
+    async def _cut_off(self) -> None:
+        job, store = self.job, self._store
+        logger.info("run ended early", extra={"job": job.id, "attempt": job.attempt, "verdict": self.verdict})
+        if self.verdict == "lost":
+            await self._remove_outputs()
+        elif self.verdict == "stopping":
+            await self._record(lambda: store.release(job.id, job.attempt))
+        else:
+            assert self.verdict is not None
+            code, message = _ENDED[self.verdict]
+            await self._record(lambda: store.fail(job.id, job.attempt, code, message))
+
+    async def _record(self, write: Callable[[], Awaitable[bool]]) -> bool:
+        """Write how a run ended, for as long as it takes the store to come back. False if it was superseded."""
+        delay_s = 0.1
+        while True:
+            try:
+                took_effect = await write()
+                break
+            except asyncio.CancelledError:
+                # The heartbeat saw a cancel or a takeover while we wrote. If the write went through, it stands; if
+                # not, the verdict is carried out now.
+                if self.verdict is None:
+                    raise
+                await self._cut_off()
+                return False
+            except STORE_AWAY as error:
+                if self._stopping:
+                    logger.warning("gave up recording", extra={"job": self.job.id, "error": one_line(error)})
+                    return False
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, 5)
+        if not took_effect:
+            logger.info("superseded", extra={"job": self.job.id, "attempt": self.job.attempt})
+            await self._remove_outputs()
+        return took_effect
+
+    async def _remove_outputs(self) -> None:
+        """Remove what a run stored that is not, or no longer, the job's: at once here, later by the garbage rows."""
+        job = self.job
+        try:
+            current = await self._store.get(job.id)
+            if current is None:
+                await self._storage.delete_prefix(f"videos/{job.id}")
+                await self._storage.delete_prefix(job.state_prefix)
+            elif current.attempt != job.attempt:
+                await self._storage.delete_prefix(job.prefix)
+        except STORE_AWAY as error:
+            logger.warning("outputs not removed yet", extra={"job": job.id, "error": one_line(error)})

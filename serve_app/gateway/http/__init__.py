@@ -1,0 +1,4 @@
+"""What every route shares: who calls, errors, middleware, stored files as responses.
+
+Knows nothing of videos.
+"""

@@ -1,0 +1,4 @@
+"""The videos API: requests, resources, routes, events.
+
+Knows nothing of Ray.
+"""

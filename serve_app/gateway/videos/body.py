@@ -1,0 +1,89 @@
+"""A create request from its fields to what is run, how soon, and who is told."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from serve_app.config import Config
+from serve_app.errors import InvalidRequest
+from serve_app.gateway.http.errors import ApiError
+from serve_app.request import (
+    FRAME_MULTIPLE,
+    Params,
+    Urgency,
+    fitting_size,
+    largest_frames,
+    parse,
+    recipient,
+    resolve,
+    urgency,
+)
+
+_SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+
+
+def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) -> tuple[Params, Urgency, str | None]:
+    """What to run for the fields of a create request, with OpenAI's `size` and `seconds` translated; how soon; and whom
+    to tell by mail.
+
+    Raises:
+        InvalidRequest: the field at fault in `param`.
+        ApiError: a feature that this model does not have.
+    """
+    fields = dict(fields)
+    if fields.pop("input_reference", None) not in (None, ""):
+        message = "'input_reference' is not supported: this model makes videos from text only."
+        raise ApiError(400, "unsupported", message, "input_reference")
+    size = fields.pop("size", None)
+    if size is not None:
+        _alone("size", fields, "width", "height")
+        match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+        if match is None:
+            example = fitting_size(config.defaults.width, config.defaults.height, config.limits.pixels)
+            raise InvalidRequest(
+                "size", f"'size' has value {repr(size)[:80]}, expected WIDTHxHEIGHT, e.g. '{example}'."
+            )
+        fields["width"], fields["height"] = (int(side) if typed else side for side in match.groups())
+    seconds = fields.pop("seconds", None)
+    if seconds is not None:
+        _alone("seconds", fields, "num_frames")
+    request = parse(fields, strict=typed)
+    if seconds is not None:
+        fps = config.defaults.fps if request.fps is None else request.fps
+        # An impossible rate is refused below, by its own name, and so must not make the length impossible.
+        possible = 1 <= fps <= config.limits.fps
+        most = largest_frames(config.limits.num_frames)
+        request = request.model_copy(update={"num_frames": _frames(seconds, fps, most) if possible else 1})
+    try:
+        return resolve(request, config), urgency(request), recipient(request, config)
+    except InvalidRequest as error:
+        # Name the field that the client sent, not the one that it became.
+        if size is not None and error.param in ("width", "height"):
+            raise InvalidRequest("size", f"'size' has value {size!r}: {error.message}") from None
+        raise
+
+
+def _frames(seconds: Any, fps: int, most: int) -> int:
+    """Return the possible number of frames nearest to a length; at most `most`."""
+    try:
+        length = math.nan if isinstance(seconds, bool) else float(seconds)
+    except (TypeError, ValueError, OverflowError):
+        length = math.nan
+    frames = 0
+    if 0 < length < 1e6:  # also refuses NaN
+        frames = max(round((length * fps - 1) / FRAME_MULTIPLE), 0) * FRAME_MULTIPLE + 1
+    if not 0 < frames <= most:
+        raise InvalidRequest(
+            "seconds",
+            f"'seconds' has value {repr(seconds)[:80]}, expected a number above 0, at most {most / fps:g} "
+            f"({most} frames at {fps} frames per second).",
+        )
+    return frames
+
+
+def _alone(name: str, fields: dict[str, Any], *others: str) -> None:
+    for other in others:
+        if fields.get(other) is not None:
+            raise InvalidRequest(name, f"'{name}' and '{other}' are both given, expected one of them.")

@@ -1,0 +1,4 @@
+"""The webhooks API: endpoints, deliveries, replay.
+
+Knows nothing of Ray.
+"""

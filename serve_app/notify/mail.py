@@ -1,0 +1,115 @@
+"""A mail that a video has ended, and the SMTP server that takes it.
+
+The text holds nothing that the requester wrote: it goes to any address that a request names, and must be of no use to
+somebody who wants words of their own sent there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from email.message import EmailMessage
+from email.utils import format_datetime
+
+import aiosmtplib
+
+from serve_app.config import Mail
+from serve_app.db.notifications import Delivery, Event
+from serve_app.db.tables import CANCELLED, Job
+from serve_app.errors import ConfigError, one_line
+from serve_app.notify.outbound import tls_context
+from serve_app.notify.outcome import Outcome
+
+PASSWORD = "WAN_SERVE_MAIL_PASSWORD"  # the name of an environment variable
+_ANSWER_CHARS = 1024
+_QUIT_S = 1
+
+_TEXTS = {
+    ("en", "video.completed"): ("Your video is ready", "Your video {id} is ready."),
+    ("en", "video.failed"): ("Your video failed", "Your video {id} failed: {error}"),
+    ("en", CANCELLED): ("Your video was cancelled", "Your video {id} was cancelled."),
+    ("zh", "video.completed"): ("您的视频已生成", "您的视频 {id} 已生成。"),
+    ("zh", "video.failed"): ("您的视频生成失败", "您的视频 {id} 生成失败：{error}"),
+    ("zh", CANCELLED): ("您的视频已取消", "您的视频 {id} 已取消。"),
+}
+
+
+def compose(mail: Mail, public_url: str, delivery: Delivery, event: Event, job: Job) -> EmailMessage:
+    """The mail, the same at every try, its Message-ID too. In Chinese if the prompt holds a Chinese character."""
+    language = "zh" if any("\u4e00" <= char <= "\u9fff" for char in job.params["prompt"]) else "en"
+    subject, text = _TEXTS[language, CANCELLED if job.shown_status == CANCELLED else event.type]
+    message = EmailMessage()
+    message["From"] = mail.sender
+    message["To"] = delivery.recipient
+    message["Subject"] = subject
+    message["Date"] = format_datetime(datetime.fromtimestamp(int(event.created_at), UTC))
+    message["Message-ID"] = f"<{delivery.id}@{mail.sender.rpartition('@')[2]}>"
+    message["Auto-Submitted"] = "auto-generated"  # keeps vacation responders quiet (RFC 3834)
+    lines = [text.format(id=job.id, error=job.error_code)]
+    if public_url and event.type == "video.completed":
+        lines.append(f"{public_url.rstrip('/')}/v1/videos/{job.id}/content")
+    message.set_content("\n\n".join(lines) + "\n")
+    return message
+
+
+class Mailer:
+    """Hands mails to an SMTP server.
+
+    Args:
+        timeout_s: for all of a mail, from the connection to the server's word that it has it.
+
+    Raises:
+        ConfigError: a user without a password in the environment, or a `ca_file` that cannot be read.
+    """
+
+    def __init__(self, options: Mail, public_url: str, timeout_s: float) -> None:
+        self._options = options
+        self._public_url = public_url
+        self._timeout_s = timeout_s
+        self._password = os.environ.get(PASSWORD) if options.user else None
+        if options.user and not self._password:
+            raise ConfigError(f"mail.user has value {options.user!r}, expected its password in ${PASSWORD}")
+        self._tls = None if options.security == "none" else tls_context(options.ca_file, "mail.ca_file")
+
+    async def send(self, delivery: Delivery, event: Event, job: Job) -> Outcome:
+        """Send the mail, once."""
+        options = self._options
+        message = compose(options, self._public_url, delivery, event, job)
+        client = aiosmtplib.SMTP(
+            hostname=options.host,
+            port=options.port,
+            username=options.user or None,
+            password=self._password,
+            use_tls=options.security == "tls",
+            start_tls=options.security == "starttls",
+            tls_context=self._tls,
+            timeout=None,  # the library's is one of each command, not of all
+        )
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await client.connect()
+                _, said = await client.send_message(message, sender=options.sender, recipients=[delivery.recipient])
+            seconds = time.monotonic() - began
+            # The server has the mail: what becomes of the farewell does not matter.
+            with suppress(aiosmtplib.SMTPException, OSError):
+                await client.quit(timeout=_QUIT_S)
+        except TimeoutError:
+            reason = f"the mail server did not take it within {self._timeout_s:g} s"
+            return Outcome(False, time.monotonic() - began, error=reason)
+        except (aiosmtplib.SMTPException, OSError) as error:
+            return _failed(error, time.monotonic() - began)
+        finally:
+            client.close()  # as a context manager it would wait for a farewell, from a server that hangs for ever
+        return Outcome(True, seconds, 250, said[:_ANSWER_CHARS])
+
+
+def _failed(error: Exception, seconds: float) -> Outcome:
+    """A server that knows no such recipient will not know it tomorrow; everything else may be mended."""
+    refused = error.recipients[0] if isinstance(error, aiosmtplib.SMTPRecipientsRefused) else error
+    code = refused.code if isinstance(refused, aiosmtplib.SMTPResponseException) else None
+    final = isinstance(refused, aiosmtplib.SMTPRecipientRefused) and refused.code >= 500
+    return Outcome(False, seconds, code, error=one_line(refused), final=final)

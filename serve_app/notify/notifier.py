@@ -1,0 +1,180 @@
+"""The notifier: sends what the outbox holds, again and again until it arrives or is given up.
+
+Lives beside a dispatcher, and knows nothing of it. Any number of notifiers share one outbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from contextlib import suppress
+
+from serve_app.config import Config
+from serve_app.db.database import STORE_AWAY, Database
+from serve_app.errors import one_line
+from serve_app.logs import get_logger
+from serve_app.notify import webhook
+from serve_app.notify.mail import Mailer
+from serve_app.notify.outbound import Outbound
+from serve_app.notify.outbox import Outbox, Parcel
+from serve_app.notify.outcome import Outcome
+
+logger = get_logger(__name__)
+
+# Deliveries to one endpoint at once, and mails at once: a receiver that hangs must not hold up all others.
+_PER_RECEIVER = 4
+_FORGET_S = 60.0
+
+
+def outbound(config: Config) -> Outbound:
+    """What calls the endpoints of this deployment.
+
+    Raises:
+        ConfigError: an option that cannot work.
+    """
+    options = config.webhooks
+    return Outbound(
+        allow_http=options.allow_http,
+        networks=options.allow_networks,
+        timeout_s=options.timeout_s,
+        ca_file=options.ca_file,
+    )
+
+
+class Notifier:
+    """Delivers until stopped.
+
+    Args:
+        database: started.
+
+    Raises:
+        ConfigError: an option of webhooks or mail that cannot work.
+    """
+
+    def __init__(self, database: Database, config: Config) -> None:
+        self._options = config.webhooks
+        self._poll_s = config.dispatcher.poll_s
+        # Twice what a try may take: time to write down how it went, and the bound on how late a lost one is repeated.
+        self._lease_s = 2 * config.webhooks.timeout_s
+        self._outbox = Outbox(database, config.webhooks.retries_s)
+        self._outbound = outbound(config)
+        self._mailer = None
+        if config.mail is not None:
+            self._mailer = Mailer(config.mail, config.gateway.public_url, config.webhooks.timeout_s)
+        self._sending: dict[asyncio.Task[None], str] = {}
+        """Each with the id of its endpoint, empty for a mail."""
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._loop_task: asyncio.Task[None] | None = None
+        self._forgot_at = float("-inf")
+
+    def start(self) -> None:
+        """Begin, as a task of the running event loop."""
+        self._loop_task = asyncio.create_task(self._loop(), name="notifier")
+
+    def check(self) -> None:
+        """Raises whatever ended the loop, if it ended without being told to."""
+        task = self._loop_task
+        if task is None or not task.done() or self._stopping:
+            return
+        raise RuntimeError("the notifier's loop has ended") from (None if task.cancelled() else task.exception())
+
+    async def stop(self) -> None:
+        """Begin no more deliveries, and wait for those under way, but not for long: they are in the database."""
+        self._stopping = True
+        self._wake.set()
+        if self._loop_task is not None:
+            await asyncio.wait([self._loop_task])
+        if self._sending:
+            _, late = await asyncio.wait([*self._sending], timeout=10)
+            for task in late:  # not recorded, so sent again once its lease runs out
+                task.cancel()
+
+    async def _loop(self) -> None:
+        away = 0
+        while not self._stopping:
+            self._wake.clear()
+            pause = self._poll_s
+            try:
+                while await self._outbox.distribute():
+                    pass
+                await self._claim()
+                await self._forget()
+                away = 0
+            except STORE_AWAY as error:
+                away += 1
+                pause = max(pause, min(0.1 * 2**away, 5))
+                logger.warning("store unreachable", extra={"error": one_line(error), "retry_in_s": pause})
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), pause)
+
+    async def _claim(self) -> None:
+        while not self._stopping and len(self._sending) < self._options.concurrency:
+            counts = Counter(self._sending.values())
+            busy = [receiver for receiver, count in counts.items() if count >= _PER_RECEIVER]
+            parcel = await self._outbox.claim(self._lease_s, busy)
+            if parcel is None:
+                return
+            task = asyncio.create_task(self._deliver(parcel), name=parcel.delivery.id)
+            self._sending[task] = parcel.delivery.endpoint_id
+            task.add_done_callback(self._ended)
+
+    async def _forget(self) -> None:
+        if time.monotonic() - self._forgot_at >= min(_FORGET_S, self._options.retention_s):
+            while await self._outbox.forget(self._options.retention_s):
+                pass
+            self._forgot_at = time.monotonic()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._sending[task]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("delivery broke", extra={"delivery": task.get_name()}, exc_info=error)
+        self._wake.set()  # there is room for another
+
+    async def _deliver(self, parcel: Parcel) -> None:
+        delivery, event = parcel.delivery, parcel.event
+        outcome = await self._send(parcel)
+        fields = {
+            "delivery": delivery.id,
+            "event": event.id,
+            "job": event.video_id,
+            "endpoint": delivery.endpoint_id or "mail",
+            "tries": delivery.tries,
+            "status_code": outcome.status_code,
+            "seconds": round(outcome.seconds, 3),
+        }
+        if outcome.delivered:
+            logger.info("delivered", extra=fields)
+        else:
+            logger.warning("not delivered", extra={**fields, "error": outcome.error})
+        given_up_at = time.monotonic() + self._lease_s
+        while True:
+            try:
+                await self._outbox.record(delivery, outcome)
+                return
+            except STORE_AWAY as error:
+                if time.monotonic() > given_up_at:  # it is due again anyhow
+                    logger.warning("delivery not recorded", extra={**fields, "error": one_line(error)})
+                    return
+                await asyncio.sleep(min(1.0, self._lease_s / 10))
+
+    async def _send(self, parcel: Parcel) -> Outcome:
+        delivery, event, endpoint = parcel.delivery, parcel.event, parcel.endpoint
+        if delivery.tries > self._outbox.most_tries:
+            return _dropped("its last try was cut off")
+        if delivery.endpoint_id:
+            if endpoint is None:
+                return _dropped("the endpoint was deleted")
+            if endpoint.disabled_reason is not None:
+                return _dropped("the endpoint is disabled")
+            return await webhook.send(self._outbound, endpoint, event)
+        if self._mailer is None:
+            return _dropped("no mail server is configured")
+        if parcel.job is None:
+            return _dropped("the video was deleted")
+        return await self._mailer.send(delivery, event, parcel.job)
+
+
+def _dropped(reason: str) -> Outcome:
+    return Outcome(False, 0.0, error=f"not sent: {reason}", final=True)

@@ -1,0 +1,208 @@
+"""HTTP requests to URLs that users chose, from inside our network: only where they may go, and never to anywhere else.
+
+The address that is connected to is the one that was checked: names are looked up once, here. Host and SNI stay those
+of the URL. Redirects are not followed, and no proxy is taken from the environment. Knows nothing of webhooks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import httpcore
+import httpx
+
+from serve_app.errors import ConfigError, one_line
+from serve_app.notify.address import Network, is_allowed
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+"""The addresses of a host name and port. OSError: there are none."""
+
+# Of an answer this much is read, then the connection is closed.
+ANSWER_BYTES = 1024
+_URL_CHARS = 2048
+_USER = re.compile(r"[^/?#]*//[^/?#]*@")
+_HOST = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?")
+# What the inet_aton of some resolver takes for an IPv4 address: 0x7f.1, 0177.0.0.1, 2130706433.
+_NUMBER = re.compile(r"(0x[0-9a-f]*|[0-9]+)")
+
+
+class Refused(Exception):
+    """A URL that must not be called. The message says what was found and what was expected."""
+
+
+class Unreachable(Exception):
+    """No answer: the name is unknown, the connection failed, or the time was up."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: status code, seconds until then, and the first `ANSWER_BYTES` of the body as text."""
+
+    status: int
+    seconds: float
+    text: str
+
+
+async def system_resolver(host: str, port: int) -> list[str]:
+    """By the operating system, `/etc/hosts` included."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[4][0]) for address in found))
+
+
+class Outbound:
+    """Sends POST requests.
+
+    Args:
+        allow_http: also without TLS.
+        networks: may be called although they are not public.
+        timeout_s: for all of a request, from the name to the end of the answer.
+        ca_file: PEM file of certificate authorities that are trusted besides the usual ones.
+
+    Raises:
+        ConfigError: `ca_file` cannot be read.
+    """
+
+    def __init__(
+        self,
+        *,
+        allow_http: bool = False,
+        networks: Iterable[Network] = (),
+        timeout_s: float = 20,
+        ca_file: str = "",
+        resolve: Resolve = system_resolver,
+    ) -> None:
+        self._allow_http = allow_http
+        self._networks = tuple(networks)
+        self._timeout_s = timeout_s
+        self._tls = tls_context(ca_file, "webhooks.ca_file")
+        self._backend = _Checked(self._networks, resolve)
+
+    def check(self, url: str) -> httpx.URL:
+        """The URL, if everything that can be judged without the network is in order.
+
+        Raises:
+            Refused: it is not.
+        """
+        if len(url) > _URL_CHARS:
+            raise Refused(f"has {len(url)} characters, expected at most {_URL_CHARS}")
+        # A backslash is a slash to browsers and a letter to others; nobody should have to know which we are.
+        if "\\" in url or any(char.isspace() or not char.isprintable() for char in url):
+            raise Refused("holds a backslash, a space or a control character, expected a plain URL")
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise Refused(f"is no URL: {one_line(error)}") from None
+        schemes = ("https", "http") if self._allow_http else ("https",)
+        if parsed.scheme not in schemes:
+            raise Refused(f"has scheme {parsed.scheme[:20]!r}, expected {' or '.join(schemes)}")
+        if parsed.userinfo or _USER.match(url):  # an empty one leaves no trace in what was parsed
+            raise Refused("holds a user or a password, expected none")
+        if "#" in url:
+            raise Refused("holds a fragment, expected none")
+        if parsed.port is not None and parsed.port < 1024 and (parsed.scheme, parsed.port) != ("http", 80):
+            # Below 1024 live services that could be made to read something into a request. 443 is None here.
+            raise Refused(f"has port {parsed.port}, expected {parsed.scheme}'s own or 1024 to 65535")
+        if parsed.port is not None and parsed.port > 65535:
+            raise Refused(f"has port {parsed.port}, expected at most 65535")
+        self._check_host(parsed.raw_host.decode("ascii"))
+        return parsed
+
+    def _check_host(self, host: str) -> None:
+        try:
+            if not is_allowed(host, self._networks):
+                raise Refused(f"has address {host}, expected a public one")
+            return
+        except ValueError:
+            pass  # a name
+        if not _HOST.fullmatch(host) or len(host) > 254:
+            raise Refused(f"has host {host[:80]!r}, expected a name or an address")
+        if _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2]):
+            raise Refused(f"has host {host[:80]!r}, expected an address as four decimal numbers")
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+        """Send `body`.
+
+        Raises:
+            Refused: the URL must not be called. Nothing was sent.
+            Unreachable: there was no answer. Whether the request arrived is not known.
+        """
+        parsed = self.check(url)
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._post(parsed, body, headers, began)
+        except TimeoutError:
+            raise Unreachable(f"no answer within {self._timeout_s:g} s") from None
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
+            raise Unreachable(one_line(error)) from None
+
+    async def _post(self, url: httpx.URL, body: bytes, headers: Mapping[str, str], began: float) -> Answer:
+        # In parts: what was checked is what is called, whatever another parser would make of the text.
+        target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        sent = {"Host": url.netloc.decode("ascii"), **headers}  # httpcore's own lacks the brackets of IPv6
+        async with (
+            httpcore.AsyncConnectionPool(ssl_context=self._tls, network_backend=self._backend) as pool,
+            pool.stream("POST", target, headers=[*sent.items()], content=body) as response,
+        ):
+            text = b""
+            async for chunk in response.aiter_stream():
+                text += chunk
+                if len(text) >= ANSWER_BYTES:
+                    break
+            # NUL is text that PostgreSQL cannot hold.
+            shown = text[:ANSWER_BYTES].decode("utf-8", "replace").replace("\0", "\ufffd")
+            return Answer(response.status, time.monotonic() - began, shown)
+
+
+class _Checked(httpcore.AnyIOBackend):
+    """Opens connections to addresses that may be called, and only to those."""
+
+    def __init__(self, networks: tuple[Network, ...], resolve: Resolve) -> None:
+        self._networks = networks
+        self._resolve = resolve
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 (httpcore's interface)
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        try:
+            addresses = await self._resolve(host, port)
+        except (OSError, UnicodeError) as error:
+            raise Unreachable(f"host {host!r} has no address: {one_line(error)}") from None
+        for address in addresses:
+            # One forbidden answer condemns them all: which of them a later lookup returns is not ours to say.
+            if not is_allowed(address, self._networks):
+                raise Refused(f"has host {host!r} with address {address}, expected public ones only")
+        failure: Exception = Unreachable(f"host {host!r} has no address")
+        for address in addresses:
+            try:
+                return await super().connect_tcp(address, port, timeout, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+
+def tls_context(ca_file: str, option: str) -> ssl.SSLContext:
+    """Verifies certificates by the usual authorities and those in a PEM file, if one is given.
+
+    Raises:
+        ConfigError: the file cannot be read; named by `option`.
+    """
+    context = httpx.create_ssl_context(trust_env=False)
+    if ca_file:
+        try:
+            context.load_verify_locations(ca_file)
+        except OSError as error:  # ssl.SSLError is one
+            reason = error.strerror or one_line(error)
+            raise ConfigError(f"{option} has value {ca_file!r}, expected certificates in PEM: {reason}") from None
+    return context

@@ -1,0 +1,1 @@
+"""How the tiny model was trained. Not needed at run time."""

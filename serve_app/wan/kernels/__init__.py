@@ -1,0 +1,4 @@
+"""Attention backends and fused operations.
+
+Knows neither checkpoints nor samples.
+"""

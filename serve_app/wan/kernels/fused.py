@@ -1,0 +1,232 @@
+"""What a compiled block does on CUDA in one kernel where the compiler takes several, or a slower one.
+
+Rounded where the compiler's kernels round, and no less exact: the values in between stay in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from serve_app.wan.parallel.tensor_parallel import ColumnParallel
+
+_WARPS, _WARPS_MODULATED = 4, 4
+_WARPS_SQUARED, _ROWS_SQUARED, _SOME_SQUARED = 8, 4, 1024
+"""Of a program of `square_sums`: warps, tokens, and features at a time."""
+_ROWS = 2
+"""Tokens that share what scales and shifts them: read for each of them, it is more than the token."""
+
+
+class LinearGelu(nn.Module):
+    """Stands in for diffusers' `GELU` with its tanh approximation: the product writes what GELU makes of it.
+
+    Args:
+        proj: the linear layer, `weight` `[features out, features in]`, `bias` `[features out]`; or one whose tokens are
+            on several ranks, which brings them together.
+    """
+
+    def __init__(self, proj: nn.Module) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., features in]` to `[..., features out]`."""
+        if isinstance(self.proj, ColumnParallel):
+            return self.proj(hidden, gelu=True)
+        activated: torch.Tensor = torch.ops.wan_serve.linear_gelu(hidden, self.proj.weight, self.proj.bias)
+        return activated
+
+
+@torch.library.custom_op("wan_serve::linear_gelu", mutates_args=())
+def _linear_gelu(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    # On CUDA alone this is the tanh approximation.
+    activated = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+    return activated.view(*hidden.shape[:-1], -1)
+
+
+@_linear_gelu.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return hidden.new_empty(*hidden.shape[:-1], weight.shape[0])
+
+
+def norm_rotate(
+    hidden: torch.Tensor,
+    norm: Any,
+    squares: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    """RMSNorm over all heads together and the rotary position embedding of each, pairs being neighbours.
+
+    Args:
+        hidden: `[batch, tokens, own heads * head features]`.
+        norm: its `weight`, `[own heads * head features]`, its `eps` and, with `squares`, `features` of all ranks.
+        squares: their sum over the heads of all ranks, `[batch, tokens, 1]`, float32; None where this rank has all.
+        cos, sin: `[1, tokens, 1, head features]`, float32, both of a pair's values the same.
+
+    Returns:
+        `[batch, tokens, own heads, head features]`.
+    """
+    features = hidden.shape[2] if squares is None else norm.features
+    rotated: torch.Tensor = torch.ops.wan_serve.norm_rotate(hidden, norm.weight, squares, features, norm.eps, cos, sin)
+    return rotated
+
+
+@torch.library.custom_op("wan_serve::norm_rotate", mutates_args=())
+def _norm_rotate(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    squares: torch.Tensor | None,
+    features: int,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    hidden, cos, sin = hidden.contiguous(), cos.contiguous(), sin.contiguous()
+    batch, tokens, width = hidden.shape
+    head = cos.shape[-1]
+    rotated = torch.empty_like(hidden)
+    kernels = _kernels()
+    kernels.norm_rotate[(batch * tokens,)](
+        hidden,
+        weight,
+        hidden if squares is None else squares.contiguous(),
+        cos,
+        sin,
+        rotated,
+        tokens,
+        features,
+        eps,
+        HEADS=width // head,
+        HEAD=head,
+        MANY=kernels.next_power_of_2(width // head),
+        WIDE=kernels.next_power_of_2(head),
+        GIVEN=squares is not None,
+        num_warps=_WARPS,
+    )
+    return rotated.unflatten(2, (-1, head))
+
+
+@_norm_rotate.register_fake
+def _(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+    head = others[-1].shape[-1]
+    return hidden.new_empty(*hidden.shape[:2], hidden.shape[2] // head, head)
+
+
+def square_sums(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of squares over the last dimension of each tensor `[batch, tokens, width]`, float32, those of one behind
+    those of the other: `[batch, all tokens, 1]`."""
+    sums: torch.Tensor = torch.ops.wan_serve.square_sums(list(parts))
+    return sums
+
+
+@torch.library.custom_op("wan_serve::square_sums", mutates_args=())
+def _square_sums(parts: list[torch.Tensor]) -> torch.Tensor:
+    sums = _sums_of(parts)
+    first = 0
+    for part in parts:
+        batch, tokens, width = part.shape
+        _kernels().square_sums[(-(-tokens // _ROWS_SQUARED), batch)](
+            part.contiguous(),
+            sums,
+            tokens,
+            sums.shape[1],
+            first,
+            WIDTH=width,
+            SOME=_SOME_SQUARED,
+            ROWS=_ROWS_SQUARED,
+            num_warps=_WARPS_SQUARED,
+        )
+        first += tokens
+    return sums
+
+
+@_square_sums.register_fake
+def _sums_of(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Memory for it."""
+    tokens = sum(part.shape[1] for part in parts)
+    return parts[0].new_empty(parts[0].shape[0], tokens, 1, dtype=torch.float32)
+
+
+def block_forward(
+    block: Any, hidden: torch.Tensor, text: torch.Tensor, embedding: torch.Tensor, rotary_emb: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    """What a `WanTransformerBlock` does, with the norms that are modulated as kernels of their own.
+
+    Args:
+        hidden: `[batch, tokens, width]`.
+        text: what `attn2` takes for it.
+        embedding: of the timestep, `[batch, 6, width]`.
+    """
+    modulation = block.scale_shift_table + embedding.float()
+    _, _, gate, _, _, last_gate = modulation.chunk(6, dim=1)
+    normed = torch.ops.wan_serve.norm_modulate(hidden, modulation, 0, block.norm1.eps)
+    attended = block.attn1(normed, None, None, rotary_emb)
+    hidden = (hidden.float() + attended * gate).type_as(hidden)
+    told = block.attn2(block.norm2(hidden.float()).type_as(hidden), text, None, None)
+    hidden, normed = torch.ops.wan_serve.add_norm_modulate(hidden, told, modulation, 3, block.norm3.eps)
+    output: torch.Tensor = (hidden.float() + block.ffn(normed).float() * last_gate).type_as(hidden)
+    return output
+
+
+@torch.library.custom_op("wan_serve::norm_modulate", mutates_args=())
+def _norm_modulate(hidden: torch.Tensor, modulation: torch.Tensor, first: int, eps: float) -> torch.Tensor:
+    """LayerNorm, `[batch, tokens, width]`, times one and the scale, plus the shift: of the rows of `modulation`,
+    `[batch, rows, width]` in float32, `first` is the shift, and the next one the scale."""
+    return _modulated(hidden, None, modulation, first, eps)[1]
+
+
+@_norm_modulate.register_fake
+def _(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
+    return torch.empty_like(hidden)
+
+
+@torch.library.custom_op("wan_serve::add_norm_modulate", mutates_args=())
+def _add_norm_modulate(
+    hidden: torch.Tensor, added: torch.Tensor, modulation: torch.Tensor, first: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of both, and what `norm_modulate` makes of it."""
+    return _modulated(hidden, added, modulation, first, eps)
+
+
+@_add_norm_modulate.register_fake
+def _(hidden: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(hidden)
+
+
+def _modulated(
+    hidden: torch.Tensor, added: torch.Tensor | None, modulation: torch.Tensor, first: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden, modulation = hidden.contiguous(), modulation.contiguous()
+    batch, tokens, width = hidden.shape
+    total, output = hidden if added is None else torch.empty_like(hidden), torch.empty_like(hidden)
+    kernels = _kernels()
+    kernels.norm_modulate[(-(-tokens // _ROWS), batch)](
+        hidden,
+        hidden if added is None else added.contiguous(),
+        modulation,
+        total,
+        output,
+        tokens,
+        first,
+        eps,
+        WIDTH=width,
+        WIDE=kernels.next_power_of_2(width),
+        KINDS=modulation.shape[1],
+        ROWS=_ROWS,
+        ADDED=added is not None,
+        num_warps=_WARPS_MODULATED,
+    )
+    return total, output
+
+
+@functools.cache
+def _kernels() -> Any:
+    from serve_app.wan.kernels import triton_kernels
+
+    return triton_kernels

@@ -1,0 +1,98 @@
+"""What ranks tell each other: everybody's part to everybody, and sums of it.
+
+On CPUs by sending each part to each rank. Gloo's own all-reduce takes several rounds, each as long as that for small
+parts, and small ones are what the ranks of a small model wait for (`python -m benchmarks.model.collectives`). On CUDA
+by NCCL.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_MOST_BYTES = 2**20
+"""Of a part. Above that an all-reduce, in which each rank sends less, is as fast or faster."""
+
+
+def gather(part: torch.Tensor, group: Any) -> list[torch.Tensor]:
+    """Everybody's part, in the order of their ranks; all are of one shape and dtype."""
+    part = part.contiguous()
+    if not _by_hand(part):
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, part, group=group)
+        return parts
+    me = dist.get_rank()
+    parts = [part if rank == me else torch.empty_like(part) for rank in _ranks(group)]
+    others = [(rank, one) for rank, one in zip(_ranks(group), parts, strict=True) if rank != me]
+    sent = [dist.isend(part, rank, group) for rank, _ in others]
+    came = [dist.irecv(one, rank, group) for rank, one in others]
+    for work in (*came, *sent):
+        if work is not None:  # as it is for who is not in the group
+            work.wait()
+    return parts
+
+
+def stack(part: torch.Tensor, group: Any) -> tuple[torch.Tensor, Any | None]:
+    """As `gather`, in one tensor, `[ranks, ...]`; and on CUDA what to `wait` for before it is used, else None."""
+    if _by_hand(part):
+        return torch.stack(gather(part, group)), None
+    parts = part.new_empty(dist.get_world_size(group), *part.shape)
+    return parts, dist.all_gather_into_tensor(parts, part.contiguous(), group=group, async_op=True)
+
+
+def sum_up(parts: torch.Tensor, total: torch.Tensor, group: Any) -> Any | None:
+    """Put into `total` the sum of what all ranks have for this one.
+
+    Args:
+        parts: one for each rank, `[ranks, ...]`.
+        total: of the shape of a part.
+
+    Returns:
+        On CUDA what to `wait` for before `total` is used; None where it is there.
+    """
+    if not _by_hand(parts):
+        return dist.reduce_scatter_tensor(total, parts, group=group, async_op=True)
+    me, ranks = dist.get_rank(), _ranks(group)
+    came = [one if rank == me else torch.empty_like(total) for rank, one in zip(ranks, parts, strict=True)]
+    works = [dist.isend(one, rank, group) for rank, one in zip(ranks, parts, strict=True) if rank != me]
+    works += [dist.irecv(one, rank, group) for rank, one in zip(ranks, came, strict=True) if rank != me]
+    for work in works:
+        if work is not None:
+            work.wait()
+    total.copy_(came[0])
+    for one in came[1:]:
+        total += one
+    return None
+
+
+def add_up(part: torch.Tensor, group: Any) -> None:
+    """Put the sum of everybody's part in the place of `part`, on all ranks the same to the bit.
+
+    Raises:
+        RuntimeError: a rank is gone, or did not answer within the group's time limit.
+    """
+    if not _by_hand(part) or not part.is_contiguous() or part.nbytes > _MOST_BYTES:
+        dist.all_reduce(part, group=group)
+        return
+    parts = gather(part, group)
+    if len(parts) == 2:  # whose order does not matter
+        part += next(one for one in parts if one is not part)
+        return
+    total, *others = parts
+    for other in others:
+        total += other
+    if total is not part:
+        part.copy_(total)
+
+
+def _by_hand(part: torch.Tensor) -> bool:
+    # What is compiled has collectives in its graph, but no sending.
+    return part.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+@functools.cache
+def _ranks(group: Any) -> list[int]:
+    return dist.get_process_group_ranks(group)

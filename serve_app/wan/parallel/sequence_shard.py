@@ -1,0 +1,78 @@
+"""Tokens of a sample shared among ranks: DeepSpeed-Ulysses' scheme (https://arxiv.org/abs/2309.14509).
+
+Every rank has a run of the tokens and all heads; for self-attention they change places, so that each has all tokens of
+some heads. DeepSpeed's own layer for it sends query, key and value one by one, and wants a number of tokens that the
+ranks divide; here they travel together, and any number will do: the last run is padded, and the padding is cut off
+where all tokens are together, so that no mask is needed.
+
+Ranks that share weights have runs as well, between their layers (`row_parallel`): they bring them together instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from serve_app.wan.parallel.process_groups import Axis
+
+
+class Tokens:
+    """A model's tokens, of which this rank has a run.
+
+    Args:
+        axis: the ranks that share them.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
+        self._all = 0
+        """Tokens of the present pass, on all ranks together."""
+
+    def share(self, model: Any) -> None:
+        """Have a `WanTransformer3DModel` work on this rank's run between its first block and its last layer. Who shares
+        it again has runs of that run."""
+        model.blocks[0].register_forward_pre_hook(lambda _, args: (self._begin(args[0]), *args[1:]))
+        # After the last layer, whose features are a hundredth of the blocks'.
+        model.proj_out.register_forward_hook(lambda _, __, output: self._end(output), prepend=True)
+
+    def own(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's run of `[batch, tokens, ...]`; the last one may end in zeros."""
+        run = -(-whole.shape[1] // self._axis.size)
+        part = whole[:, self._axis.index * run : (self._axis.index + 1) * run]
+        if part.shape[1] < run:
+            return torch.cat([part, part.new_zeros(part.shape[0], run - part.shape[1], *part.shape[2:])], dim=1)
+        # A copy: what is compiled would take a view that begins elsewhere for something else.
+        return part.clone(memory_format=torch.contiguous_format)
+
+    def to_heads(self, tokens: int, *parts: torch.Tensor) -> list[torch.Tensor]:
+        """From `[batch, own tokens, heads, features]` to `[batch, all tokens, own heads, features]`, in one message."""
+        size = self._axis.size
+        stacked = torch.stack(parts).unflatten(3, (size, -1))  # [parts, batch, run, size, own heads, features]
+        came = self._exchange(stacked.permute(3, 0, 1, 2, 4, 5))  # [size, parts, batch, run, own heads, features]
+        whole = came.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)[:, :, :tokens]
+        return list(whole.unbind())
+
+    def to_tokens(self, run: int, hidden: torch.Tensor) -> torch.Tensor:
+        """From `[batch, all tokens, own heads, features]` to `[batch, run of own tokens, heads, features]`."""
+        size = self._axis.size
+        missing = size * run - hidden.shape[1]
+        if missing:
+            hidden = torch.cat([hidden, hidden.new_zeros(hidden.shape[0], missing, *hidden.shape[2:])], dim=1)
+        runs = hidden.unflatten(1, (size, run))  # [batch, size, run, own heads, features]
+        came = self._exchange(runs.transpose(0, 1))  # [size, batch, run, own heads, features]
+        return came.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    def _begin(self, hidden: torch.Tensor) -> torch.Tensor:
+        self._all = hidden.shape[1]
+        return self.own(hidden)
+
+    def _end(self, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self._axis.gather(output), dim=1)[:, : self._all]
+
+    def _exchange(self, parts: torch.Tensor) -> torch.Tensor:
+        """What the others have for this rank, `[size, ...]`, for what it has for them."""
+        parts = parts.contiguous()
+        came = torch.empty_like(parts)
+        torch.distributed.all_to_all_single(came, parts, group=self._axis.group)
+        return came

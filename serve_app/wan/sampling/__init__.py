@@ -1,0 +1,4 @@
+"""Samples and their steps.
+
+Knows nothing of groups, jobs or Ray.
+"""

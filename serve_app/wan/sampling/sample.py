@@ -1,0 +1,169 @@
+"""One video being denoised: everything that its next step depends on, and nothing else.
+
+Knows neither the model nor which other samples exist.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from diffusers import UniPCMultistepScheduler
+
+from serve_app.request import Params
+from serve_app.wan.cost import latent_tokens
+from serve_app.wan.text import Embedding, pad
+from serve_app.wan.weights.checkpoint import Checkpoint, Expert
+
+
+@dataclass(eq=False)
+class Sample:
+    """One video being denoised.
+
+    The state is `params`, the two embeddings, `latents`, `step`, and of the scheduler what it carries from step to
+    step: `model_outputs`, `timestep_list`, `last_sample`, `lower_order_nums`, `this_order` and the step index. All the
+    rest follows from `params` and the checkpoint.
+
+    Attributes:
+        params: what is being made.
+        latents: `[1, channels, frames, height, width]`, float32, on the device of the model.
+        positive, negative: `[1, 512, dim]` in the dtype of the model; negative is None without guidance.
+        scheduler: this sample's own, since it holds the history of the sampler.
+        boundary: timesteps from here on belong to the high-noise expert; None if the first expert does all steps.
+        tokens: latent tokens after patching, the measure of a forward pass's work.
+        name: appears in error messages.
+    """
+
+    params: Params
+    latents: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor | None
+    scheduler: UniPCMultistepScheduler
+    boundary: float | None
+    tokens: int
+    name: str = ""
+    step: int = 0
+    """Index of the next step."""
+
+    @classmethod
+    def start(
+        cls,
+        params: Params,
+        checkpoint: Checkpoint,
+        positive: Embedding,
+        negative: Embedding | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        name: str = "",
+    ) -> Self:
+        """A sample of pure noise before its first step.
+
+        The noise is drawn on the CPU, so that a seed gives the same video on any hardware and any number of ranks. The
+        values are those of `WanPipeline` with `torch.Generator("cpu").manual_seed(seed)`.
+
+        Args:
+            dtype: of the model's activations, for the embeddings; latents are always float32.
+
+        Raises:
+            ValueError: `params` asks for guidance and there is no negative embedding.
+        """
+        if params.guided and negative is None:
+            raise ValueError(f"sample {name!r}: guidance {params.guidance_scale} needs a negative embedding")
+        config = checkpoint.expert_config("transformer")
+        shape = (1, int(config["in_channels"]), *params.latent_shape)
+        noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(params.seed), dtype=torch.float32)
+        scheduler = UniPCMultistepScheduler.from_config(checkpoint.scheduler_config, flow_shift=params.flow_shift)
+        # Timesteps stay on the CPU: which expert is next would otherwise cost a wait for the GPU.
+        scheduler.set_timesteps(params.num_inference_steps)
+        scheduler.set_begin_index(0)
+        ratio = checkpoint.boundary_ratio if params.boundary_ratio is None else params.boundary_ratio
+        boundary = None if ratio is None else ratio * checkpoint.num_train_timesteps
+        return cls(
+            params=params,
+            latents=noise.to(device),
+            positive=pad(positive)[None].to(device, dtype),
+            negative=pad(negative)[None].to(device, dtype) if params.guided and negative is not None else None,
+            scheduler=scheduler,
+            boundary=boundary if checkpoint.has_two_experts else None,
+            tokens=latent_tokens(config, params.latent_shape),
+            name=name,
+        )
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are in all."""
+        return len(self.scheduler.timesteps)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the latents are final. Then there is no next step, and so no timestep, expert or cohort."""
+        return self.step >= self.steps
+
+    @property
+    def timestep(self) -> int:
+        """Of the next step, counting down from the number of training timesteps."""
+        return int(self.scheduler.timesteps[self.step])
+
+    @property
+    def expert(self) -> Expert:
+        """Which expert does the next step."""
+        return "transformer" if self.boundary is None or self.timestep >= self.boundary else "transformer_2"
+
+    @property
+    def boundary_step(self) -> int:
+        """The first step that the low-noise expert does; `steps` where there is none."""
+        if self.boundary is None:
+            return self.steps
+        return int((self.scheduler.timesteps >= self.boundary).sum())
+
+    @property
+    def guided(self) -> bool:
+        """Whether a step needs the unconditional prediction as well."""
+        return self.params.guided
+
+    @property
+    def guidance(self) -> float:
+        """Guidance scale of the next step."""
+        return self.params.guidance_scale if self.expert == "transformer" else self.params.guidance_scale_2
+
+    @property
+    def cohort(self) -> Hashable:
+        """Samples of equal cohort can share a forward pass: same latent shape, expert, and guided or not."""
+        return (tuple(self.latents.shape), self.expert, self.guided)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of everything that is kept between steps, once the sampler's history is full."""
+        history = 1 + len(self.scheduler.model_outputs)  # of `last_sample` and the model's outputs
+        texts = [text for text in (self.positive, self.negative) if text is not None]
+        return self.latents.nbytes * (1 + history) + sum(text.nbytes for text in texts)
+
+    def snapshot(self) -> Self:
+        """The sample as it is now, whatever steps follow. Shares the tensors, since a step makes new ones."""
+        frozen = copy.copy(self)
+        frozen.scheduler = copy.copy(self.scheduler)
+        for name in ("model_outputs", "timestep_list"):
+            setattr(frozen.scheduler, name, list(getattr(self.scheduler, name)))
+        return frozen
+
+    def restore(self, snapshot: Self) -> None:
+        """Be again what the sample was when `snapshot` was taken; the snapshot must not be used any more."""
+        self.__dict__.update(snapshot.__dict__)
+
+    def to(self, device: torch.device) -> None:
+        """Move all tensors that the next step reads."""
+        self.latents = self.latents.to(device)
+        self.positive = self.positive.to(device)
+        self.negative = None if self.negative is None else self.negative.to(device)
+        scheduler = self.scheduler
+        scheduler.model_outputs = [None if one is None else one.to(device) for one in scheduler.model_outputs]
+        scheduler.last_sample = None if scheduler.last_sample is None else scheduler.last_sample.to(device)
+
+    def apply(self, prediction: torch.Tensor) -> None:
+        """Take one step of the scheduler along `prediction`, which has the shape of the latents."""
+        timestep = self.scheduler.timesteps[self.step]
+        self.latents = self.scheduler.step(prediction, timestep, self.latents, return_dict=False)[0]
+        self.step += 1

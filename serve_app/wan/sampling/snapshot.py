@@ -1,0 +1,172 @@
+"""A sample's state as bytes: what another process needs to continue it to the same bits.
+
+The bytes are one safetensors file, so that reading them runs no code. Knows neither where they are kept nor when they
+are taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from serve_app.errors import StateError
+from serve_app.request import Params
+from serve_app.wan.sampling.sample import Sample
+from serve_app.wan.text import Embedding
+from serve_app.wan.weights.checkpoint import MAX_TOKENS, Checkpoint
+
+VERSION = 1
+"""Of the format. It grows whenever the tensors or the header change; only the current one is read."""
+
+_SCALARS = ("_step_index", "_begin_index", "lower_order_nums", "this_order")
+"""What `UniPCMultistepScheduler` carries from step to step beside tensors; each is None until it is first set."""
+
+
+class _Header(BaseModel):
+    """All of the state that is no tensor."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    revision: str
+    dtype: str
+    name: str
+    params: Params
+    step: int
+    scalars: dict[str, int | None]
+    timestep_list: list[int | None]
+
+
+def to_bytes(sample: Sample, revision: str) -> bytes:
+    """The state of a sample between two of its steps, also before the first and after the last.
+
+    Call it where no step of the sample is running: a step changes the scheduler's history in place. Waits for the GPU.
+    There is no random generator in it: the noise is drawn once, at the start, and the sampler is deterministic.
+
+    Args:
+        revision: of the checkpoint that the sample was started with, `Checkpoint.revision`.
+
+    Returns:
+        safetensors with the tensors `latents` (`[1, channels, frames, height, width]`, float32), `positive` and, if
+        guided, `negative` (`[tokens, dim]` in the model's dtype, without the zeros that `pad` puts back), and of the
+        scheduler `last_sample` and `model_outputs.<slot>` (shaped as the latents) as far as they are set; and with the
+        metadata `version`, `state` (JSON: the rest of the sample) and `sha256` (of `state` and the tensors). The
+        metadata's order varies, so equal states need not be equal bytes.
+    """
+    scheduler = sample.scheduler
+    tensors = {"latents": sample.latents, "positive": _trim(sample.positive[0])}
+    if sample.negative is not None:
+        tensors["negative"] = _trim(sample.negative[0])
+    if scheduler.last_sample is not None:
+        tensors["last_sample"] = scheduler.last_sample
+    for slot, output in enumerate(scheduler.model_outputs):
+        if output is not None:
+            tensors[f"model_outputs.{slot}"] = output
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    state = _Header(
+        revision=revision,
+        dtype=_spell(sample.positive.dtype),
+        name=sample.name,
+        params=sample.params,
+        step=sample.step,
+        scalars={name: getattr(scheduler, name, None) for name in _SCALARS},
+        timestep_list=[None if timestep is None else int(timestep) for timestep in scheduler.timestep_list],
+    ).model_dump_json()
+    return save(tensors, {"version": str(VERSION), "state": state, "sha256": _digest(state, tensors)})
+
+
+def from_bytes(data: bytes, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Sample:
+    """A sample that continues where `to_bytes` was called, to the bits that it would have reached undisturbed.
+
+    Args:
+        checkpoint: of the revision that `to_bytes` was given.
+        device: of the model.
+        dtype: of the model's activations. It must be that of the first steps: another one gives another video.
+
+    Raises:
+        StateError: the bytes are damaged, not a sample's state, of another version of the format, of another
+            checkpoint or dtype, hold NaN or infinity, or do not fit together.
+    """
+    try:
+        tensors = load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
+        raise StateError(f"saved sample: {len(data)} bytes ({error}), expected a whole safetensors file") from None
+    _expect("format version", metadata.get("version"), str(VERSION))
+    state = metadata.get("state", "")
+    _expect("sha256", metadata.get("sha256"), _digest(state, tensors))
+    try:
+        header = _Header.model_validate_json(state)
+    except ValidationError as error:  # `Params` has changed since
+        first = error.errors()[0]
+        found = ".".join(map(str, first["loc"]))
+        raise StateError(f"saved sample: {found}: {first['msg']}, expected the fields of this release") from None
+    _expect("checkpoint revision", header.revision, checkpoint.revision)
+    _expect("dtype", header.dtype, _spell(dtype))
+
+    width = checkpoint.expert_config("transformer")["text_dim"]
+    texts = {name: tensors.pop(name) for name in ("positive", "negative") if name in tensors}
+    _expect("embeddings", sorted(texts), ["negative", "positive"] if header.params.guided else ["positive"])
+    for name, text in texts.items():
+        tokens = min(text.shape[0], MAX_TOKENS) if text.ndim else 0
+        _expect(name, _kind(text), f"{_spell(dtype)} {[tokens, width]}")
+    embeddings = {name: Embedding(text, text.shape[0], truncated=False) for name, text in texts.items()}
+    # All that follows from the parameters and the checkpoint is made anew. The noise is drawn in vain, which costs a
+    # fraction of a step and saves a second way to make a sample.
+    sample = Sample.start(
+        header.params, checkpoint, embeddings["positive"], embeddings.get("negative"), device, dtype, header.name
+    )
+    scheduler = sample.scheduler
+    if not 0 <= header.step <= sample.steps:
+        raise StateError(f"saved sample: step is {header.step}, expected 0 to {sample.steps}")
+    order = len(scheduler.model_outputs)
+    filled = [f"model_outputs.{slot}" for slot in range(max(0, order - header.step), order)]
+    _expect("tensors", sorted(tensors), [*(["last_sample"] if filled else []), "latents", *filled])
+    for name, tensor in tensors.items():
+        _expect(name, _kind(tensor), f"float32 {list(sample.latents.shape)}")
+    for name, tensor in (texts | tensors).items():
+        if not tensor.isfinite().all():
+            raise StateError(f"saved sample: {name} holds NaN or infinity, expected finite numbers")
+    # Copied: what safetensors hands out is not aligned as torch's own memory, and kernels may round by alignment.
+    tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+
+    sample.step = header.step
+    sample.latents = tensors["latents"]
+    scheduler.last_sample = tensors.get("last_sample")
+    scheduler.model_outputs = [tensors.get(f"model_outputs.{slot}") for slot in range(order)]
+    scheduler.timestep_list = [None if t is None else scheduler.timesteps.new_tensor(t) for t in header.timestep_list]
+    for name, value in header.scalars.items():
+        setattr(scheduler, name, value)
+    return sample
+
+
+def _trim(text: torch.Tensor) -> torch.Tensor:
+    """`[512, dim]` without the rows at the end that `pad` restores: those of zero bits, since -0.0 is not 0.0."""
+    written = text.contiguous().view(torch.uint8).any(dim=1).nonzero()
+    return text[: int(written[-1]) + 1 if len(written) else 0]
+
+
+def _digest(state: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Of everything that is restored: one flipped bit in the latents would otherwise be another video, unnoticed."""
+    digest = hashlib.sha256(state.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {_kind(tensor)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{_spell(tensor.dtype)} {list(tensor.shape)}"
+
+
+def _spell(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _expect(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise StateError(f"saved sample: {what} is {found}, expected {expected}")

@@ -1,0 +1,72 @@
+"""First-time work of an expert, done before anybody waits for it: kernels loaded, graphs compiled."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from serve_app.logs import get_logger
+from serve_app.request import Params
+from serve_app.wan.sampling.sample import Sample
+from serve_app.wan.sampling.sampler import advance
+from serve_app.wan.text import Embedding
+from serve_app.wan.weights.checkpoint import Checkpoint
+
+log = get_logger(__name__)
+
+
+def warm_up(
+    model: Any,
+    checkpoint: Checkpoint,
+    params: Params,
+    batch: int,
+    fuse_guidance_tokens: int,
+    dtype: torch.dtype,
+    compiled: bool,
+) -> None:
+    """Run an expert at the size of `params`, and where it is compiled at others as well.
+
+    A compiled block takes the sizes that it sees first for fixed, which is fastest, and those that change for free. So
+    the common size comes first, then smaller ones, alone and in batches: after that no request makes it compile again.
+
+    Args:
+        model: as `load_expert` returns it.
+        batch: samples that a forward pass may hold.
+        fuse_guidance_tokens: see `advance`.
+        dtype: of the model's activations.
+        compiled: whether its blocks are.
+    """
+    device = next(model.parameters()).device
+    text = Embedding(torch.zeros(1, int(model.config.text_dim)), tokens=1, truncated=False)
+
+    def run(size: Params, samples: int, fuse: int) -> None:
+        started = time.monotonic()
+        # Every sample begins in the first expert; which one runs it does not matter here.
+        held = [
+            Sample.start(size, checkpoint, text, text if size.guided else None, device, dtype, "warm-up")
+            for _ in range(samples)
+        ]
+        advance(model, held, fuse)
+        log.info(
+            "warmed up",
+            extra={
+                "size": f"{size.width}x{size.height}, {size.num_frames} frames",
+                "samples": samples,
+                "seconds": round(time.monotonic() - started, 2),
+            },
+        )
+
+    run(params, 1, fuse_guidance_tokens)
+    if not compiled:
+        return
+    small = params.model_copy(update={"width": 64, "height": 64, "num_frames": 5})
+    smaller = params.model_copy(update={"width": 48, "height": 32, "num_frames": 1})
+    for size in (small, smaller):
+        run(size, 1, 0)
+    # Passes over one, two and three: from the third on, their number is free. Guidance doubles it where it is fused.
+    for samples in range(2, min(batch, 3) + 1):
+        run(smaller, samples, 0)
+    for samples in range(1, min(batch, 2) + 1):
+        run(smaller, samples, fuse_guidance_tokens)

@@ -1,0 +1,210 @@
+"""An expert over one or several ranks: the sharded model, and its weights read slice by slice.
+
+Tensor parallelism is DeepSpeed's inference engine: it cuts the linear layers of every block (Megatron-LM's scheme,
+https://arxiv.org/abs/1909.08053). What it does not know of Wan is added here: a query/key norm that spans all heads,
+modules that stay in float32, and weights that go from the file to the shard without a whole expert in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
+from torch import nn
+
+from serve_app.errors import CheckpointError
+from serve_app.logs import get_logger
+from serve_app.wan.kernels.backends import KernelName, pick_kernel
+from serve_app.wan.kernels.fused import LinearGelu, block_forward
+from serve_app.wan.offload.block_swap import Slots
+from serve_app.wan.parallel.process_groups import Axis, World
+from serve_app.wan.parallel.sequence_shard import Tokens
+from serve_app.wan.parallel.tensor_parallel import ColumnParallel, RowParallel
+from serve_app.wan.transformer.attention import CrossAttention, SelfAttention, ShardedNorm
+from serve_app.wan.transformer.rotary import Rotary
+from serve_app.wan.transformer.text_cache import TextMemory
+from serve_app.wan.weights.checkpoint import Checkpoint, Expert
+from serve_app.wan.weights.random_weights import RandomWeights
+from serve_app.wan.weights.reader import Weights
+from serve_app.wan.weights.shard_spec import Piece, cut_dim, each, empty_expert, pieces
+from serve_app.wan.weights.sharded import AGAIN, Prepared
+
+log = get_logger(__name__)
+
+TEXT_MEMORY_BYTES = 2.0**30
+"""Enough for one 720p sample of A14B, both halves of guidance."""
+
+
+def load_expert(
+    checkpoint: Checkpoint,
+    expert: Expert,
+    world: World,
+    dtype: torch.dtype,
+    device: torch.device,
+    text_memory_bytes: float = TEXT_MEMORY_BYTES,
+    attention: KernelName | Literal["auto"] = "auto",
+    compiled: bool = False,
+    prepared: Prepared | None = None,
+    slots: Slots | None = None,
+) -> nn.Module:
+    """An expert, or this rank's shard of it, ready to run.
+
+    The module is called as `WanTransformer3DModel` is, by all ranks with the same arguments, and returns the same
+    prediction on all of them. The memory of the process grows by the shard and little more.
+
+    Args:
+        dtype: of weights and activations; the modules that diffusers keeps in float32 stay so.
+        text_memory_bytes: bound of its `text_memory`, see `TextMemory`.
+        attention: see `pick_kernel`.
+        compiled: compile the blocks. What they compute changes by rounding.
+        prepared: where each rank's shard is a file of its own, made for this tensor-parallel size and this dtype.
+            Without it the rank reads its slices of the checkpoint's weights.
+        slots: where the blocks take turns on the device; not given, all of them stay there.
+
+    Raises:
+        ConfigError: the mesh does not fit the heads or the feed-forward width.
+        CheckpointError: the weights do not match the configuration, or are damaged.
+    """
+    config = checkpoint.expert_config(expert)
+    world.mesh.check(config)
+    kernel, why = pick_kernel(attention, device, dtype, int(config["attention_head_dim"]))
+    log.info("attention", extra={"expert": expert, "kernel": why})
+    model = empty_expert(checkpoint, expert)
+    tensor = world.tensor
+    if tensor.size > 1:
+        model = _shard(model, tensor, dtype)
+    # DeepSpeed takes the model for its own: attributes are set afterwards.
+    model.guidance = world.guidance
+    # What is compiled wants texts of one length.
+    fold = device.type == "cpu" and dtype == torch.float32 and not compiled
+    model.text_memory = TextMemory(text_memory_bytes, fold)
+    tokens = Tokens(world.sequence) if world.sequence.size > 1 else None
+    fused = compiled and device.type == "cuda" and dtype == torch.bfloat16
+    for layer, block in enumerate(model.blocks):
+        if fused:
+            block.ffn.net[0] = LinearGelu(block.ffn.net[0].proj)
+            block.forward = MethodType(block_forward, block)
+        block.attn1.set_processor(SelfAttention(kernel, tensor.group, tokens, fused))
+        cross = CrossAttention(kernel, tensor.group, model.text_memory)
+        block.attn2.set_processor(cross)
+        cross.give(block, layer)
+    with _source(checkpoint, expert, tensor, device, prepared) as weights:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if prepared is None:
+            parts = pieces(shapes, weights, tensor.index, tensor.size, dtype)
+        else:
+            parts = pieces(shapes, weights, 0, 1, dtype)
+            _check_dtypes(parts, weights)
+        if slots is not None:
+            blocks = [part for part in parts if part.name.startswith("blocks.")]
+            slots.take(expert, list(model.blocks), blocks, weights)
+            parts = [part for part in parts if not part.name.startswith("blocks.")]
+        _fill(model, weights, parts, device)
+    # Not part of a checkpoint: computed from the configuration.
+    rope = WanRotaryPosEmbed(model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len)
+    model.rope = Rotary(rope.to(device), tokens)
+    if tokens is not None:
+        tokens.share(model)
+    if tensor.size > 1:
+        Tokens(tensor).share(model)
+    if compiled:
+        # One graph serves all layers: what differs between them are parameters and inputs. Sizes are fixed in the first
+        # one, and those that are seen to change are free in the next.
+        for block in model.blocks:
+            block.forward = torch.compile(block.forward)
+    return model
+
+
+def _source(
+    checkpoint: Checkpoint, expert: Expert, tensor: Axis, device: torch.device, prepared: Prepared | None
+) -> Weights:
+    if checkpoint.random:
+        return RandomWeights(checkpoint.folder / expert, device)
+    return Weights(checkpoint.folder / expert) if prepared is None else prepared.weights(expert, tensor.index)
+
+
+class _Mpu:
+    """How DeepSpeed is told which ranks share the weights."""
+
+    def __init__(self, tensor: Axis) -> None:
+        self._tensor = tensor
+
+    def get_model_parallel_group(self) -> Any:
+        return self._tensor.group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tensor.index
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tensor.size
+
+
+def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
+    """Replace the blocks' linear layers by this rank's shards; parameters are allocated, not filled."""
+    import deepspeed
+
+    uncut = [_whole(block.attn2) for block in model.blocks]  # type: ignore[union-attr]
+    engine = deepspeed.init_inference(
+        model,
+        # The default grain of 64 cuts unevenly where the feed-forward width is no multiple of 64 times the size.
+        tensor_parallel={
+            "tp_size": tensor.size,
+            "tp_grain_size": 1,
+            "tp_group": tensor.group,
+            "mpu": _Mpu(tensor),  # without it a group of the first ranks is made, whatever `tp_group` says
+        },
+        dtype=dtype,
+        replace_with_kernel_inject=False,
+        # The two row-parallel layers of a block, by the last two parts of their path.
+        injection_policy={WanTransformerBlock: ("to_out.0", "net.2")},
+    )
+    model = engine.module
+    blocks: Any = model.blocks
+    for block, whole in zip(blocks, uncut, strict=True):
+        # DeepSpeed begins a sum when the product is finished, and makes it of all tokens.
+        for pair, second in ((block.attn1.to_out, 0), (block.ffn.net, 2)):
+            pair[second] = RowParallel(pair[second], tensor.group)
+        block.ffn.net[0].proj = ColumnParallel(block.ffn.net[0].proj, tensor.group)
+        for attention, names in ((block.attn1, ("norm_q", "norm_k")), (block.attn2, ("norm_k",))):
+            attention.heads //= tensor.size
+            for name in names:
+                norm = getattr(attention, name)
+                setattr(attention, name, ShardedNorm(norm.normalized_shape[0], tensor.size, norm.eps, dtype))
+        for name, module in whole.items():
+            setattr(block.attn2, name, module)
+    return model
+
+
+def _whole(cross_attention: Any) -> dict[str, nn.Module]:
+    """Those of its modules that each rank has whole, though DeepSpeed cuts some. Copies, since it cuts the parameters
+    themselves."""
+    return {
+        name: copy.deepcopy(module)
+        for name, module in cross_attention.named_children()
+        if all(cut_dim(f"blocks.0.attn2.{name}.{leaf}") is None for leaf, _ in module.named_parameters())
+    }
+
+
+def _check_dtypes(parts: list[Piece], weights: Weights) -> None:
+    """Converting would hide that a file was made for other modules in float32 than this version of diffusers keeps."""
+    for part in parts:
+        if weights.dtype(part.name) != part.dtype:
+            raise CheckpointError(
+                f"{weights.where}: the tensor {part.name!r} is {weights.dtype(part.name)}, expected {part.dtype}; "
+                f"{AGAIN}"
+            )
+
+
+def _fill(model: nn.Module, weights: Weights, parts: list[Piece], device: torch.device) -> None:
+    """Give every parameter its values."""
+
+    def read(part: Piece) -> torch.Tensor:
+        return weights.read(part.name, part.dim, part.start, part.stop, part.dtype).to(device)
+
+    for part, tensor in each(parts, weights, read):
+        # A new parameter, since those built on the meta device cannot be given memory.
+        owner, _, leaf = part.name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

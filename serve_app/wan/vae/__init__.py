@@ -1,0 +1,4 @@
+"""From latents to frames.
+
+Knows nothing of denoising.
+"""

@@ -1,0 +1,89 @@
+"""Latents to frames, equal to those of `diffusers.WanPipeline`. Knows nothing of files or codecs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+
+from serve_app.wan.vae import cpu_layers as cpu_vae
+from serve_app.wan.vae.decode import TiledDecoder
+from serve_app.wan.vae.frame_buffer import Arrival
+from serve_app.wan.weights.checkpoint import Checkpoint
+from serve_app.wan.weights.files import check_loading
+from serve_app.wan.weights.random_weights import randomise
+
+
+class VideoDecoder:
+    """The decoder half of a checkpoint's VAE.
+
+    Args:
+        checkpoint: where to load from.
+        device: where to run.
+        dtype: of the weights. float32 is what Wan advises; bfloat16 halves time and memory.
+        others: further devices, each of which gets a copy of the weights and does its part of every picture.
+        tile_bytes: that a tile may take on a device, beside the weights. 0 is what is free on a GPU, and no bound on
+            CPUs: whole pictures, if they fit.
+
+    Raises:
+        CheckpointError: the weights are not what the configuration asks for.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        others: Sequence[torch.device] = (),
+        tile_bytes: float = 0,
+    ) -> None:
+        self._made_of = checkpoint, device, others, tile_bytes
+        vae, loading = AutoencoderKLWan.from_pretrained(
+            checkpoint.folder / "vae", dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        check_loading(checkpoint.folder / "vae", loading)
+        del vae.encoder, vae.quant_conv  # never used here: a third of the weights
+        vae.eval().requires_grad_(False)
+        if checkpoint.random:
+            randomise(vae)
+        copies = [copy.deepcopy(vae).to(other) for other in others]
+        self.vae = vae.to(device)
+        for one in (self.vae, *copies):
+            if one.device.type == "cpu" and dtype == torch.float32:
+                cpu_vae.speed_up(one)
+        self.device = device
+        self.dtype = dtype
+        self.tiled = TiledDecoder([self.vae, *copies], tile_bytes or math.inf)
+        statistics = (vae.config.latents_mean, vae.config.latents_std)
+        self._mean, self._std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(device, dtype) for values in statistics)
+
+    def in_float32(self) -> VideoDecoder:
+        """Load the same decoder in float32, for latents that a smaller type has no finite pixels for."""
+        checkpoint, device, others, tile_bytes = self._made_of
+        return VideoDecoder(checkpoint, device, torch.float32, others, tile_bytes)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, arrivals: Sequence[Arrival] | None = None) -> np.ndarray:
+        """Return the frames of a batch of latents.
+
+        Args:
+            latents: `[batch, channels, frames, height, width]`, any float dtype and device.
+            arrivals: one for each video, which is told of its frames as they come, and of why they do not.
+
+        Returns:
+            `[batch, 4 * (frames - 1) + 1, 8 * height, 8 * width, 3]`, uint8 RGB. Values are rounded to the nearest
+            level, as WanPipeline's `output_type="pil"` does; diffusers' `export_to_video` cuts them off instead, which
+            is darker by half a level.
+
+        Raises:
+            PixelsNotFinite: a video's pixels are not all finite numbers. It and what else an arrival was failed with
+                is raised when the batch's other videos are done; their arrivals have no error.
+            MemoryError: not even the smallest tile fits.
+        """
+        latents = latents.to(self.device, self.dtype)
+        # Division by the inverse, not multiplication: the last bit is that of WanPipeline.
+        return self.tiled.decode(latents / (1.0 / self._std) + self._mean, arrivals=arrivals).numpy()

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.model import dummy_checkpoint as hollow
+from serve_app.config import Config
+from serve_app.engine.memory_budget import Room
+from serve_app.errors import ConfigError
+from serve_app.wan.offload.block_store import FileBlocks, HostBlocks
+from serve_app.wan.offload.block_swap import Slots
+from serve_app.wan.parallel.mesh import Mesh
+from serve_app.wan.weights.checkpoint import Checkpoint
+
+CPU, GPU = torch.device("cpu"), torch.device("meta")  # any that is not a CPU will do
+GB = 1e9
+
+
+@pytest.fixture(scope="module")
+def a14b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hollow.write(tmp_path_factory.mktemp("hollow") / "a14b")
+
+
+ONE = Mesh()
+
+
+def room(folder: Path, mesh: Mesh = ONE, width: int = 832, height: int = 480, **denoiser: Any) -> Room:
+    size = {"width": width, "height": height}
+    config = Config.model_validate(
+        {"model": {"path": str(folder), "prepared": "/x"}, "defaults": size, "denoiser": denoiser}
+    )
+    checkpoint = Checkpoint(folder)
+    experts = checkpoint.experts[:1] if config.denoiser.experts == "split" else checkpoint.experts
+    return Room(config, checkpoint, experts, mesh)
+
+
+def test_weights_of_a14b(a14b: Path) -> None:
+    """14.29 billion parameters in bfloat16 each, of which 0.24 billion are not in blocks."""
+    assert room(a14b).weight_bytes == pytest.approx(57.2 * GB, rel=0.01)
+    assert room(a14b, experts="split").weight_bytes == pytest.approx(28.6 * GB, rel=0.01)
+    assert room(a14b, experts="swap").weight_bytes == pytest.approx(29.1 * GB, rel=0.01)
+    whole = 2 * (40 * 2 * 5120**2 * 2) + 1.0 * GB  # of cross-attention two layers, and what is outside of blocks
+    for tensor in (2, 4):
+        each = room(a14b, Mesh(tensor=tensor)).weight_bytes
+        assert each == pytest.approx((57.2 * GB - whole) / tensor + whole, rel=0.01)
+    assert room(a14b, Mesh(guidance=2, sequence=2)).weight_bytes == room(a14b).weight_bytes
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(a14b: Path) -> None:
+    everything = room(a14b)
+    everything.check(64 * GB)
+    with pytest.raises(
+        ConfigError,
+        match=r"^denoiser\.memory_fraction has value 0\.9, 46\.6 GiB of this GPU, expected 5\d\.\d GiB for weights "
+        r"\(53\.\d\) and a step of 832x480, 81 frames; denoiser\.experts, \.offload and \.parallel\.tensor",
+    ):
+        everything.slots(50 * GB, GPU)
+    room(a14b, Mesh(tensor=2)).check(50 * GB)
+    room(a14b, experts="swap").check(50 * GB)
+    with pytest.raises(ConfigError, match=r"18\.6 GiB of this GPU, expected 32\.4"):
+        room(a14b, experts="swap").check(20 * GB)
+
+
+@pytest.mark.parametrize(
+    ("experts", "tensor", "at_480p", "at_720p"),
+    [
+        ("together", 1, 62.5, 65.6),
+        ("swap", 1, 34.4, 37.5),
+        ("split", 1, 32.9, 35.9),
+        ("together", 2, 38.0, 40.0),
+    ],
+)
+def test_what_is_said_to_fit_is_what_was_seen_to(
+    a14b: Path, experts: str, tensor: int, at_480p: float, at_720p: float
+) -> None:
+    """The gigabytes that the allocator held on GPUs of A14B, compiled, 81 frames.
+
+    benchmarks/results/2026-11-25-a14b-2xh100.md, 2026-11-26-a14b-2xh200.md, 2026-11-28-a14b-cross-attention-2xh200.md.
+    """
+    for (width, height), seen in (((832, 480), at_480p), ((1280, 720), at_720p)):
+        needed = room(a14b, Mesh(tensor=tensor), width, height, experts=experts, compile=True)
+        with pytest.raises(ConfigError):
+            needed.check(0.97 * seen * GB)
+        needed.check(1.03 * seen * GB)
+
+
+def test_texts_count_as_far_as_they_are_kept(a14b: Path) -> None:
+    """Two texts of 2 x 40 layers x 512 tokens x 5120 features x 2 bytes for each expert, on all of its ranks."""
+    for mesh, texts in ((ONE, 4), (Mesh(guidance=2), 2), (Mesh(tensor=2), 4)):
+        more = _least(room(a14b, mesh)) - _least(room(a14b, mesh, text_memory_mib=0))
+        assert more == pytest.approx(texts * 0.419 * GB, rel=0.01)
+    more = _least(room(a14b, text_memory_mib=100)) - _least(room(a14b, text_memory_mib=0))
+    assert more == pytest.approx(2 * 100 * 2**20, rel=0.01)
+
+
+def _least(room: Room) -> float:
+    """Bytes that `check` wants."""
+    low, high = 0.0, 100 * GB
+    while high - low > 1e5:
+        middle = (low + high) / 2
+        try:
+            room.check(middle)
+            high = middle
+        except ConfigError:
+            low = middle
+    return high
+
+
+def test_where_blocks_wait(a14b: Path) -> None:
+    assert room(a14b).slots(float("inf"), GPU) is None
+    assert room(a14b, experts="split").slots(float("inf"), GPU) is None
+    assert room(a14b, experts="swap").slots(float("inf"), CPU) is None
+    for offload, store in (("cpu", HostBlocks), ("disk", FileBlocks)):
+        slots = room(a14b, experts="swap", offload=offload, compile=True).slots(40 * GB, CPU)
+        assert isinstance(slots, Slots) and isinstance(slots._store, store)
+        # Of 40 GB: less the largest request (720p, 161 frames), texts, waiting samples and what is not in blocks.
+        left = 40 - 13.2 - 2 * 1.07 - 4.29 - 0.97
+        assert slots._room / GB == pytest.approx(left, abs=0.3)

@@ -1,3 +1,0 @@
-from tests.jobs.notice.sending import endpoints, notify
-
-__all__ = ["endpoints", "notify"]
