@@ -14,7 +14,7 @@ from ray.serve.config import AutoscalingConfig
 
 from serve_app.capacity import needs
 from serve_app.compute import SEE_ALL_GPUS
-from serve_app.config import Autoscaling, Config, Parallel, Resources, below, home_of, placed, validate
+from serve_app.config import Autoscaling, Config, ParallelConfig, Resources, below, home_of, placed, validate
 from serve_app.errors import CheckpointError, ConfigError, InvalidRequest, without_password
 from serve_app.logs import get_logger
 from serve_app.model import fit, open_model
@@ -22,7 +22,7 @@ from serve_app.request import VideoRequest, resolve
 from serve_app.shortage import shortages
 from serve_app.wan.parallel.mesh import Mesh, default_mesh
 from serve_app.wan.weights.checkpoint import Checkpoint
-from serve_app.wan.weights.sharded import Prepared
+from serve_app.wan.weights.sharded import ShardedCheckpoint
 
 logger = get_logger(__name__)
 
@@ -37,7 +37,7 @@ def wan(args: dict[str, Any]) -> Application:
     """Pipeline and stages. Has no route: the dispatcher and other Ray jobs call it by handle.
 
     Raises:
-        ConfigError: an option that cannot work, `model.path` and `model.prepared` too if their folders are not complete
+        ConfigError: an option that cannot work, `model.path` and `model.sharded` too if their folders are not complete
             or do not fit.
     """
     from serve_app.stages.decoder import Decoder
@@ -158,7 +158,7 @@ def _with_model(config: Config) -> tuple[Config, dict[str, Any] | None]:
         return config, None
 
 
-def _check_parallel(parallel: Parallel, checkpoint: Checkpoint) -> None:
+def _check_parallel(parallel: ParallelConfig, checkpoint: Checkpoint) -> None:
     """Whether the ranks of a group can share the model, before any of them starts."""
     for expert in checkpoint.experts:
         shape = checkpoint.expert_config(expert)
@@ -171,19 +171,19 @@ def _check_parallel(parallel: Parallel, checkpoint: Checkpoint) -> None:
 def _check_prepared(config: Config, checkpoint: Checkpoint) -> None:
     """Whether there is a file for every rank, before any of them starts."""
     parallel = config.denoiser.parallel
-    if config.model.prepared_folder is not None:
+    if config.model.sharded_folder is not None:
         if parallel.ranks is not None:
             raise ConfigError(
-                f"denoiser.parallel.ranks has value {parallel.ranks} and model.prepared is given, expected "
+                f"denoiser.parallel.ranks has value {parallel.ranks} and model.sharded is given, expected "
                 "denoiser.parallel.tensor, the number that the shards were prepared for"
             )
         try:
-            prepared = Prepared(config.model.prepared_folder, checkpoint, parallel.tensor, config.model.dtype)
+            sharded = ShardedCheckpoint(config.model.sharded_folder, checkpoint, parallel.tensor, config.model.dtype)
             for expert in checkpoint.experts:
                 for shard in range(parallel.tensor):
-                    prepared.check(expert, shard)
+                    sharded.check(expert, shard)
         except CheckpointError as error:
-            raise ConfigError(f"model.prepared has value {config.model.prepared!r}: {error}") from None
+            raise ConfigError(f"model.sharded has value {config.model.sharded!r}: {error}") from None
 
 
 def _deployment(deployment: Any, **options: Any) -> Any:

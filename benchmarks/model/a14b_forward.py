@@ -30,13 +30,13 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from benchmarks.machine import describe, timed
-from benchmarks.model import dummy_checkpoint as hollow
+from benchmarks.model import dummy_checkpoint as dummy_checkpoint
 from benchmarks.model import trace
 from benchmarks.model.parity import Seen, relative_error, run_ranks
 from serve_app.wan.cost import step_flops
-from serve_app.wan.parallel import symmetric_memory as peer_memory
+from serve_app.wan.parallel import symmetric_memory as symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.parallel.process_groups import World, init_world
+from serve_app.wan.parallel.process_groups import ProcessGroups, init_process_groups
 from serve_app.wan.sampling.sampler import predict
 from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import MAX_TOKENS, Checkpoint
@@ -72,7 +72,7 @@ def main() -> None:
         )
     narrow = {"num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 192, "text_dim": 64}
     with tempfile.TemporaryDirectory() as name:
-        folder = hollow.write(
+        folder = dummy_checkpoint.write(
             Path(name) / "model", {"num_layers": options.layers, **(narrow if options.narrow else {})}
         )
         mesh = Mesh(*map(int, options.mesh.split("x")))
@@ -104,8 +104,8 @@ def main() -> None:
 def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.Namespace, output: Path) -> None:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    world = init_world(rank, mesh, "127.0.0.1", port, device, timeout_s=600)
-    peers = peer_memory.of(world.tensor.group.group_name) if world.tensor.group else None
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=600)
+    peers = symmetric_memory.of(world.tensor.group.group_name) if world.tensor.group else None
     checkpoint = Checkpoint(folder, random=True)
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
@@ -136,7 +136,7 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
                     file = options.profile / f"{attention}{'-compiled' if compiled else ''}-{rank}.txt"
                     shares = _profile(run, file)
                     found["shares"].append({"size": size, "what": what, **shares})
-                expert.text_memory.clear()  # type: ignore[operator, union-attr]
+                expert.text_cache.clear()  # type: ignore[operator, union-attr]
                 del run
             if options.diffusers and mesh.ranks == 1 and not compiled and attention == options.attention[0]:
                 _compare(found, expert, options, device)
@@ -186,7 +186,7 @@ def _compare(found: dict[str, Any], expert: Any, options: argparse.Namespace, de
         found["errors"].append(line)
 
 
-def _float32(checkpoint: Checkpoint, world: World, options: argparse.Namespace, device: torch.device) -> None:
+def _float32(checkpoint: Checkpoint, world: ProcessGroups, options: argparse.Namespace, device: torch.device) -> None:
     """What all others round. Its inputs and weights are theirs, rounded to bfloat16."""
     gc.collect()
     if device.type == "cuda":

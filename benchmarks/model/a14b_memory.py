@@ -7,7 +7,7 @@
 Each case is a group of fresh processes that load the experts, warm up, and denoise one guided sample of each size, half
 of its steps with each expert. `together`, `swap` and `split` are the placements of the experts; `cpu:24` and `disk:24`
 are offload with a process's share of the device capped to nine tenths of 24 GB, at the first size only. Weights are
-random; for `disk` they are written first, with `--disk-layers` layers, and compared with `prepared`, the same files
+random; for `disk` they are written first, with `--disk-layers` layers, and compared with `sharded`, the same files
 with all blocks on the device. `first step` is the one after the change of expert; `--steps 40` makes `all steps` a
 whole job. `reserved` is what the allocator took of the device, which memory in pieces makes more than the peak. Which
 steps took 5 % longer than most, and how long Python's collector took, is told beside the table; --profile has the ranks
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe
-from benchmarks.model import dummy_checkpoint as hollow
+from benchmarks.model import dummy_checkpoint as dummy_checkpoint
 from benchmarks.model.parity import run_ranks
 from serve_app.config import Config
 from serve_app.engine.rank import Rank
@@ -79,14 +79,14 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        folder = hollow.write(work / "model", {"num_layers": options.layers, **narrow})
+        folder = dummy_checkpoint.write(work / "model", {"num_layers": options.layers, **narrow})
         disk = {"num_layers": options.disk_layers, **narrow}
         for case in options.cases:
             kind, _, cap = case.partition(":")
             model = {"path": str(folder), "weights": "random"}
-            if kind in ("disk", "prepared"):
+            if kind in ("disk", "sharded"):
                 model = _written(work, disk, mesh.tensor)
-            sizes = options.sizes[:1] if cap or kind == "prepared" else options.sizes
+            sizes = options.sizes[:1] if cap or kind == "sharded" else options.sizes
             config = _config(case, sizes, model, mesh, options)
             experts = ("transformer",) if kind == "split" else None
             given = (case, config.model_dump(), experts, sizes, options.steps, options.gap_ms)
@@ -97,7 +97,7 @@ def _config(case: str, sizes: list[str], model: dict[str, Any], mesh: Mesh, opti
     kind, _, cap = case.partition(":")
     cap_gb = float(cap or 0)
     width, height = max((_width_height(size) for size in sizes), key=math.prod)
-    placed = {"together": "together", "split": "split", "prepared": "together"}.get(kind, "swap")
+    placed = {"together": "together", "split": "split", "sharded": "together"}.get(kind, "swap")
     denoiser = {
         "experts": placed,
         "offload": kind if kind in ("cpu", "disk") else "none",
@@ -127,12 +127,12 @@ def _written(work: Path, expert: dict[str, Any], tensor: int) -> dict[str, str]:
     """A model whose experts have bytes on the disk, and its prepared shards, made once."""
     folder, shards = work / "written", work / "shards"
     if not folder.is_dir():
-        hollow.write(folder, expert)
+        dummy_checkpoint.write(folder, expert)
         checkpoint = Checkpoint(folder, random=True)
         for name in checkpoint.experts:
             _fill(folder / name, checkpoint, name)
         prepare(Checkpoint(folder), shards, tensor, "bfloat16")
-    return {"path": str(folder), "prepared": str(shards)}
+    return {"path": str(folder), "sharded": str(shards)}
 
 
 def _fill(where: Path, checkpoint: Checkpoint, name: Expert) -> None:

@@ -23,7 +23,7 @@ from benchmarks.machine import describe
 from benchmarks.model.parity import run_ranks
 from serve_app.wan.parallel import collectives as exchange
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.parallel.process_groups import init_world
+from serve_app.wan.parallel.process_groups import init_process_groups
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
 def _measure(rank: int, mesh: Mesh, port: int, sizes: list[int], rounds: int, output: Path) -> None:
     torch.set_num_threads(1)
     exchange._MOST_BYTES = 2**40  # what it is chosen by is what this measures
-    world = init_world(rank, mesh, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
     group, rows = world.tensor.group, []
     ways: tuple[Callable[[torch.Tensor], object], ...] = (
         lambda part: dist.all_reduce(part, group=group),

@@ -24,14 +24,14 @@ from benchmarks.machine import describe
 from benchmarks.model.parity import run_ranks
 from benchmarks.usage import measured
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.parallel.process_groups import init_world
+from serve_app.wan.parallel.process_groups import init_process_groups
 from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint
-from serve_app.wan.weights.sharded import Prepared
+from serve_app.wan.weights.sharded import ShardedCheckpoint
 from serve_app.wan.weights.writer import prepare
 
 EXPERT = "transformer"
-WAYS = ("from_pretrained", "slices", "prepared")
+WAYS = ("from_pretrained", "slices", "sharded")
 _MB = 1e6
 
 
@@ -85,7 +85,7 @@ def _load(
     if where == "cuda":
         torch.cuda.set_device(device)
     torch.ones(1, device=device)  # the GPU's context is none of the load
-    world = init_world(rank, mesh, "127.0.0.1", port, device, timeout_s=600)
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=600)
 
     def once() -> int:
         """Bytes of the parameters of what was loaded, and is freed again."""
@@ -96,8 +96,8 @@ def _load(
             model = model.to(device)
         else:
             checkpoint = Checkpoint(folder)
-            prepared = Prepared(shards, checkpoint, mesh.tensor, dtype) if way == "prepared" else None
-            model = load_expert(checkpoint, EXPERT, world, getattr(torch, dtype), device, prepared=prepared)
+            sharded = ShardedCheckpoint(shards, checkpoint, mesh.tensor, dtype) if way == "sharded" else None
+            model = load_expert(checkpoint, EXPERT, world, getattr(torch, dtype), device, sharded=sharded)
         if where == "cuda":
             torch.cuda.synchronize()
         return sum(p.nbytes for p in model.parameters())

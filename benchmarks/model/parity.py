@@ -26,7 +26,7 @@ from serve_app.config import WAN_NEGATIVE_PROMPT
 from serve_app.request import Params
 from serve_app.wan.generate import Generator
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.parallel.process_groups import init_world
+from serve_app.wan.parallel.process_groups import init_process_groups
 
 Seen = Literal["all", "own", "own first"]
 """GPUs that a rank sees."""
@@ -166,7 +166,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def _denoise_cases(rank: int, mesh: Mesh, port: int, folder: Path, cases: list[str], output: Path) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.ranks))
-    world = init_world(rank, mesh, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
     generator = Generator(folder, world=world)
     torch.save({name: generator.latents(CASES[name]) for name in cases}, output / f"{rank}.pt")
     world.close()

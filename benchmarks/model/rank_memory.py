@@ -19,7 +19,7 @@ import torch
 from benchmarks.model.parity import run_ranks
 from benchmarks.usage import measured
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.parallel.process_groups import init_world
+from serve_app.wan.parallel.process_groups import init_process_groups
 from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint
 
@@ -61,7 +61,7 @@ def _load(rank: int, mesh: Mesh, port: int, folder: Path, dtype: str, output: Pa
     torch.set_num_threads(1)
     device = torch.device("cpu")
     checkpoint = Checkpoint(folder)
-    world = init_world(rank, mesh, "127.0.0.1", port, device, timeout_s=120)
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=120)
     with measured() as usage:
         model = load_expert(checkpoint, "transformer", world, getattr(torch, dtype), device)
     result = {

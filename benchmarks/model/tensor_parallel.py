@@ -21,9 +21,9 @@ import torch.distributed as dist
 
 from benchmarks.machine import describe, timed, tokens_of
 from benchmarks.model.parity import Seen, run_ranks
-from serve_app.wan.parallel import symmetric_memory as peer_memory
+from serve_app.wan.parallel import symmetric_memory as symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.parallel.process_groups import init_world
+from serve_app.wan.parallel.process_groups import init_process_groups
 from serve_app.wan.parallel.tensor_parallel import _beside, column_parallel, parts_of
 
 _WIDTH = 5120
@@ -47,7 +47,7 @@ def main() -> None:
 @torch.no_grad()
 def _measure(rank: int, mesh: Mesh, port: int, options: argparse.Namespace) -> None:
     device = torch.device("cuda", rank if options.sees == "all" else 0)
-    world = init_world(rank, mesh, "127.0.0.1", port, device, timeout_s=120)
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=120)
     if rank == 0:
         print(f"\n{describe()}; {torch.cuda.get_device_name(device)}; {mesh.ranks} ranks, which see {options.sees}\n")
         parts = " | ".join(f"{parts} parts" for parts in options.parts)
@@ -122,8 +122,8 @@ def _summed(own: torch.Tensor, features: int, ranks: int, group: object, options
     return [product, exchange, both, *map(parts, options.parts), beside if _peers(group) else None]
 
 
-def _peers(group: object) -> peer_memory.PeerMemory | None:
-    return peer_memory.of(group.group_name)  # type: ignore[attr-defined]
+def _peers(group: object) -> symmetric_memory.SymmetricMemory | None:
+    return symmetric_memory.of(group.group_name)  # type: ignore[attr-defined]
 
 
 def _milliseconds(run: Callable[[], object], repeats: int) -> float:

@@ -27,7 +27,7 @@ import yaml
 from ray import serve
 
 from benchmarks.machine import describe
-from benchmarks.model import dummy_checkpoint as hollow
+from benchmarks.model import dummy_checkpoint as dummy_checkpoint
 from benchmarks.serving.engine_throughput import sections
 from serve_app.cli import _free_port
 from serve_app.server import Server
@@ -65,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         small: dict[str, dict[str, Any]] = _NARROW if options.narrow else {"expert": {}, "text": {}, "vae": {}}
-        folder = hollow.write(
+        folder = dummy_checkpoint.write(
             work / "model", {**small["expert"], "num_layers": options.layers}, small["text"], small["vae"]
         )
         # Warm-up is at the default size.

@@ -147,7 +147,7 @@ async def serving(home: str) -> AsyncIterator[tuple[str, str]]:
     """The application with keys on a free port: its URL and a key."""
     import uvicorn
 
-    from serve_app.config import Auth, Config, Dispatcher, Limits
+    from serve_app.config import AuthConfig, Config, DispatcherConfig, Limits
     from serve_app.dispatch import dispatcher
     from serve_app.gateway.app import create_app
     from serve_app.jobs.store import JobStore
@@ -156,9 +156,9 @@ async def serving(home: str) -> AsyncIterator[tuple[str, str]]:
 
     config = Config(
         home=home,
-        auth=Auth(mode="keys"),
+        auth=AuthConfig(mode="keys"),
         limits=Limits(queued_jobs=1_000_000),
-        dispatcher=Dispatcher(poll_s=0.2, running_jobs=16, late_outputs_s=0),
+        dispatcher=DispatcherConfig(poll_s=0.2, running_jobs=16, late_outputs_s=0),
     )
     store, storage = JobStore(config.store_url, 0), Storage(config.storage_url)
     await store.start()

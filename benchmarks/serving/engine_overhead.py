@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.serving.engine_throughput import Application, deployed, own_ray
-from serve_app.engine.sample_request import Ticket
+from serve_app.engine.sample_request import SampleRequest
 from serve_app.engine.saver import Saver
 from serve_app.stages.encoder import Encoded
 from serve_app.storage import Storage
@@ -76,7 +76,7 @@ class Holder:
             self._count += 1
             params = self._app.params(self._count, num_inference_steps=STEPS, **fields)
             prefix = None if save_under is None else f"{save_under}/{self._count}"
-            ticket = Ticket(f"sample{self._count}", params, state_prefix=prefix)
+            ticket = SampleRequest(f"sample{self._count}", params, state_prefix=prefix)
             responses.append(self._denoiser.denoise.remote(ticket, self._encoded))
             threads.append(threading.Thread(target=_listen, args=(responses[-1],), daemon=True))
             threads[-1].start()

@@ -29,7 +29,7 @@ from sqlalchemy import insert, update
 
 from benchmarks.machine import describe
 from serve_app.cli import _free_port
-from serve_app.config import Config, Store
+from serve_app.config import Config, StoreConfig
 from serve_app.db.tables import Job
 from serve_app.gateway.app import create_app
 from serve_app.jobs.store import JobStore
@@ -57,7 +57,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|", flush=True)
     for store in options.stores:
         with tempfile.TemporaryDirectory(prefix="wan-bench-") as home, database(store) as url:
-            config = Config(home=home, store=Store(url=url))
+            config = Config(home=home, store=StoreConfig(url=url))
             asyncio.run(measure(store, config, sorted(options.rows), options.connections, options.requests))
 
 
@@ -87,7 +87,7 @@ def database(store: str) -> Iterator[str]:
 
 async def serve(config: Config) -> None:
     """The gateway's application on the port in the environment, without anybody who works off its queue."""
-    store = JobStore(config.store_url, config.dispatcher.late_outputs_s, config.patience)
+    store = JobStore(config.store_url, config.dispatcher.late_outputs_s, config.ageing)
     await store.start()
 
     async def nothing() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.machine import describe
 from benchmarks.serving.engine_throughput import Application, deployed, own_ray
-from serve_app.engine.sample_request import Denoised, Ticket
+from serve_app.engine.sample_request import Denoised, SampleRequest
 from serve_app.stages.denoiser import Started
 from serve_app.stages.encoder import Encoded
 
@@ -62,12 +62,12 @@ class Asker:
     def ask(self, kind: str, heard: Heard, created_at: float = 0.0) -> threading.Thread:
         """Ask for one sample; its latency is in `heard` when the thread has ended."""
         self._count += 1
-        ticket = Ticket(f"{kind}{self._count}", self._params[kind], created_at=created_at)
+        ticket = SampleRequest(f"{kind}{self._count}", self._params[kind], created_at=created_at)
         thread = threading.Thread(target=self._follow, args=(ticket, kind, heard), daemon=True)
         thread.start()
         return thread
 
-    def _follow(self, ticket: Ticket, kind: str, heard: Heard) -> None:
+    def _follow(self, ticket: SampleRequest, kind: str, heard: Heard) -> None:
         asked = time.monotonic()
         try:
             events = list(self._denoiser.denoise.remote(ticket, self._encoded[kind]))

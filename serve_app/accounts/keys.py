@@ -51,7 +51,7 @@ class Key(Base):
 
 
 @dataclass(frozen=True)
-class Limits:
+class KeyLimits:
     """How much a key may have; None is no limit.
 
     `requests_per_minute` counts every call over HTTP; `queued_jobs` those that wait; `running_jobs` those that run,
@@ -87,7 +87,7 @@ class Keys:
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    async def create(self, name: str, scopes: Sequence[Scope], limits: Limits | None = None) -> tuple[Key, str]:
+    async def create(self, name: str, scopes: Sequence[Scope], limits: KeyLimits | None = None) -> tuple[Key, str]:
         """A new key and its text, which nobody can be told again."""
         key_id, secret = secrets.token_hex(8), secrets.token_hex(32)
         async with self._db.write() as session:
@@ -97,7 +97,7 @@ class Keys:
                 name=name,
                 scopes=[scope for scope in SCOPES if scope in scopes],
                 created_at=await self._db.clock(session),
-                **vars(limits or Limits()),
+                **vars(limits or KeyLimits()),
             )
             session.add(key)
         return key, f"wan_{key_id}_{secret}"
@@ -134,7 +134,7 @@ class Keys:
         return key is not None
 
     async def limit(self, key_id: str, changes: dict[str, float | None]) -> Key | None:
-        """Change limits, named as in `Limits`; None if there is no such key."""
+        """Change limits, named as in `KeyLimits`; None if there is no such key."""
         async with self._db.write() as session:
             key = await session.get(Key, key_id, with_for_update=True)
             if key is not None:

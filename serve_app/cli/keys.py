@@ -37,7 +37,7 @@ def create(
     gpu_seconds_per_day: GpuSeconds = None,
 ) -> None:
     """Make a key and show it, once."""
-    from serve_app.accounts.keys import Limits, Scope
+    from serve_app.accounts.keys import KeyLimits, Scope
     from serve_app.config import load_file
 
     chosen: list[Any] = [scope.strip() for scope in scopes.split(",")]
@@ -45,7 +45,7 @@ def create(
         raise ConfigError(f"--scopes has value {scopes!r}, expected some of create, read, admin, one of the first two")
     given = dict(zip(_NAMES, (requests_per_minute, queued_jobs, running_jobs, gpu_seconds_per_day), strict=True))
     limits: Any = {name: value or None for name, value in given.items()}
-    key, text = with_store(config, lambda store: store.keys.create(name, chosen, Limits(**limits)), make=True)
+    key, text = with_store(config, lambda store: store.keys.create(name, chosen, KeyLimits(**limits)), make=True)
     # The key alone on stdout, for scripts.
     aside = Console(stderr=True, highlight=False)
     aside.print(f"key {key.id} of {name}; it is shown only now:", markup=False)

@@ -43,12 +43,12 @@ def prepare(
     verify: Annotated[bool, typer.Option("--verify", help="Compare the hashes of all that is there first.")] = False,
 ) -> None:
     """Write each rank's shard of the experts as a file of its own, once. Can be interrupted and called again."""
-    from serve_app.config import Model
+    from serve_app.config import ModelConfig
     from serve_app.wan.weights.checkpoint import Checkpoint
 
     started = time.monotonic()
     long = _LONG.get(dtype.value, dtype.value)
-    checkpoint = Checkpoint(Model(path=model).folder)
+    checkpoint = Checkpoint(ModelConfig(path=model).folder)
     columns = (TextColumn("{task.description:>44}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task("reading headers", total=None)
@@ -72,7 +72,7 @@ def prepare(
     )
     path = model if model == "tiny" else str(checkpoint.folder.absolute())
     options = {
-        "model": {"path": path, "prepared": str(out.absolute()), "dtype": long},
+        "model": {"path": path, "sharded": str(out.absolute()), "dtype": long},
         "denoiser": {"parallel": {"tensor": tensor}},
     }
     console.print(yaml.safe_dump(options, sort_keys=False, allow_unicode=True).rstrip(), soft_wrap=True, markup=False)

@@ -6,40 +6,48 @@ deployments.
 """
 
 from serve_app.config.file import load_file, variables
-from serve_app.config.gateway import Auth, Gateway, is_loopback
-from serve_app.config.jobs import Dispatcher, Patience, Queue, Retention, Store
-from serve_app.config.model import WAN_NEGATIVE_PROMPT, Defaults, Limits, Model
-from serve_app.config.notifications import Mail, Webhooks, is_mail_address
+from serve_app.config.gateway import AuthConfig, GatewayConfig, is_loopback
+from serve_app.config.jobs import Ageing, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
+from serve_app.config.model import WAN_NEGATIVE_PROMPT, Defaults, Limits, ModelConfig
+from serve_app.config.notifications import MailConfig, WebhooksConfig, is_mail_address
 from serve_app.config.paths import below, home_of, placed
 from serve_app.config.section import Priority
-from serve_app.config.stages import Autoscaling, Decoder, Denoiser, Encoder, Parallel, Pipeline, Resources
-from serve_app.config.storage import Storage
+from serve_app.config.stages import (
+    Autoscaling,
+    DecoderConfig,
+    DenoiserConfig,
+    EncoderConfig,
+    ParallelConfig,
+    PipelineConfig,
+    Resources,
+)
+from serve_app.config.storage import StorageConfig
 from serve_app.config.tree import Config, validate
 
 __all__ = [
     "WAN_NEGATIVE_PROMPT",
-    "Auth",
+    "Ageing",
+    "AuthConfig",
     "Autoscaling",
     "Config",
-    "Decoder",
+    "DecoderConfig",
     "Defaults",
-    "Denoiser",
-    "Dispatcher",
-    "Encoder",
-    "Gateway",
+    "DenoiserConfig",
+    "DispatcherConfig",
+    "EncoderConfig",
+    "GatewayConfig",
     "Limits",
-    "Mail",
-    "Model",
-    "Parallel",
-    "Patience",
-    "Pipeline",
+    "MailConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "PipelineConfig",
     "Priority",
-    "Queue",
+    "QueueConfig",
     "Resources",
-    "Retention",
-    "Storage",
-    "Store",
-    "Webhooks",
+    "RetentionConfig",
+    "StorageConfig",
+    "StoreConfig",
+    "WebhooksConfig",
     "below",
     "home_of",
     "is_loopback",

@@ -48,7 +48,7 @@ def _public_url(value: str) -> str:
     return value
 
 
-class Gateway(Section):
+class GatewayConfig(Section):
     """The HTTP ingress."""
 
     num_replicas: PositiveInt = 1
@@ -65,7 +65,7 @@ class Gateway(Section):
     own page need not be given."""
 
 
-class Auth(Section):
+class AuthConfig(Section):
     """Who may call over HTTP. Handle calls come from inside of the cluster and are trusted."""
 
     mode: Literal["none", "keys"] = "none"

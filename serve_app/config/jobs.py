@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from serve_app.config.section import NonNegativeFloat, Section
 
 
-class Dispatcher(Section):
+class DispatcherConfig(Section):
     """The process that leases jobs and drives them through a pipeline."""
 
     pipeline: str = "wan"
@@ -35,7 +35,7 @@ class Dispatcher(Section):
     """How long after a run was cut off files that it still stored are looked for and removed."""
 
 
-class Patience(Section):
+class Ageing(Section):
     """For each priority class the seconds of waiting after which a job is no longer overtaken by any that came later.
 
     Before, a more urgent class goes first, and within a class on a group of ranks whichever has the least work left.
@@ -46,14 +46,14 @@ class Patience(Section):
     batch: NonNegativeFloat = 6 * 3600
 
     @model_validator(mode="after")
-    def _order(self) -> Patience:
+    def _order(self) -> Ageing:
         if not self.interactive <= self.standard <= self.batch:
             given = f"{self.interactive:g}, {self.standard:g}, {self.batch:g}"
             raise ValueError(f"has {given}, expected interactive <= standard <= batch")
         return self
 
 
-class Store(Section):
+class StoreConfig(Section):
     """The database of jobs."""
 
     url: str = ""
@@ -63,7 +63,7 @@ class Store(Section):
     machine. A network file system is none: SQLite's locks do not hold there."""
 
 
-class Queue(Section):
+class QueueConfig(Section):
     """How dispatchers hear of jobs. The jobs themselves are in the store, whatever is chosen here."""
 
     transport: Literal["database", "rabbitmq"] = "database"
@@ -80,7 +80,7 @@ class Queue(Section):
     """How long an announcement may take before the broker counts as away."""
 
 
-class Retention(Section):
+class RetentionConfig(Section):
     """Seconds after which a job that has ended is forgotten, with its files. 0 keeps it until somebody deletes it."""
 
     completed_s: NonNegativeFloat = 7 * 86400

@@ -23,7 +23,7 @@ LONGEST_SIDE = 16384
 """Pixels that the encoder of H.264 takes."""
 
 
-class Model(Section):
+class ModelConfig(Section):
     """Which weights to serve."""
 
     path: str = "tiny"
@@ -36,18 +36,18 @@ class Model(Section):
     weights: Literal["files", "random"] = "files"
     """`random` draws them, of the shapes that the files have, for measurements: refused unless the environment variable
     WAN_SERVE_BENCHMARK is 1, since videos are noise."""
-    prepared: str | None = None
+    sharded: str | None = None
     """A folder that `wan-serve prepare` wrote from `path` for `denoiser.parallel.tensor` ranks in `dtype`: each reads
     its own file there; all but the experts' weights stays in `path`. None: each cuts its shard from `path`."""
 
     @model_validator(mode="after")
-    def _no_noise(self) -> Model:
+    def _no_noise(self) -> ModelConfig:
         if self.weights == "random" and os.environ.get("WAN_SERVE_BENCHMARK") != "1":
             raise ValueError(
                 "weights is 'random', expected 'files': only with WAN_SERVE_BENCHMARK=1 videos may be noise"
             )
-        if self.weights == "random" and self.prepared is not None:
-            raise ValueError("weights is 'random' and prepared is given, expected one or the other")
+        if self.weights == "random" and self.sharded is not None:
+            raise ValueError("weights is 'random' and sharded is given, expected one or the other")
         return self
 
     @property
@@ -77,9 +77,9 @@ class Model(Section):
         return self.weights == "random"
 
     @property
-    def prepared_folder(self) -> Path | None:
-        """The folder that `prepared` names."""
-        return None if self.prepared is None else home_of("model.prepared", self.prepared)
+    def sharded_folder(self) -> Path | None:
+        """The folder that `sharded` names."""
+        return None if self.sharded is None else home_of("model.sharded", self.sharded)
 
 
 class Defaults(Section):

@@ -18,7 +18,7 @@ def is_mail_address(text: str) -> bool:
     return len(text) <= 254 and _MAIL_ADDRESS.fullmatch(text) is not None
 
 
-class Webhooks(Section):
+class WebhooksConfig(Section):
     """Who is told over HTTP that a video has ended, and how often it is tried. Mails are tried on the same schedule."""
 
     endpoints: PositiveInt = 20
@@ -42,7 +42,7 @@ class Webhooks(Section):
     """How long events and the log of their deliveries are kept, and can be replayed."""
 
     @model_validator(mode="after")
-    def _kept_while_tried(self) -> Webhooks:
+    def _kept_while_tried(self) -> WebhooksConfig:
         longest_s = 1.1 * sum(self.retries_s)
         if self.retention_s <= longest_s:
             raise ValueError(
@@ -51,7 +51,7 @@ class Webhooks(Section):
         return self
 
 
-class Mail(Section):
+class MailConfig(Section):
     """The SMTP server that takes mails to whoever asked for one when a video has ended."""
 
     host: str
@@ -66,7 +66,7 @@ class Mail(Section):
     """PEM file of certificate authorities that are trusted besides the usual ones."""
 
     @model_validator(mode="after")
-    def _sender_is_an_address(self) -> Mail:
+    def _sender_is_an_address(self) -> MailConfig:
         if not is_mail_address(self.sender):
             raise ValueError(f"sender is {self.sender!r}, expected an address, name@domain")
         if self.user and self.security == "none":

@@ -50,7 +50,7 @@ def placed(config: Config, place: Place, environ: Mapping[str, str] = os.environ
             "model": moved(
                 config.model,
                 **({} if config.model.path == "tiny" else {"path": "model.path"}),
-                prepared="model.prepared",
+                sharded="model.sharded",
             ),
             "storage": storage,
             "store": config.store.model_copy(update={"url": _store_url(config.store.url, place)}),

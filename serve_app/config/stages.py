@@ -81,14 +81,14 @@ class Stage(Section):
     health_check_timeout_s: PositiveFloat = 10
 
 
-class Encoder(Stage):
+class EncoderConfig(Stage):
     """The text encoder."""
 
     resources: Resources = Resources(num_cpus=1, num_gpus=1)
     batch: Batch = Batch(size=8, wait_s=0.02)
 
 
-class Parallel(Section):
+class ParallelConfig(Section):
     """How the ranks of a group share a step; there are as many as the product. Or only how many: then the group picks,
     by the memory of its devices, and logs what and why."""
 
@@ -101,7 +101,7 @@ class Parallel(Section):
     ranks: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _either(self) -> Parallel:
+    def _either(self) -> ParallelConfig:
         given = {"tensor", "guidance", "sequence"} & self.model_fields_set
         if self.ranks is not None and given:
             raise ValueError(f"ranks is {self.ranks} and {min(given)} is given as well, expected one or the other")
@@ -113,10 +113,10 @@ class Parallel(Section):
         return self.ranks or self.guidance * self.sequence * self.tensor
 
 
-class Denoiser(Stage):
+class DenoiserConfig(Stage):
     """A group of ranks that denoise."""
 
-    parallel: Parallel = Parallel()
+    parallel: ParallelConfig = ParallelConfig()
     rank: Resources = Resources(num_cpus=1, num_gpus=1)
     coordinator_cpus: NonNegativeFloat = 1
     placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
@@ -128,7 +128,7 @@ class Denoiser(Stage):
     `split`: two deployments with one expert each, which hand samples over at the boundary."""
     offload: Literal["none", "cpu", "disk"] = "none"
     """For devices smaller than an expert, with `experts` `swap` or `split`: where those of its blocks wait that do not
-    stay on the device. `cpu`: in pinned host memory. `disk`: in the files of `model.prepared`, and host memory holds
+    stay on the device. `cpu`: in pinned host memory. `disk`: in the files of `model.sharded`, and host memory holds
     two blocks."""
     resident_blocks: int | None = Field(None, ge=0)
     """With `offload`, blocks that stay on the device; two more pass through it. None is as many as leave room for the
@@ -147,12 +147,12 @@ class Denoiser(Stage):
     parked_memory_mib: NonNegativeFloat = 4096
     """Device memory for the state of samples that do not take part in a step; the least urgent beyond it are kept in
     host memory."""
-    text_memory_mib: NonNegativeFloat = 1024
+    text_cache_mib: NonNegativeFloat = 1024
     """Device memory of each expert on a rank for the keys and values of the texts in the last forward pass, which the
     next one uses again if the same samples step. A batch beyond it has them made anew at every step."""
     attention: Literal["auto", "flash4", "flash3", "cudnn", "flash", "native"] = "auto"
     """The kernel of attention. `auto` is the fastest that works on the ranks' device; the log says which and why."""
-    peer_memory: bool = True
+    symmetric_memory: bool = True
     """Whether ranks that share weights send each other what they need by copies between their devices, where NVLink
     joins them and a trial at the start goes well; else by NCCL. The log says which and why."""
     compile: bool = False
@@ -173,13 +173,13 @@ class Denoiser(Stage):
     """How long a replica that is scaled down or replaced may go on with its samples; at least the longest job."""
 
     @model_validator(mode="after")
-    def _profile_is_the_same_everywhere(self) -> Denoiser:
+    def _profile_is_the_same_everywhere(self) -> DenoiserConfig:
         if self.profile and not self.profile.startswith("/"):
             raise ValueError(f"profile is '{self.profile}', expected an absolute path")
         return self
 
     @model_validator(mode="after")
-    def _offload_of_one_expert(self) -> Denoiser:
+    def _offload_of_one_expert(self) -> DenoiserConfig:
         if self.offload != "none" and self.experts == "together":
             raise ValueError(f"experts is 'together' with offload {self.offload!r}, expected 'swap' or 'split'")
         if self.resident_blocks is not None and self.offload == "none":
@@ -187,7 +187,7 @@ class Denoiser(Stage):
         return self
 
 
-class Decoder(Stage):
+class DecoderConfig(Stage):
     """The VAE and the video encoder."""
 
     resources: Resources = Resources(num_cpus=1, num_gpus=1)
@@ -203,7 +203,7 @@ class Decoder(Stage):
     """How long a finished sample is kept in memory while the storage does not take its video."""
 
     @model_validator(mode="after")
-    def _devices_are_reserved(self) -> Decoder:
+    def _devices_are_reserved(self) -> DecoderConfig:
         reserved = self.resources.num_gpus
         if max(self.devices, reserved) > 1 and self.devices != reserved and not 0 < reserved < 1:
             expected = "as many" if self.devices == 1 else "as many, or a share of one"
@@ -213,7 +213,7 @@ class Decoder(Stage):
         return self
 
 
-class Pipeline(Section):
+class PipelineConfig(Section):
     """The deployment that composes the stages."""
 
     autoscaling: Autoscaling = Autoscaling(target_queue_length=32)

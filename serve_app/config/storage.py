@@ -13,7 +13,7 @@ _S3_URL = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/[A-Za-z0
 _ENDPOINT = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?/?")
 
 
-class Storage(Section):
+class StorageConfig(Section):
     """Where videos and saved samples go. Access keys of S3 come from the environment (`AWS_ACCESS_KEY_ID`,
     `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, a web identity, a container's role) or from the instance."""
 
@@ -58,7 +58,7 @@ class Storage(Section):
         return bucket, prefix.rstrip("/")
 
     @model_validator(mode="after")
-    def _possible(self) -> Storage:
+    def _possible(self) -> StorageConfig:
         if self.url.startswith("s3://"):
             if not _S3_URL.fullmatch(self.url):
                 raise ValueError(f"url has value {self.url!r}, expected s3://bucket or s3://bucket/prefix")

@@ -11,15 +11,15 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError, model_validator
 
-from serve_app.config.gateway import Auth, Gateway
+from serve_app.config.gateway import AuthConfig, GatewayConfig
 from serve_app.config.gpu_memory import Taker, too_much
-from serve_app.config.jobs import Dispatcher, Patience, Queue, Retention, Store
-from serve_app.config.model import Defaults, Limits, Model
-from serve_app.config.notifications import Mail, Webhooks
+from serve_app.config.jobs import Ageing, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
+from serve_app.config.model import Defaults, Limits, ModelConfig
+from serve_app.config.notifications import MailConfig, WebhooksConfig
 from serve_app.config.paths import default_home, home_of, sqlite_url
 from serve_app.config.section import Section
-from serve_app.config.stages import Decoder, Denoiser, Encoder, Pipeline
-from serve_app.config.storage import Storage
+from serve_app.config.stages import DecoderConfig, DenoiserConfig, EncoderConfig, PipelineConfig
+from serve_app.config.storage import StorageConfig
 from serve_app.errors import ConfigError, without_password
 
 T = TypeVar("T", bound=Section)
@@ -32,23 +32,23 @@ class Config(Section):
     home: str = ""
     """Folder of everything that outlives the process; empty is `$WAN_SERVE_HOME`, else `./data`, both relative to the
     folder in which the server is started. What a file names is relative to the file."""
-    model: Model = Model()
+    model: ModelConfig = ModelConfig()
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
-    encoder: Encoder = Encoder()
-    denoiser: Denoiser = Denoiser()
-    decoder: Decoder = Decoder()
-    pipeline: Pipeline = Pipeline()
-    gateway: Gateway = Gateway()
-    auth: Auth = Auth()
-    dispatcher: Dispatcher = Dispatcher()
-    patience: Patience = Patience()
-    store: Store = Store()
-    queue: Queue = Queue()
-    retention: Retention = Retention()
-    storage: Storage = Storage()
-    webhooks: Webhooks = Webhooks()
-    mail: Mail | None = None
+    encoder: EncoderConfig = EncoderConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    auth: AuthConfig = AuthConfig()
+    dispatcher: DispatcherConfig = DispatcherConfig()
+    ageing: Ageing = Ageing()
+    store: StoreConfig = StoreConfig()
+    queue: QueueConfig = QueueConfig()
+    retention: RetentionConfig = RetentionConfig()
+    storage: StorageConfig = StorageConfig()
+    webhooks: WebhooksConfig = WebhooksConfig()
+    mail: MailConfig | None = None
     """None: no mails are sent, and requests that want one are refused."""
 
     @model_validator(mode="after")
@@ -80,8 +80,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _disk_offload_has_files(self) -> Config:
-        if self.denoiser.offload == "disk" and self.model.prepared is None:
-            raise ValueError("denoiser: offload is 'disk', expected with model.prepared, from whose files it reads")
+        if self.denoiser.offload == "disk" and self.model.sharded is None:
+            raise ValueError("denoiser: offload is 'disk', expected with model.sharded, from whose files it reads")
         return self
 
     @model_validator(mode="after")
@@ -170,9 +170,18 @@ class Config(Section):
         return self.storage.url or str(self.home_path / "videos")
 
     @property
-    def storage_options(self) -> Storage:
+    def storage_options(self) -> StorageConfig:
         """The storage section with its `url` filled in."""
         return self.storage.model_copy(update={"url": self.storage_url})
+
+
+_RENAMED = {
+    "denoiser.peer_memory": "denoiser.symmetric_memory",
+    "denoiser.text_memory_mib": "denoiser.text_cache_mib",
+    "model.prepared": "model.sharded",
+    "patience": "ageing",
+}
+"""Options that had another name before version 0.2.0, by that name."""
 
 
 def validate(args: dict[str, Any], where: str = "args", line: Line | None = None) -> Config:
@@ -217,7 +226,9 @@ def _explain(section: type[Section], error: Any, where: str, line: Line | None) 
 
 
 def _instead(section: type[Section], path: tuple[Any, ...]) -> str:
-    """What may stand where an unknown option was found."""
+    """Return what may stand where an unknown option was found: its new name, a similar one, or the list of all."""
+    if (renamed := _RENAMED.get(".".join(str(part) for part in path))) is not None:
+        return f", it is now {renamed!r}"
     for name in path[:-1]:
         kind = section.model_fields[name].annotation
         section = next(one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Section))

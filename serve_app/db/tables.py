@@ -77,7 +77,7 @@ class Job(Base):
     created_at: Mapped[float]
     start_at: Mapped[float | None]
     """When somebody wants it to begin at the earliest; its waiting counts from then."""
-    turn: Mapped[float]
+    effective_deadline: Mapped[float] = mapped_column("turn")
     """When the patience of its class ends: an owner's jobs are claimed in the order of their turns."""
     deadline_at: Mapped[float | None]
     """When the video ceases to be of use, by the database's clock."""
@@ -184,7 +184,7 @@ class Garbage(Base):
     due_at: Mapped[float] = mapped_column(index=True)
 
 
-class Switch(Base):
+class MaintenanceFlag(Base):
     """What an operator has switched on, for all dispatchers: `paused`."""
 
     __tablename__ = "switches"

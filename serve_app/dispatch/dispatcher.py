@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from serve_app import config
 from serve_app.db.database import STORE_AWAY
-from serve_app.dispatch.janitor import Collector
+from serve_app.dispatch.janitor import Janitor
 from serve_app.dispatch.run import Run, Runner
 from serve_app.errors import one_line
 from serve_app.jobs.store import JobStore
@@ -65,13 +65,13 @@ class Dispatcher:
         store: JobStore,
         storage: Storage,
         run: Runner,
-        options: config.Dispatcher,
+        options: config.DispatcherConfig,
         broker: Broker | None = None,
     ) -> None:
         self.owner = f"dispatcher-{secrets.token_hex(8)}"
         self._store = store
         self._storage = storage
-        self._collector = Collector(store, storage, options.poll_s)
+        self._collector = Janitor(store, storage, options.poll_s)
         self._runner = run
         self._options = options
         self._broker = broker

@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 _PAUSE_S = 5.0
 
 
-class Collector:
+class Janitor:
     """Works until stopped, some rows and folders at a time. Any number of them share one store.
 
     Args:

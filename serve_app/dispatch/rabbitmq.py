@@ -45,7 +45,7 @@ class RabbitMQ:
         ConfigError: aio-pika is not installed.
     """
 
-    def __init__(self, url: str, options: config.Queue) -> None:
+    def __init__(self, url: str, options: config.QueueConfig) -> None:
         try:
             import aio_pika  # noqa: F401 (said before anything starts)
 

@@ -75,7 +75,7 @@ class Run:
         store: JobStore,
         storage: Storage,
         runner: Runner,
-        options: config.Dispatcher,
+        options: config.DispatcherConfig,
         pause: Callable[[], None],
     ) -> None:
         self.job = job

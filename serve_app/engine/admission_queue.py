@@ -19,14 +19,18 @@ class Claim:
 
     id: str
     priority: int
-    turn: float
+    effective_deadline: float
 
     def key(self, now: float) -> tuple[float, float, float]:
         """The smaller, the sooner."""
-        return (0, 0, self.turn) if self.turn <= now else (1, self.priority, self.turn)
+        return (
+            (0, 0, self.effective_deadline)
+            if self.effective_deadline <= now
+            else (1, self.priority, self.effective_deadline)
+        )
 
 
-class Seats:
+class AdmissionQueue:
     """Seats in an engine.
 
     Args:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
 from serve_app.config import Config, Priority
-from serve_app.engine.admission_queue import Claim, Leaving, Seats
+from serve_app.engine.admission_queue import AdmissionQueue, Claim, Leaving
 from serve_app.engine.group import Group, GroupLost
-from serve_app.engine.messages import Order, OutOfMemory, Stepped
-from serve_app.engine.sample_request import Admission, Denoised, Moved, Ticket
+from serve_app.engine.messages import OutOfMemory, StepRequest, StepResult
+from serve_app.engine.sample_request import Denoised, EncodedRequest, Moved, SampleRequest
 from serve_app.engine.scheduler import Entry, Scheduler
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Progress
@@ -27,7 +27,7 @@ from serve_app.logs import get_logger
 if TYPE_CHECKING:
     from serve_app.wan.weights.checkpoint import Expert
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 # Weight of the newest step in the running mean of step times: follows batch mates that come and go.
 _NEWEST = 0.3
@@ -39,7 +39,7 @@ _LATEST = 100
 class _Flight:
     """A sample in the engine: what its listener has yet to hear, and how long its steps take."""
 
-    ticket: Ticket
+    ticket: SampleRequest
     entry: Entry
     events: asyncio.Queue[Progress | Denoised | Moved | Exception] = field(default_factory=asyncio.Queue)
     admitted: float = field(default_factory=time.monotonic)
@@ -62,7 +62,7 @@ class Engine:
 
     def __init__(self, group: Group, config: Config, experts: tuple[Expert, ...] | None = None) -> None:
         self._stage = stage = config.denoiser
-        self._patience = config.patience
+        self._ageing = config.ageing
         self._group = group
         self._experts = experts
         self._scheduler = Scheduler(
@@ -75,7 +75,7 @@ class Engine:
         self._flights: dict[str, _Flight] = {}
         self._coming: set[asyncio.Future[None]] = set()
         """Done when a sample that the ranks were asked to take has been taken, or not."""
-        self._seats = Seats(stage.resident_samples)
+        self._seats = AdmissionQueue(stage.resident_samples)
         self._stepping: list[Entry] = []
         self._yielding: str | None = None
         """Who was moved for somebody waiting, and has not left yet."""
@@ -95,7 +95,7 @@ class Engine:
         self._task = asyncio.create_task(self._run(), name="engine")
 
     @asynccontextmanager
-    async def seat(self, ticket: Ticket) -> AsyncIterator[None]:
+    async def seat(self, ticket: SampleRequest) -> AsyncIterator[None]:
         """Room for one sample; waits while `denoiser.resident_samples` are in. Leaving it, for whatever reason and at
         whatever moment, frees the sample.
 
@@ -106,7 +106,7 @@ class Engine:
             JobFailed: the sample has a seat already.
             Leaving: `drain` was called, or the group is lost.
         """
-        claim = Claim(ticket.id, get_args(Priority).index(ticket.priority), self._turn(ticket))
+        claim = Claim(ticket.id, get_args(Priority).index(ticket.priority), self._effective_deadline(ticket))
         self._work.set()  # somebody less urgent may have to make room
         await self._seats.take(claim)
         try:
@@ -115,7 +115,7 @@ class Engine:
             self._seats.leave(ticket.id)
             await self._leave(ticket.id)
 
-    async def admit(self, admission: Admission) -> None:
+    async def admit(self, admission: EncodedRequest) -> None:
         """Take in a sample that has a seat.
 
         Raises:
@@ -135,7 +135,7 @@ class Engine:
             self._coming.discard(coming)
             coming.set_result(None)
 
-    async def _take(self, admission: Admission) -> None:
+    async def _take(self, admission: EncodedRequest) -> None:
         ticket = admission.ticket
         admitted = await self._group.admit(
             ticket.id, ticket.params, admission.positive, admission.negative, admission.state
@@ -146,7 +146,7 @@ class Engine:
             await self._group.drop([ticket.id])
             raise JobFailed("cancelled", f"sample {ticket.id} was left before it began")
         if admitted.refused is not None:
-            log.warning("saved state not used", extra={"job": ticket.id, "reason": admitted.refused})
+            logger.warning("saved state not used", extra={"job": ticket.id, "reason": admitted.refused})
         entry = Entry(
             id=ticket.id,
             latent_shape=ticket.params.latent_shape,
@@ -156,7 +156,7 @@ class Engine:
             boundary=admitted.boundary,
             step=admitted.step,
             priority=get_args(Priority).index(ticket.priority),
-            turn=self._turn(ticket),
+            effective_deadline=self._effective_deadline(ticket),
             work=admitted.work,
             step_mib=admitted.step_mib,
             state_mib=admitted.state_mib,
@@ -237,14 +237,14 @@ class Engine:
             except GroupLost as error:
                 self.lose(error)
             except Exception as error:  # a defect of ours: a loop that ended unheard would leave everybody waiting
-                log.exception("engine failed")
+                logger.exception("engine failed")
                 self.lose(GroupLost(f"the engine failed: {one_line(error)}", host=True))
 
     async def _step(self, entries: list[Entry], park: list[str]) -> float:
         """One step of these samples; the seconds that the ranks took."""
         save = {entry.id: prefix for entry in entries if (prefix := self._save_to(entry.id))}
         try:
-            stepped = await self._group.step(Order([entry.id for entry in entries], park, save))
+            stepped = await self._group.step(StepRequest([entry.id for entry in entries], park, save))
         except GroupLost:
             raise
         except Exception as error:  # whatever the model raised: it concerns samples, not the group
@@ -254,7 +254,7 @@ class Engine:
     async def _step_alone(self, entries: list[Entry], error: Exception) -> float:
         """After a pass that raised, which changed nothing: its samples one by one, so that only who is at fault fails.
         Where memory was short every other sample's state leaves the device first."""
-        log.warning("step raised", extra={"jobs": [entry.id for entry in entries], "error": one_line(error)})
+        logger.warning("step raised", extra={"jobs": [entry.id for entry in entries], "error": one_line(error)})
         short = isinstance(error, OutOfMemory)
         if short:
             self.out_of_memory += 1
@@ -270,7 +270,7 @@ class Engine:
             self._stepping = [entry]
             others = [sample_id for sample_id in self._flights if sample_id != entry.id] if short else []
             try:
-                stepped = await self._group.step(Order([entry.id], others))
+                stepped = await self._group.step(StepRequest([entry.id], others))
             except GroupLost:
                 raise
             except Exception as alone:
@@ -279,7 +279,7 @@ class Engine:
                 seconds += await self._stepped([entry], stepped, {})
         return seconds
 
-    async def _stepped(self, entries: list[Entry], stepped: Stepped, save: dict[str, str]) -> float:
+    async def _stepped(self, entries: list[Entry], stepped: StepResult, save: dict[str, str]) -> float:
         """What follows from a forward pass; the seconds that the ranks took."""
         self.steps += 1
         self.advanced += len(entries)
@@ -337,7 +337,7 @@ class Engine:
 
     def _yields(self, entry: Entry, urgent: Claim) -> bool:
         """Whether a sample gives its seat to one that waits for it: only to a more urgent class."""
-        return entry.priority > urgent.priority and entry.turn > time.time()
+        return entry.priority > urgent.priority and entry.effective_deadline > time.time()
 
     def _save_to(self, sample_id: str) -> str | None:
         """Where to save a sample after this step; None if not now."""
@@ -346,8 +346,8 @@ class Engine:
             return None
         return flight.ticket.state_prefix
 
-    def _turn(self, ticket: Ticket) -> float:
-        return (ticket.created_at or time.time()) + float(getattr(self._patience, ticket.priority))
+    def _effective_deadline(self, ticket: SampleRequest) -> float:
+        return (ticket.created_at or time.time()) + float(getattr(self._ageing, ticket.priority))
 
     def _fail_by(self, entry: Entry, error: Exception) -> None:
         if isinstance(error, OutOfMemory):
@@ -366,7 +366,7 @@ class Engine:
         if self.reason is not None:
             return
         self.reason = str(error)
-        log.error("group lost", extra={"reason": self.reason, "jobs": list(self._flights)})
+        logger.error("group lost", extra={"reason": self.reason, "jobs": list(self._flights)})
         suspects = set() if error.host else {entry.id for entry in self._stepping}
         for sample_id, flight in self._flights.items():
             step = flight.entry.step + 1 if sample_id in suspects else None

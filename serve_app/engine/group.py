@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from serve_app.compute import SEE_ALL_GPUS
 from serve_app.config import Config
-from serve_app.engine.messages import Admitted, DeviceBroken, Order, RankStatus, Stepped, Survey
+from serve_app.engine.messages import Admitted, DeviceBroken, RankStatus, StepRequest, StepResult, Survey
 from serve_app.engine.rank import RankActor
 from serve_app.errors import ServeAppError
 from serve_app.logs import get_logger
@@ -30,7 +30,7 @@ from serve_app.wan.parallel.mesh import Mesh, default_mesh
 if TYPE_CHECKING:
     from serve_app.wan.weights.checkpoint import Expert
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 # A call that failed on one rank leaves the others waiting in a collective for ever; this is how long they may lag.
 _STRAGGLER_S = 5.0
@@ -110,7 +110,7 @@ class Group:
                 group.mesh, why = default_mesh(
                     parallel.size, seen.shape, seen.weight_bytes.__getitem__, seen.device_bytes, work
                 )
-                log.info("mesh picked", extra={"mesh": str(group.mesh), "reason": why})
+                logger.info("mesh picked", extra={"mesh": str(group.mesh), "reason": why})
             address, port = (await group._within(timeout, ranks[0].rendezvous.remote()))[0]
             loaded = await group._all("load", address, port, group.mesh, timeout_s=timeout)
             group._statuses = await group._all("status", timeout_s=timeout)
@@ -119,7 +119,7 @@ class Group:
         except BaseException:
             group.kill()
             raise
-        log.info(
+        logger.info(
             "group ready",
             extra={
                 "ranks": len(ranks),
@@ -147,7 +147,7 @@ class Group:
         shared = [None if one is None else ray.put(one) for one in (positive, negative, state)]
         return (await self._all("admit", sample_id, params, *shared))[0]
 
-    async def step(self, order: Order) -> Stepped:
+    async def step(self, order: StepRequest) -> StepResult:
         """One denoising step on all ranks.
 
         Raises:
@@ -157,7 +157,7 @@ class Group:
         """
         # Every rank has the same latents to the bit, so what one says of them holds for all.
         seconds, failed = (await self._all("step", [order.advance, order.park, order.save]))[0]
-        return Stepped(seconds, failed)
+        return StepResult(seconds, failed)
 
     async def save(self, sample_id: str) -> bytes:
         """A sample's state, for another group to continue."""
@@ -231,8 +231,8 @@ class Group:
 def rank_actor(config: Config) -> dict[str, Any]:
     """Ray's options for a rank."""
     stage, need, mesh = config.denoiser, config.denoiser.rank, Mesh.of(config.denoiser.parallel)
-    # Those that share weights show each other their devices' memory, see `peer_memory`.
-    shared = stage.peer_memory and need.num_gpus > 0 and (mesh.tensor > 1 if mesh else stage.parallel.size > 1)
+    # Those that share weights show each other their devices' memory, see `symmetric_memory`.
+    shared = stage.symmetric_memory and need.num_gpus > 0 and (mesh.tensor > 1 if mesh else stage.parallel.size > 1)
     return {
         "num_cpus": need.num_cpus,
         "num_gpus": need.num_gpus,

@@ -16,7 +16,7 @@ from serve_app.wan.parallel.mesh import Mesh
 if TYPE_CHECKING:
     import torch
 
-    from serve_app.wan.offload.block_swap import Slots
+    from serve_app.wan.offload.block_swap import BlockSwap
     from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 
 _GIB = 2**30
@@ -30,7 +30,7 @@ class _Held:
     outside: float
 
 
-class Room:
+class MemoryBudget:
     """What one rank of a mesh needs.
 
     Args:
@@ -70,7 +70,7 @@ class Room:
         stage = self._config.denoiser
         texts = text_bytes(self._shape, self._config.model.itemsize, self._mesh)
         # Of each expert: those of the first are still there when the second one steps.
-        need = self.weight_bytes + step + len(self._held) * min(texts, stage.text_memory_mib * 2**20)
+        need = self.weight_bytes + step + len(self._held) * min(texts, stage.text_cache_mib * 2**20)
         if need > limit:
             raise ConfigError(
                 f"denoiser.memory_fraction has value {stage.memory_fraction:g}, {limit / _GIB:.1f} GiB "
@@ -79,26 +79,26 @@ class Room:
                 ".parallel.tensor make it less"
             )
 
-    def slots(self, limit: float, device: torch.device) -> Slots | None:
+    def slots(self, limit: float, device: torch.device) -> BlockSwap | None:
         """Where blocks take turns on the device; None where all of them stay there.
 
         Raises:
             ConfigError: not even the blocks in use fit, or where no block passes through, see `check`.
         """
         from serve_app.wan.offload.block_store import FileBlocks, HostBlocks
-        from serve_app.wan.offload.block_swap import Slots
+        from serve_app.wan.offload.block_swap import BlockSwap
 
         stage = self._config.denoiser
         if stage.offload == "none":
             self.check(limit)
             # Both experts of a CPU are in host memory anyway.
             swap = stage.experts == "swap" and device.type != "cpu"
-            return Slots(device, HostBlocks(device)) if swap else None
-        texts = stage.text_memory_mib * len(self._held)
+            return BlockSwap(device, HostBlocks(device)) if swap else None
+        texts = stage.text_cache_mib * len(self._held)
         others = sum(one.outside for one in self._held) + (stage.parked_memory_mib + texts) * 2**20
         room = limit - others - self._step_bytes(self._config.most_tokens)
         store = FileBlocks(device) if stage.offload == "disk" else HostBlocks(device)
-        return Slots(device, store, stage.resident_blocks, room)
+        return BlockSwap(device, store, stage.resident_blocks, room)
 
     def _step_bytes(self, tokens: int) -> int:
         config = self._config

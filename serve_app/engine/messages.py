@@ -46,7 +46,7 @@ class Admitted:
 
 
 @dataclass(frozen=True)
-class Order:
+class StepRequest:
     """One step: who advances, whose state leaves the device before, and whose is saved after (id to storage prefix)."""
 
     advance: list[str]
@@ -55,7 +55,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
     """A step is done: its seconds, and for samples that did not survive it, why."""
 
     seconds: float

@@ -14,7 +14,7 @@ from pathlib import Path
 from serve_app.errors import ConfigError, one_line
 from serve_app.logs import get_logger
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 _ROWS = 60
 
@@ -66,4 +66,4 @@ class StepProfile:
             folder.mkdir(exist_ok=True)
             (folder / f"step{number:03}-rank{self._rank}-{seconds:.3f}s.txt").write_text(table)
         except Exception as error:
-            log.warning("profile not written", extra={"job": sample, "error": one_line(error)})
+            logger.warning("profile not written", extra={"job": sample, "error": one_line(error)})

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from serve_app.wan.transformer.experts import Experts
     from serve_app.wan.weights.checkpoint import Expert
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class Rank:
@@ -79,7 +79,7 @@ class Rank:
         """
         import psutil
 
-        from serve_app.engine.memory_budget import Room
+        from serve_app.engine.memory_budget import MemoryBudget
         from serve_app.wan.weights.checkpoint import Checkpoint
 
         stage, checkpoint = self._config.denoiser, Checkpoint(self._config.model.folder)
@@ -87,7 +87,9 @@ class Rank:
         # Blocks that pass through leave as much room as there is.
         size, passing = stage.parallel.size, stage.offload != "none"
         held = {
-            tensor: 0.0 if passing else Room(self._config, checkpoint, experts, Mesh(tensor=tensor)).weight_bytes
+            tensor: 0.0
+            if passing
+            else MemoryBudget(self._config, checkpoint, experts, Mesh(tensor=tensor)).weight_bytes
             for tensor in range(1, size + 1)
             if size % tensor == 0
         }
@@ -112,15 +114,15 @@ class Rank:
 
         import torch
 
-        from serve_app.engine.memory_budget import Room
+        from serve_app.engine.memory_budget import MemoryBudget
         from serve_app.engine.saver import Saver
         from serve_app.model import departures
         from serve_app.storage import Storage
-        from serve_app.wan.parallel.process_groups import init_world
+        from serve_app.wan.parallel.process_groups import init_process_groups
         from serve_app.wan.transformer.experts import Experts
         from serve_app.wan.transformer.load import load_expert
         from serve_app.wan.weights.checkpoint import Checkpoint
-        from serve_app.wan.weights.sharded import Prepared
+        from serve_app.wan.weights.sharded import ShardedCheckpoint
 
         started = time.monotonic()
         stage = self._config.denoiser
@@ -130,20 +132,20 @@ class Rank:
         set_threads(stage.threads or max(1, (os.cpu_count() or 1) // shared))
         self._device = pick_device(stage.device)
         self._mesh = mesh
-        self._world = world = init_world(
-            self._rank, mesh, address, port, self._device, stage.start_timeout_s, stage.peer_memory
+        self._world = world = init_process_groups(
+            self._rank, mesh, address, port, self._device, stage.start_timeout_s, stage.symmetric_memory
         )
         self._dtype = getattr(torch, self._config.model.dtype)
         self._checkpoint = Checkpoint(self._config.model.folder, self._config.model.random)
         if self._rank == 0:
             for line in departures(self._config, self._checkpoint):
-                log.info(line)
+                logger.info(line)
         limit = limit_memory(self._device, stage.memory_fraction)
-        model, prepared = self._config.model, None
-        if model.prepared_folder is not None:
-            prepared = Prepared(model.prepared_folder, self._checkpoint, world.tensor.size, model.dtype)
+        model, sharded = self._config.model, None
+        if model.sharded_folder is not None:
+            sharded = ShardedCheckpoint(model.sharded_folder, self._checkpoint, world.tensor.size, model.dtype)
         names = self._wanted or self._checkpoint.experts
-        slots = Room(self._config, self._checkpoint, names, mesh).slots(limit, self._device)
+        slots = MemoryBudget(self._config, self._checkpoint, names, mesh).slots(limit, self._device)
         experts = Experts(
             names,
             lambda name: load_expert(
@@ -152,10 +154,10 @@ class Rank:
                 world,
                 self._dtype,
                 self._device,
-                stage.text_memory_mib * 2**20,
+                stage.text_cache_mib * 2**20,
                 stage.attention,
                 stage.compile,
-                prepared,
+                sharded,
                 slots,
             ),
             slots,
@@ -241,11 +243,11 @@ class Rank:
         """Advance some samples, all of one cohort, by one step.
 
         Args:
-            order: the fields of an `Order`. Plain lists and mappings, for pickling classes to and fro was a tenth of
-                what is added to every step.
+            order: the fields of a `StepRequest`. Plain lists and mappings, because pickling classes to and fro was a
+                tenth of what is added to every step.
 
         Returns:
-            The fields of a `Stepped`.
+            The fields of a `StepResult`.
 
         Raises:
             OutOfMemory: the step did not fit; nothing has changed.

@@ -11,7 +11,7 @@ from serve_app.request import Params
 
 
 @dataclass(frozen=True)
-class Ticket:
+class SampleRequest:
     """What a sample is and how urgent; the same wherever and however often it is denoised.
 
     `created_at` is when its job was created (seconds since the epoch), from which its waiting counts. Its states are
@@ -28,13 +28,13 @@ class Ticket:
 
 
 @dataclass(frozen=True)
-class Admission:
+class EncodedRequest:
     """A sample that asks to be denoised.
 
     Embeddings are float arrays [tokens, dim]; `negative` is None unguided. `state` is where to go on, None to begin.
     """
 
-    ticket: Ticket
+    ticket: SampleRequest
     positive: np.ndarray
     negative: np.ndarray | None
     state: bytes | None = None

@@ -16,7 +16,7 @@ from serve_app.errors import one_line
 from serve_app.logs import get_logger
 from serve_app.storage import Storage
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 _KEY = re.compile(r".*/(\d+)-[0-9a-f]+\.safetensors")
 
@@ -59,7 +59,7 @@ class Saver:
         """
         with self._lock:
             if prefix in self._busy:
-                log.warning("state not saved, the last one is still being written", extra={"prefix": prefix})
+                logger.warning("state not saved, the last one is still being written", extra={"prefix": prefix})
                 return
             self._busy.add(prefix)
         self._thread.submit(self._write, prefix, step, state)
@@ -68,7 +68,7 @@ class Saver:
         try:
             asyncio.run(self._put(prefix, step, state()))
         except Exception as error:  # the job goes on: it only has more to repeat if its group is lost
-            log.warning("state not saved", extra={"prefix": prefix, "step": step, "error": one_line(error)})
+            logger.warning("state not saved", extra={"prefix": prefix, "step": step, "error": one_line(error)})
         finally:
             with self._lock:
                 self._busy.discard(prefix)

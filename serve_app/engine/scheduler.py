@@ -32,7 +32,7 @@ class Entry:
     boundary: int
     step: int = 0
     priority: int = 1
-    turn: float = float("inf")
+    effective_deadline: float = float("inf")
     work: float = 1.0
     step_mib: float = 0.0
     state_mib: float = 0.0
@@ -163,7 +163,7 @@ class Scheduler:
         """
         leader = ahead[0]
         fixed = self._pass_time.per_pass
-        if leader.high_noise or leader.alone or leader.turn <= now or self._costly_switch or not fixed:
+        if leader.high_noise or leader.alone or leader.effective_deadline <= now or self._costly_switch or not fixed:
             return []
         if any(entry.held >= entry.steps // 2 for entry in ahead):
             return []
@@ -172,7 +172,7 @@ class Scheduler:
             for entry in order
             if entry.high_noise
             and not entry.alone
-            and entry.turn > now
+            and entry.effective_deadline > now
             and (entry.priority, entry.latent_shape, entry.guided)
             == (leader.priority, leader.latent_shape, leader.guided)
         ]
@@ -208,7 +208,7 @@ class Scheduler:
         self._tokens_per_step = min(self._tokens_per_step, sum(entry.tokens for entry in chosen) - 1)
 
     def _key(self, entry: Entry, now: float) -> tuple[float, ...]:
-        if entry.turn <= now:
-            return (0, entry.turn)
+        if entry.effective_deadline <= now:
+            return (0, entry.effective_deadline)
         switch = self._costly_switch and self._last_high_noise is not None
         return (1, entry.priority, float(switch and entry.high_noise != self._last_high_noise), entry.remaining)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from serve_app.errors import Unavailable
 from serve_app.gateway.http.errors import ApiError
-from serve_app.gateway.videos.admission import Intake
+from serve_app.gateway.videos.admission import Admission
 from serve_app.gateway.videos.schemas import ReadyState
 from serve_app.jobs.store import JobStore
 
@@ -29,7 +29,7 @@ class Readiness:
     not, whoever balances load would turn everybody away for the seconds in which one rank is replaced.
     """
 
-    def __init__(self, store: JobStore, intake: Intake, ready: Ready) -> None:
+    def __init__(self, store: JobStore, intake: Admission, ready: Ready) -> None:
         self._store = store
         self._intake = intake
         self._ready = ready

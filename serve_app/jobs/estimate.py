@@ -100,10 +100,10 @@ async def work_ahead(session: AsyncSession, job: Job, typical: float) -> float:
     running = select(func.sum(work * (100 - Job.progress) / 100.0)).where(Job.status == "in_progress")
     waits = Job.status == "queued"
     before = select(func.count(), func.sum(work)).where(
-        waits, Job.owner == job.owner, tuple_(Job.turn, Job.id) < (job.turn, job.id)
+        waits, Job.owner == job.owner, tuple_(Job.effective_deadline, Job.id) < (job.effective_deadline, job.id)
     )
     count, own = (await session.execute(before)).one()
-    nth = func.row_number().over(partition_by=Job.owner, order_by=(Job.turn, Job.id)).label("nth")
+    nth = func.row_number().over(partition_by=Job.owner, order_by=(Job.effective_deadline, Job.id)).label("nth")
     others = select(work.label("work"), nth).where(waits, or_(Job.owner < job.owner, Job.owner > job.owner)).subquery()
     theirs = select(func.sum(others.c.work)).where(others.c.nth <= count + 1)
     return (await session.scalar(running) or 0.0) + (own or 0.0) + (await session.scalar(theirs) or 0.0)

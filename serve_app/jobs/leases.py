@@ -145,7 +145,7 @@ class Leases(Rows):
         return True
 
     async def retry(
-        self, video_id: str, attempt: int, error: JobFailed, options: config.Dispatcher, resumed_step: int = 0
+        self, video_id: str, attempt: int, error: JobFailed, options: config.DispatcherConfig, resumed_step: int = 0
     ) -> bool:
         """Record that an attempt, which began at `resumed_step`, failed: the job is tried again or fails.
 

@@ -15,32 +15,32 @@ from sqlalchemy import ColumnElement, Select, and_, case, exists, func, or_, sel
 from sqlalchemy.orm import aliased
 
 from serve_app.accounts.keys import at_running_limit
-from serve_app.db.tables import Job, Switch
+from serve_app.db.tables import Job, MaintenanceFlag
 
 PAUSED = "paused"
 
 
-def due(now: float, job: Any = Job, *, by_turn: bool = False) -> ColumnElement[bool]:
+def due(now: float, job: Any = Job, *, by_effective_deadline: bool = False) -> ColumnElement[bool]:
     """Whether a job waits and may begin.
 
     Args:
         by_turn: the rows are to be read in the order of their turns, which SQLite would leave for an index on this.
     """
-    not_before = job.not_before + 0.0 if by_turn else job.not_before
+    not_before = job.not_before + 0.0 if by_effective_deadline else job.not_before
     return and_(job.status == "queued", not_before <= now, or_(job.deadline_at.is_(None), job.deadline_at > now))
 
 
 def not_paused() -> ColumnElement[bool]:
     """Whether jobs may begin at all."""
-    return ~exists(select(Switch.name).where(Switch.name == PAUSED))
+    return ~exists(select(MaintenanceFlag.name).where(MaintenanceFlag.name == PAUSED))
 
 
 def next_job(now: float) -> Select[str]:
     """The id of the job to begin next, of those whose rows nobody else is claiming."""
     return (
         select(Job.id)
-        .where(due(now, by_turn=True), Job.owner == _next_owner(now), not_paused())
-        .order_by(Job.turn, Job.id)
+        .where(due(now, by_effective_deadline=True), Job.owner == _next_owner(now), not_paused())
+        .order_by(Job.effective_deadline, Job.id)
         .limit(1)
         .with_for_update(skip_locked=True)
     )
@@ -52,14 +52,19 @@ def _next_owner(now: float) -> Any:
     owners = select(func.min(Job.owner).label("owner")).where(Job.status == "queued").cte("owners", recursive=True)
     further = select(func.min(other.owner)).where(other.status == "queued", other.owner > owners.c.owner)
     owners = owners.union_all(select(further.scalar_subquery()).where(owners.c.owner.is_not(None)))
-    ready = due(now, head, by_turn=True)
-    turn = select(head.turn).where(ready, head.owner == owners.c.owner).order_by(head.turn, head.id).limit(1)
+    ready = due(now, head, by_effective_deadline=True)
+    effective_deadline = (
+        select(head.effective_deadline)
+        .where(ready, head.owner == owners.c.owner)
+        .order_by(head.effective_deadline, head.id)
+        .limit(1)
+    )
     running = select(func.count()).where(run.status == "in_progress", run.owner == owners.c.owner)
     served_at = select(func.max(past.started_at)).where(past.owner == owners.c.owner)
     heads = (
         select(
             owners.c.owner,
-            turn.scalar_subquery().label("turn"),
+            effective_deadline.scalar_subquery().label("effective_deadline"),
             running.scalar_subquery().label("running"),
             served_at.scalar_subquery().label("served_at"),
         )
@@ -69,12 +74,12 @@ def _next_owner(now: float) -> Any:
     )
     return (
         select(heads.c.owner)
-        .where(heads.c.turn.is_not(None))
+        .where(heads.c.effective_deadline.is_not(None))
         .order_by(
             heads.c.running,
-            case((heads.c.turn > now, heads.c.turn), else_=now),
+            case((heads.c.effective_deadline > now, heads.c.effective_deadline), else_=now),
             func.coalesce(heads.c.served_at, 0),
-            heads.c.turn,
+            heads.c.effective_deadline,
         )
         .limit(1)
         .scalar_subquery()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from sqlalchemy import ColumnElement, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from serve_app.config import Retention
+from serve_app.config import RetentionConfig
 from serve_app.db.database import Database
 from serve_app.db.tables import Base, Job, id_time
 
@@ -20,7 +20,7 @@ class Rows:
         retention: of jobs that end here.
     """
 
-    def __init__(self, database: Database, late_outputs_s: float, retention: Retention) -> None:
+    def __init__(self, database: Database, late_outputs_s: float, retention: RetentionConfig) -> None:
         self._db = database
         self._late_outputs_s = late_outputs_s
         self._retention = retention

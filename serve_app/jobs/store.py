@@ -16,14 +16,14 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve_app.accounts.keys import Keys, admit
-from serve_app.config import Config, Patience, Retention
+from serve_app.config import Ageing, Config, RetentionConfig
 from serve_app.db.database import Database
 from serve_app.db.tables import CANCELLED, SHOWN_STATUS, Job, id_time, new_id
 from serve_app.errors import ServeAppError
 from serve_app.jobs import transitions
 from serve_app.jobs.estimate import Pace, measure, work_ahead
 from serve_app.jobs.leases import Leases
-from serve_app.jobs.maintenance import Switches
+from serve_app.jobs.maintenance import Maintenance
 from serve_app.jobs.upkeep import Upkeep
 from serve_app.request import Params, Urgency
 
@@ -71,14 +71,14 @@ class Announcer(Protocol):
         """Whether they will hear of all of them. Takes no longer than a request may wait, and raises nothing."""
 
 
-class JobStore(Leases, Upkeep, Switches):
+class JobStore(Leases, Upkeep, Maintenance):
     """Jobs in SQLite or PostgreSQL: what users do here, what dispatchers do in `Leases` and `Upkeep`, and operators in
-    `Switches`.
+    `Maintenance`.
 
     Args:
         url: a SQLAlchemy URL; the driver may be left out.
         late_outputs_s: how long a run that was cut off may still store something, in seconds.
-        patience: of each class of jobs that are created here; the defaults if None.
+        ageing: of each class of jobs that are created here; the defaults if None.
         retention: of jobs that end here; the defaults if None.
         announcer: told of jobs that are created here. Without one, dispatchers find them when they next look.
         ranks: of the groups that they are made for, for GPU-seconds.
@@ -93,15 +93,15 @@ class JobStore(Leases, Upkeep, Switches):
         self,
         url: str,
         late_outputs_s: float = 600,
-        patience: Patience | None = None,
-        retention: Retention | None = None,
+        ageing: Ageing | None = None,
+        retention: RetentionConfig | None = None,
         announcer: Announcer | None = None,
         ranks: int = 1,
         work_of: WorkOf | None = None,
     ) -> None:
-        super().__init__(Database(url), late_outputs_s, retention or Retention())
+        super().__init__(Database(url), late_outputs_s, retention or RetentionConfig())
         self.keys = Keys(self._db)
-        self._patience = patience or Patience()
+        self._ageing = ageing or Ageing()
         self._announcer = announcer
         self._ranks = ranks
         self._work_of = work_of
@@ -120,7 +120,7 @@ class JobStore(Leases, Upkeep, Switches):
         return cls(
             config.store_url,
             config.dispatcher.late_outputs_s,
-            config.patience,
+            config.ageing,
             config.retention,
             announcer,
             config.denoiser.parallel.size,
@@ -221,7 +221,7 @@ class JobStore(Leases, Upkeep, Switches):
             if max_queued is not None and await self._count(session) >= max_queued:
                 raise QueueFull(f"{max_queued} jobs wait already.", self._pace.seconds_per_job)
             job.deadline_at = None if deadline_s is None else now + deadline_s
-            job.turn = job.waits_since + getattr(self._patience, job.priority)
+            job.effective_deadline = job.waits_since + getattr(self._ageing, job.priority)
             # One that is to begin later is announced when it is due, and one whose announcement gets lost once more.
             job.announced_at = job.created_at if job.waits_since <= job.created_at else 0.0
             session.add(job)
@@ -315,11 +315,13 @@ class JobStore(Leases, Upkeep, Switches):
         if id_time(video_id) is None:
             return None
         async with self._db.read() as session:
-            place = select(Job.owner, Job.turn).where(Job.id == video_id, Job.status == "queued")
+            place = select(Job.owner, Job.effective_deadline).where(Job.id == video_id, Job.status == "queued")
             if (row := (await session.execute(place)).one_or_none()) is None:
                 return None
             waits = select(func.count()).where(Job.status == "queued")
-            before = waits.where(Job.owner == row.owner, tuple_(Job.turn, Job.id) < (row.turn, video_id))
+            before = waits.where(
+                Job.owner == row.owner, tuple_(Job.effective_deadline, Job.id) < (row.effective_deadline, video_id)
+            )
             own = (await session.scalar(before) or 0) + 1
             others = waits.where(or_(Job.owner < row.owner, Job.owner > row.owner)).group_by(Job.owner)
             return own + sum(min(count, own) for count in await session.scalars(others))

@@ -78,7 +78,7 @@ def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list
 
 
 def attempt_failed(
-    job: Job, now: float, error: JobFailed, resumed_step: int, options: config.Dispatcher, late_outputs_s: float
+    job: Job, now: float, error: JobFailed, resumed_step: int, options: config.DispatcherConfig, late_outputs_s: float
 ) -> list[Base]:
     """An attempt that began at `resumed_step` ended with a retryable error: again, later, or never.
 

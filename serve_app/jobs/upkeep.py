@@ -22,7 +22,7 @@ _PORTION = 100
 class Upkeep(Rows):
     """The part of a `JobStore` that nobody waits for. Any number of dispatchers may do it at the same time."""
 
-    async def sweep(self, options: config.Dispatcher, *, reap: bool = True) -> None:
+    async def sweep(self, options: config.DispatcherConfig, *, reap: bool = True) -> None:
         """Fail what waits beyond its deadline, and put jobs whose lease ran out back into the queue.
 
         Args:

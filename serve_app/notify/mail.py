@@ -16,7 +16,7 @@ from email.utils import format_datetime
 
 import aiosmtplib
 
-from serve_app.config import Mail
+from serve_app.config import MailConfig
 from serve_app.db.notifications import Delivery, Event
 from serve_app.db.tables import CANCELLED, Job
 from serve_app.errors import ConfigError, one_line
@@ -37,7 +37,7 @@ _TEXTS = {
 }
 
 
-def compose(mail: Mail, public_url: str, delivery: Delivery, event: Event, job: Job) -> EmailMessage:
+def compose(mail: MailConfig, public_url: str, delivery: Delivery, event: Event, job: Job) -> EmailMessage:
     """The mail, the same at every try, its Message-ID too. In Chinese if the prompt holds a Chinese character."""
     language = "zh" if any("\u4e00" <= char <= "\u9fff" for char in job.params["prompt"]) else "en"
     subject, text = _TEXTS[language, CANCELLED if job.shown_status == CANCELLED else event.type]
@@ -65,7 +65,7 @@ class Mailer:
         ConfigError: a user without a password in the environment, or a `ca_file` that cannot be read.
     """
 
-    def __init__(self, options: Mail, public_url: str, timeout_s: float) -> None:
+    def __init__(self, options: MailConfig, public_url: str, timeout_s: float) -> None:
         self._options = options
         self._public_url = public_url
         self._timeout_s = timeout_s

@@ -17,7 +17,7 @@ from serve_app.logs import get_logger
 from serve_app.notify import webhook
 from serve_app.notify.mail import Mailer
 from serve_app.notify.outbound import Outbound
-from serve_app.notify.outbox import Outbox, Parcel
+from serve_app.notify.outbox import DueDelivery, Outbox
 from serve_app.notify.outcome import Outcome
 
 logger = get_logger(__name__)
@@ -132,7 +132,7 @@ class Notifier:
             logger.error("delivery broke", extra={"delivery": task.get_name()}, exc_info=error)
         self._wake.set()  # there is room for another
 
-    async def _deliver(self, parcel: Parcel) -> None:
+    async def _deliver(self, parcel: DueDelivery) -> None:
         delivery, event = parcel.delivery, parcel.event
         outcome = await self._send(parcel)
         fields = {
@@ -159,7 +159,7 @@ class Notifier:
                     return
                 await asyncio.sleep(min(1.0, self._lease_s / 10))
 
-    async def _send(self, parcel: Parcel) -> Outcome:
+    async def _send(self, parcel: DueDelivery) -> Outcome:
         delivery, event, endpoint = parcel.delivery, parcel.event, parcel.endpoint
         if delivery.tries > self._outbox.most_tries:
             return _dropped("its last try was cut off")

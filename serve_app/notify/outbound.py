@@ -32,7 +32,7 @@ _HOST = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\.?")
 _NUMBER = re.compile(r"(0x[0-9a-f]*|[0-9]+)")
 
 
-class Refused(Exception):
+class ReceiverRefused(Exception):
     """A URL that must not be called. The message says what was found and what was expected."""
 
 
@@ -90,40 +90,40 @@ class Outbound:
             Refused: it is not.
         """
         if len(url) > _URL_CHARS:
-            raise Refused(f"has {len(url)} characters, expected at most {_URL_CHARS}")
+            raise ReceiverRefused(f"has {len(url)} characters, expected at most {_URL_CHARS}")
         # A backslash is a slash to browsers and a letter to others; nobody should have to know which we are.
         if "\\" in url or any(char.isspace() or not char.isprintable() for char in url):
-            raise Refused("holds a backslash, a space or a control character, expected a plain URL")
+            raise ReceiverRefused("holds a backslash, a space or a control character, expected a plain URL")
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
-            raise Refused(f"is no URL: {one_line(error)}") from None
+            raise ReceiverRefused(f"is no URL: {one_line(error)}") from None
         schemes = ("https", "http") if self._allow_http else ("https",)
         if parsed.scheme not in schemes:
-            raise Refused(f"has scheme {parsed.scheme[:20]!r}, expected {' or '.join(schemes)}")
+            raise ReceiverRefused(f"has scheme {parsed.scheme[:20]!r}, expected {' or '.join(schemes)}")
         if parsed.userinfo or _USER.match(url):  # an empty one leaves no trace in what was parsed
-            raise Refused("holds a user or a password, expected none")
+            raise ReceiverRefused("holds a user or a password, expected none")
         if "#" in url:
-            raise Refused("holds a fragment, expected none")
+            raise ReceiverRefused("holds a fragment, expected none")
         if parsed.port is not None and parsed.port < 1024 and (parsed.scheme, parsed.port) != ("http", 80):
             # Below 1024 live services that could be made to read something into a request. 443 is None here.
-            raise Refused(f"has port {parsed.port}, expected {parsed.scheme}'s own or 1024 to 65535")
+            raise ReceiverRefused(f"has port {parsed.port}, expected {parsed.scheme}'s own or 1024 to 65535")
         if parsed.port is not None and parsed.port > 65535:
-            raise Refused(f"has port {parsed.port}, expected at most 65535")
+            raise ReceiverRefused(f"has port {parsed.port}, expected at most 65535")
         self._check_host(parsed.raw_host.decode("ascii"))
         return parsed
 
     def _check_host(self, host: str) -> None:
         try:
             if not is_allowed(host, self._networks):
-                raise Refused(f"has address {host}, expected a public one")
+                raise ReceiverRefused(f"has address {host}, expected a public one")
             return
         except ValueError:
             pass  # a name
         if not _HOST.fullmatch(host) or len(host) > 254:
-            raise Refused(f"has host {host[:80]!r}, expected a name or an address")
+            raise ReceiverRefused(f"has host {host[:80]!r}, expected a name or an address")
         if _NUMBER.fullmatch(host.rstrip(".").rpartition(".")[2]):
-            raise Refused(f"has host {host[:80]!r}, expected an address as four decimal numbers")
+            raise ReceiverRefused(f"has host {host[:80]!r}, expected an address as four decimal numbers")
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
         """Send `body`.
@@ -182,7 +182,7 @@ class _Checked(httpcore.AnyIOBackend):
         for address in addresses:
             # One forbidden answer condemns them all: which of them a later lookup returns is not ours to say.
             if not is_allowed(address, self._networks):
-                raise Refused(f"has host {host!r} with address {address}, expected public ones only")
+                raise ReceiverRefused(f"has host {host!r} with address {address}, expected public ones only")
         failure: Exception = Unreachable(f"host {host!r} has no address")
         for address in addresses:
             try:

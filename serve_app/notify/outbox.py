@@ -23,7 +23,7 @@ _JITTER = 0.1
 
 
 @dataclass(frozen=True)
-class Parcel:
+class DueDelivery:
     """A delivery that is claimed, with all that is needed to send it. `endpoint` or `job` is None once deleted."""
 
     delivery: Delivery
@@ -72,7 +72,7 @@ class Outbox:
                 event.distributed = True
         return len(events)
 
-    async def claim(self, lease_s: float, busy: Collection[str] = ()) -> Parcel | None:
+    async def claim(self, lease_s: float, busy: Collection[str] = ()) -> DueDelivery | None:
         """The delivery that has been due for longest, for the caller to send within `lease_s`; None if there is none.
 
         Args:
@@ -108,7 +108,7 @@ class Outbox:
                 return None
             endpoint = await session.get(Endpoint, delivery.endpoint_id) if delivery.endpoint_id else None
             job = None if delivery.endpoint_id else await session.get(Job, event.video_id)
-            return Parcel(delivery, event, endpoint, job)
+            return DueDelivery(delivery, event, endpoint, job)
 
     async def record(self, delivery: Delivery, outcome: Outcome) -> None:
         """How a try went, and what follows. Without effect if another has claimed the delivery since."""

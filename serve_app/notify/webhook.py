@@ -12,7 +12,7 @@ from standardwebhooks import Webhook
 
 from serve_app import __version__
 from serve_app.db.notifications import Endpoint, Event
-from serve_app.notify.outbound import Outbound, Refused, Unreachable
+from serve_app.notify.outbound import Outbound, ReceiverRefused, Unreachable
 from serve_app.notify.outcome import Outcome
 
 _GONE = 410
@@ -62,7 +62,7 @@ async def send(outbound: Outbound, endpoint: Endpoint, event: Event) -> Outcome:
     began = time.monotonic()
     try:
         answer = await outbound.post(endpoint.url, body.encode(), headers)
-    except Refused as error:
+    except ReceiverRefused as error:
         return Outcome(False, time.monotonic() - began, error=f"refused: the URL {error}")
     except Unreachable as error:
         return Outcome(False, time.monotonic() - began, error=str(error))

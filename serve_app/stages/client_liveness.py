@@ -15,14 +15,14 @@ from ray.exceptions import ActorDiedError, RayError
 
 from serve_app.logs import get_logger
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 _PERIOD_S = 2.0
 # An actor that does not answer for a moment is not dead: its host may be busy, or its link down.
 _ANSWER_S = 30.0
 
 
-class Callers:
+class ClientLiveness:
     """Watches the processes that a replica works for."""
 
     def __init__(self) -> None:
@@ -58,6 +58,6 @@ class Callers:
             except (RayError, TimeoutError):
                 continue
         tasks = self._tasks.get(name, set())
-        log.warning("caller died", extra={"actor": name, "cancelled": len(tasks)})
+        logger.warning("caller died", extra={"actor": name, "cancelled": len(tasks)})
         for task in tasks:
             task.cancel()

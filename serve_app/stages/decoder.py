@@ -19,11 +19,11 @@ from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
 from serve_app.request import Params
-from serve_app.stages.client_liveness import Callers
+from serve_app.stages.client_liveness import ClientLiveness
 from serve_app.storage import Storage, download_name
-from serve_app.wan.vae.frame_buffer import Abandoned, Arrival, PixelsNotFinite
+from serve_app.wan.vae.frame_buffer import Abandoned, FrameBuffer, PixelsNotFinite
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 _Storing: TypeAlias = asyncio.Task[tuple[dict[str, str], int, float]]
 _Stored: TypeAlias = tuple[_Storing, float]
@@ -59,7 +59,7 @@ class _Item:
     job_id: str
     again: bool
     abandoned: bool = False
-    arrival: Arrival = field(default_factory=Arrival)
+    arrival: FrameBuffer = field(default_factory=FrameBuffer)
     decoded: asyncio.Future[float] | None = None
     """When its frames were all there."""
     storing: _Storing | None = None
@@ -102,7 +102,7 @@ class Decoder:
         self._dtype = config.model.vae_dtype
         self._decoder = self._math.call(VideoDecoder, checkpoint, device, dtype, others, tile_bytes)
         self._storage = Storage(config.storage_options)
-        self._callers = Callers()
+        self._callers = ClientLiveness()
         self._videos = self._stopped = self._repeated = 0
         if stage.warmup:
             params = Params(**config.defaults.model_dump(), prompt="warm-up", seed=0)
@@ -111,7 +111,7 @@ class Decoder:
             settle()
         self._decode_batch.set_max_batch_size(stage.batch.size)
         self._decode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
-        log.info("decoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
+        logger.info("decoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
 
     async def decode(
         self,
@@ -147,12 +147,12 @@ class Decoder:
             except asyncio.CancelledError:
                 item.abandoned = True
                 await item.end()
-                log.info("decode ended early", extra={"job": job_id})
+                logger.info("decode ended early", extra={"job": job_id})
                 raise
             except JobFailed:
                 raise
             except Exception as error:
-                log.exception("storing failed", extra={"job": job_id})
+                logger.exception("storing failed", extra={"job": job_id})
                 raise JobFailed("store_failed", one_line(error), retryable=isinstance(error, OSError)) from None
         return Decoded(outputs, size, {"vae": seconds, "store": stored}, self._revision, item.warnings)
 
@@ -191,7 +191,7 @@ class Decoder:
         self._videos += 0 if in_float32 else len(items)
         started = time.monotonic()
         for item in items:
-            item.arrival, item.decoded = Arrival(), asyncio.get_running_loop().create_future()
+            item.arrival, item.decoded = FrameBuffer(), asyncio.get_running_loop().create_future()
             item.storing = asyncio.create_task(self._store(item, item.arrival, item.decoded))
         try:
             latents = np.concatenate([item.latents for item in items])
@@ -203,7 +203,7 @@ class Decoder:
         except (Abandoned, PixelsNotFinite):
             pass  # which the arrival of each such video says as well; the others are there
         except Exception as error:  # of our own type, because a process without torch cannot unpickle torch's
-            log.exception("decoding failed", extra={"jobs": [item.job_id for item in items]})
+            logger.exception("decoding failed", extra={"jobs": [item.job_id for item in items]})
             short = is_out_of_memory(error)
             for item in items:
                 item.arrival.fail(JobFailed("out_of_memory" if short else "decode_failed", one_line(error), short))
@@ -218,7 +218,7 @@ class Decoder:
             await item.end()
             self._stopped += item.abandoned
             if isinstance(reason, PixelsNotFinite):
-                log.error("pixels are not finite", extra={"job": item.job_id, "error": str(reason)})
+                logger.error("pixels are not finite", extra={"job": item.job_id, "error": str(reason)})
                 not_finite.append(item)
             item.result = reason if isinstance(reason, JobFailed) else JobFailed("not_finite", str(reason))
         if self._dtype != "float32" and not in_float32:
@@ -230,7 +230,7 @@ class Decoder:
             self._repeated += len(not_finite)
             await self._pass(not_finite, in_float32=True)
 
-    def _frames(self, latents: np.ndarray, arrivals: list[Arrival], in_float32: bool = False) -> np.ndarray:
+    def _frames(self, latents: np.ndarray, arrivals: list[FrameBuffer], in_float32: bool = False) -> np.ndarray:
         import torch
 
         # Loaded for this pass alone: it is rare, and its weights would take the room of larger tiles.
@@ -238,7 +238,7 @@ class Decoder:
         return decoder.decode(torch.from_numpy(latents), arrivals)
 
     async def _store(
-        self, item: _Item, arrival: Arrival, decoded: asyncio.Future[float]
+        self, item: _Item, arrival: FrameBuffer, decoded: asyncio.Future[float]
     ) -> tuple[dict[str, str], int, float]:
         """Write one video's files while its frames come, and put them where they belong.
 
@@ -298,16 +298,16 @@ class Decoder:
         try:
             await self._storage.delete_prefix(item.prefix)
         except OSError as error:  # whoever ended the job has it removed later as well
-            log.warning("files not removed yet", extra={"job": item.job_id, "error": one_line(error)})
+            logger.warning("files not removed yet", extra={"job": item.job_id, "error": one_line(error)})
 
     def _warm_up(self, latents: np.ndarray, params: Params) -> None:
         from serve_app.wan.video import spritesheet, thumbnail, write_mp4
 
-        arrival = Arrival()
+        arrival = FrameBuffer()
         try:
             self._frames(latents, [arrival])
         except PixelsNotFinite as error:  # of zeros; jobs are judged by their own
-            log.error("the warm-up's pixels are not finite: this VAE may be damaged", extra={"error": str(error)})
+            logger.error("the warm-up's pixels are not finite: this VAE may be damaged", extra={"error": str(error)})
         frames = arrival.frames()
         with TemporaryDirectory(prefix="wan-serve-") as folder:
             write_mp4(frames, Path(folder) / "video.mp4", params.fps, {})

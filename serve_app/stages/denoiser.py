@@ -19,20 +19,20 @@ from serve_app.config import Config
 from serve_app.engine.admission_queue import Leaving
 from serve_app.engine.engine import Engine
 from serve_app.engine.group import Group, GroupLost
-from serve_app.engine.sample_request import Admission, Denoised, Moved, Ticket
+from serve_app.engine.sample_request import Denoised, EncodedRequest, Moved, SampleRequest
 from serve_app.engine.saver import latest
 from serve_app.errors import one_line
 from serve_app.events import Progress
 from serve_app.logs import get_logger
 from serve_app.stages import drain_watcher as retirement
-from serve_app.stages.client_liveness import Callers
+from serve_app.stages.client_liveness import ClientLiveness
 from serve_app.stages.encoder import Encoded
 from serve_app.storage import Storage
 
 if TYPE_CHECKING:
     from serve_app.wan.weights.checkpoint import Expert
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 # Time for the streams in flight to tell their callers why, before the process goes.
 _LAST_WORDS_S = 0.5
@@ -67,7 +67,7 @@ class Denoiser:
         self._storage = Storage(config.storage_options)
         self._group = await Group.start(config, placement_group, first_bundle=1, experts=experts)
         self._engine = Engine(self._group, config, experts)
-        self._callers = Callers()
+        self._callers = ClientLiveness()
         self._tasks = [
             asyncio.create_task(self._leave_when_lost(), name="leave-when-lost"),
             asyncio.create_task(retirement.watch(self._routed), name="retirement"),
@@ -77,7 +77,7 @@ class Denoiser:
 
     async def denoise(
         self,
-        ticket: Ticket,
+        ticket: SampleRequest,
         encoded: Encoded,
         state: bytes | None = None,
         resume: bool = False,
@@ -101,7 +101,7 @@ class Denoiser:
         with self._callers.serving(caller):
             try:
                 async with self._engine.seat(ticket):
-                    error = await self._admit(Admission(ticket, encoded.positive, encoded.negative, state))
+                    error = await self._admit(EncodedRequest(ticket, encoded.positive, encoded.negative, state))
                     if error is not None:
                         raise error
                     yield Started(encoded.seconds, encoded.truncated, self._engine.step_of(ticket.id))
@@ -141,7 +141,7 @@ class Denoiser:
         }
 
     @serve.batch
-    async def _admit(self, admissions: list[Admission]) -> list[Exception | None]:
+    async def _admit(self, admissions: list[EncodedRequest]) -> list[Exception | None]:
         """Samples that arrive together start together, so that they can share every step."""
         results = await asyncio.gather(*(self._engine.admit(a) for a in admissions), return_exceptions=True)
         return [result if isinstance(result, Exception) else None for result in results]
@@ -156,17 +156,17 @@ class Denoiser:
             self._engine.lose(error)
             raise
 
-    async def _saved(self, ticket: Ticket) -> bytes | None:
+    async def _saved(self, ticket: SampleRequest) -> bytes | None:
         """The state that an earlier attempt saved last."""
         assert ticket.state_prefix is not None
         try:
             return await asyncio.wait_for(latest(self._storage, ticket.state_prefix), _STORAGE_S)
         except (OSError, TimeoutError) as error:
-            log.warning("saved state not read", extra={"job": ticket.id, "error": one_line(error)})
+            logger.warning("saved state not read", extra={"job": ticket.id, "error": one_line(error)})
             return None
 
     def _routed(self, routed: bool) -> None:
-        log.info("put back" if routed else "retired: samples move away", extra={"resident": self._engine.resident})
+        logger.info("put back" if routed else "retired: samples move away", extra={"resident": self._engine.resident})
         if routed:
             self._engine.stay()
         else:
@@ -182,5 +182,5 @@ class Denoiser:
         started = time.monotonic()
         self._group.kill()
         await asyncio.sleep(max(0.0, _LAST_WORDS_S - (time.monotonic() - started)))
-        log.error("replica leaves, its group is lost", extra={"reason": self._engine.reason})
+        logger.error("replica leaves, its group is lost", extra={"reason": self._engine.reason})
         os._exit(1)

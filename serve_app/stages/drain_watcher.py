@@ -20,7 +20,7 @@ from ray.serve._private.long_poll import LongPollNamespace
 from serve_app.errors import one_line
 from serve_app.logs import get_logger
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 # After the controller could not be asked: it restarts by itself.
 _RETRY_S = 1.0
@@ -42,7 +42,7 @@ async def watch(on_change: Callable[[bool], None]) -> None:
             controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
             updates = await controller.listen_for_change.remote({key: snapshot})
         except (RayError, ValueError) as error:  # ValueError: there is no such actor at this moment
-            log.info("controller away", extra={"error": one_line(error)})
+            logger.info("controller away", extra={"error": one_line(error)})
             snapshot = -1
             await asyncio.sleep(_RETRY_S)
             continue

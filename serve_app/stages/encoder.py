@@ -17,7 +17,7 @@ from serve_app.logs import get_logger
 if TYPE_CHECKING:
     from serve_app.wan.text import Embedding
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Encoder:
             settle()
         self._encode_batch.set_max_batch_size(stage.batch.size)
         self._encode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
-        log.info("encoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
+        logger.info("encoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
 
     async def encode(self, prompt: str, negative_prompt: str | None) -> Encoded:
         """Embed a prompt and, where guidance needs it, a negative prompt.
@@ -84,7 +84,7 @@ class Encoder:
         except Exception as error:
             # Returned, because raising fails the whole batch alike; as our own type, because a process without torch
             # cannot even unpickle one of torch's.
-            log.exception("encoding failed")
+            logger.exception("encoding failed")
             return [JobFailed("encode_failed", one_line(error)) for _ in requests]
         by_text = dict(zip(texts, embeddings, strict=True))
         seconds = time.monotonic() - started
@@ -93,7 +93,7 @@ class Encoder:
             positive = by_text[prompt]
             negative = None if negative_prompt is None else by_text[negative_prompt]
             if (failure := _not_finite(positive, negative)) is not None:
-                log.error("embeddings are not finite", extra={"error": failure.message})
+                logger.error("embeddings are not finite", extra={"error": failure.message})
                 results.append(failure)
                 continue
             truncated = [

@@ -17,17 +17,17 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.engine.sample_request import Denoised, Moved, Ticket
+from serve_app.engine.sample_request import Denoised, Moved, SampleRequest
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Event, Progress
 from serve_app.logs import get_logger
 from serve_app.replica import this_process
 from serve_app.request import Params
-from serve_app.stages.client_liveness import Callers
+from serve_app.stages.client_liveness import ClientLiveness
 from serve_app.stages.decoder import Decoded
 from serve_app.stages.denoiser import Started
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 # Weight of the newest decode in the running mean of seconds per pixel.
 _NEWEST = 0.3
@@ -66,16 +66,16 @@ class Pipeline:
         self._decoder = decoder.options()
         self._store_wait_s = store_wait_s
         self._decode_s_per_pixel = 0.0
-        self._callers = Callers()
+        self._callers = ClientLiveness()
 
     async def generate(self, job: dict[str, Any]) -> AsyncIterator[Event]:
         """Make a job's video.
 
         Args:
             job: `id`, `attempt`, `params` (of `Params`) and `prefix` (the storage prefix of its files); where a
-                dispatcher drives it also `priority`, `created_at` and `state_prefix` (see `Ticket`). An attempt beyond
-                the first goes on from the last state that was saved. `losses` beyond 0 has its steps done alone. When
-                the process dies whose handle is `caller`, the work ends.
+                dispatcher drives it also `priority`, `created_at` and `state_prefix` (see `SampleRequest`). An attempt
+                beyond the first goes on from the last state that was saved. `losses` beyond 0 has its steps done alone.
+                When the process dies whose handle is `caller`, the work ends.
 
         Yields:
             Progress of each stage, and Done at the end. Ending the iteration early cancels the work at its next step.
@@ -91,7 +91,7 @@ class Pipeline:
     async def _generate(self, job: dict[str, Any]) -> AsyncGenerator[Event, None]:
         params = Params(**job["params"])
         # The attempt is part of the name: a second attempt may arrive while the first is still being cancelled.
-        ticket = Ticket(
+        ticket = SampleRequest(
             id=f"{job['id']}.{job['attempt']}",
             params=params,
             priority=job.get("priority", "standard"),
@@ -134,7 +134,7 @@ class Pipeline:
                 if denoised is None:
                     _cancel(encoded)  # a text that waits to be encoded need not be
             if isinstance(denoised, Moved):
-                log.info("moved", extra={"job": job["id"], "with_state": denoised.state is not None})
+                logger.info("moved", extra={"job": job["id"], "with_state": denoised.state is not None})
                 state = denoised.state or state
                 if denoised.high_noise is not None:
                     denoiser = self._denoiser if denoised.high_noise else self._low_noise_denoiser
@@ -188,12 +188,12 @@ class Pipeline:
                     short_s = next(pauses, None)
                     if short_s is None:
                         raise
-                    log.warning("not decoded, tried again", extra={"job": job["id"], "error": failed.message})
+                    logger.warning("not decoded, tried again", extra={"job": job["id"], "error": failed.message})
                     await asyncio.sleep(short_s)
                     continue
                 if failed.code != "store_failed" or time.monotonic() + pause_s > until:
                     raise
-                log.warning("not stored, tried again", extra={"job": job["id"], "error": failed.message})
+                logger.warning("not stored, tried again", extra={"job": job["id"], "error": failed.message})
             finally:
                 _cancel(decoding)  # as with the denoiser's stream
             await asyncio.sleep(pause_s)

@@ -3,8 +3,17 @@
 On a folder or in a bucket of S3. Knows nothing of jobs or HTTP.
 """
 
-from serve_app.storage.backend import Refused, Stat
+from serve_app.storage.backend import Stat, StorageRefused
 from serve_app.storage.names import content_type, disposition, download_name
 from serve_app.storage.storage import CHUNK_BYTES, Storage, trouble_with
 
-__all__ = ["CHUNK_BYTES", "Refused", "Stat", "Storage", "content_type", "disposition", "download_name", "trouble_with"]
+__all__ = [
+    "CHUNK_BYTES",
+    "Stat",
+    "Storage",
+    "StorageRefused",
+    "content_type",
+    "disposition",
+    "download_name",
+    "trouble_with",
+]

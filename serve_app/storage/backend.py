@@ -15,7 +15,7 @@ CHUNK_BYTES = 1 << 20
 Method = Literal["GET", "HEAD"]
 
 
-class Refused(OSError):
+class StorageRefused(OSError):
     """The storage says no, and will say it again: a wrong bucket, wrong access keys, missing rights."""
 
 

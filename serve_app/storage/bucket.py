@@ -18,7 +18,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
 from serve_app import config
-from serve_app.storage.backend import CHUNK_BYTES, Backend, Method, Refused
+from serve_app.storage.backend import CHUNK_BYTES, Backend, Method, StorageRefused
 from serve_app.storage.names import content_type, disposition
 
 PART_BYTES = 8 << 20
@@ -45,7 +45,7 @@ class Bucket(Backend):
     number of the attempt, or random bits, so no two writers share one.
     """
 
-    def __init__(self, options: config.Storage) -> None:
+    def __init__(self, options: config.StorageConfig) -> None:
         self._options = options
         self._store = self._open(options)
         quick = {"timeout_s": min(options.timeout_s, _PING_S), "retry_s": 0}
@@ -53,7 +53,7 @@ class Bucket(Backend):
         public = options.public_endpoint or options.endpoint
         self._public = self._open(options.model_copy(update={"endpoint": public}))
 
-    def _open(self, options: config.Storage) -> S3Store:
+    def _open(self, options: config.StorageConfig) -> S3Store:
         endpoint = options.endpoint
         values: dict[str, Any] = {"endpoint": endpoint.rstrip("/"), "region": options.region}
         client: dict[str, Any] = {
@@ -92,7 +92,7 @@ class Bucket(Backend):
                 return
             except (BaseError, FileNotFoundError) as error:  # not found: the bucket, or an upload that was aborted
                 told = self.explain(error)
-                if isinstance(told, Refused) or time.monotonic() >= give_up:
+                if isinstance(told, StorageRefused) or time.monotonic() >= give_up:
                     raise told from error
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 3)
@@ -150,12 +150,14 @@ class Bucket(Backend):
         options = self._options
         where = f"storage: {options.url}" + (f" at {options.endpoint}" if options.endpoint else "")
         if "/latest/api/token" in text or "/latest/meta-data" in text:
-            return Refused(f"{where}: no access keys: AWS_ACCESS_KEY_ID is not set, and this is no instance of AWS")
+            return StorageRefused(
+                f"{where}: no access keys: AWS_ACCESS_KEY_ID is not set, and this is no instance of AWS"
+            )
         if status := _STATUS.search(text):
             code, message = (found[1] if (found := part.search(text)) else "" for part in (_CODE, _MESSAGE))
             told = " ".join(f"{status[1]} {code} {message}".split())
             passing = status[1] >= "500" or status[1] in _PASSING or code in _PASSING
-            return (OSError if passing else Refused)(f"{where}: {told}{_hint(status[1], code)}")
+            return (OSError if passing else StorageRefused)(f"{where}: {told}{_hint(status[1], code)}")
         kinds = {found[1] for found in _KIND.finditer(text)}
         if "Timeout" in kinds:
             return OSError(f"{where}: no answer within {within_s:g} s (storage.endpoint, storage.timeout_s)")

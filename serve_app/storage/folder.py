@@ -13,7 +13,7 @@ from obstore.store import LocalStore
 
 from serve_app.config.paths import folder_of, home_of
 from serve_app.errors import ConfigError
-from serve_app.storage.backend import CHUNK_BYTES, Backend, Method, Refused
+from serve_app.storage.backend import CHUNK_BYTES, Backend, Method, StorageRefused
 
 _MIB = 1 << 20
 
@@ -57,7 +57,7 @@ class Folder(Backend):
 
     def ping(self) -> None:
         if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
-            raise Refused(f"storage: {self.folder} cannot be written to")
+            raise StorageRefused(f"storage: {self.folder} cannot be written to")
         free_mib = shutil.disk_usage(self.folder).free / _MIB
         if free_mib < self._min_free_mib:
             raise OSError(

@@ -16,7 +16,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from serve_app import config
 from serve_app.errors import ConfigError, one_line
 from serve_app.logs import get_logger
-from serve_app.storage.backend import CHUNK_BYTES, Backend, Method, Refused, Stat
+from serve_app.storage.backend import CHUNK_BYTES, Backend, Method, Stat, StorageRefused
 from serve_app.storage.bucket import Bucket
 from serve_app.storage.folder import Folder
 
@@ -52,7 +52,7 @@ class Storage:
         ConfigError: the folder cannot be made, or the URL names a kind of store that is not offered.
     """
 
-    def __init__(self, options: config.Storage | str) -> None:
+    def __init__(self, options: config.StorageConfig | str) -> None:
         if isinstance(options, str):
             options = config.validate({"storage": {"url": options}}, "storage").storage
         self._options = options
@@ -92,7 +92,7 @@ class Storage:
             if self._options.bucket:  # rights to list are not rights to write
                 await self.put(key, b"")
                 await self.delete(key)
-        except Refused as error:
+        except StorageRefused as error:
             raise trouble_with(self._options, error) from None
         except OSError as error:
             return error
@@ -194,7 +194,7 @@ class Storage:
             raise self._backend.explain(error) from error
 
 
-def trouble_with(options: config.Storage, error: OSError) -> ConfigError:
+def trouble_with(options: config.StorageConfig, error: OSError) -> ConfigError:
     """What a storage said, as an error of the option that names it."""
     told = str(error).removeprefix("storage: ").removeprefix(options.url).strip(" :")
     return ConfigError(f"storage.url has value {options.url!r}: {told}")

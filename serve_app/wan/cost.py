@@ -41,7 +41,7 @@ def step_flops(config: dict[str, Any], tokens: int, guided: bool) -> float:
     """Floating-point operations of one denoising step of one sample, on all ranks together.
 
     Counts matrix products and attention, a multiplication and an addition as two; all else is a few per cent. The keys
-    and values of the text are left out: they are made once for many steps (see `TextMemory`).
+    and values of the text are left out: they are made once for many steps (see `TextCache`).
 
     Args:
         config: of an expert.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from serve_app.request import Params
-from serve_app.wan.parallel.process_groups import World
+from serve_app.wan.parallel.process_groups import ProcessGroups
 from serve_app.wan.sampling.sample import Sample
 from serve_app.wan.sampling.sampler import denoise
 from serve_app.wan.text import TextEncoder
@@ -36,7 +36,7 @@ class Generator:
         folder: Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        world: World | None = None,
+        world: ProcessGroups | None = None,
         compiled: bool = False,
         random: bool = False,
     ) -> None:
@@ -45,7 +45,7 @@ class Generator:
         self.device = device
         self.dtype = dtype
         self.text = TextEncoder(self.checkpoint, device, dtype)
-        world = world or World.alone(device)
+        world = world or ProcessGroups.alone(device)
         self.experts: dict[Expert, nn.Module] = {
             expert: load_expert(self.checkpoint, expert, world, dtype, device, compiled=compiled)
             for expert in self.checkpoint.experts

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from serve_app.accounts.keys import DAY_S, Key, Limits, OverLimit
+from serve_app.accounts.keys import DAY_S, Key, KeyLimits, OverLimit
 from serve_app.db.tables import Usage
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
@@ -20,7 +20,7 @@ DONE = Done({"video": "v"}, {"denoise": 10.0}, 1)
 
 
 async def make(store: JobStore, **limits: Any) -> tuple[str, str]:
-    key, text = await store.keys.create("alice", ["read", "create"], Limits(**limits))
+    key, text = await store.keys.create("alice", ["read", "create"], KeyLimits(**limits))
     return key.id, text
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from serve_app.config import validate
 from serve_app.wan.weights.checkpoint import Checkpoint
-from serve_app.wan.weights.sharded import MANIFEST, Prepared
+from serve_app.wan.weights.sharded import MANIFEST, ShardedCheckpoint
 
 COMMAND = (sys.executable, "-m", "serve_app.cli", "prepare")
 
@@ -31,10 +31,10 @@ def test_what_it_says_can_be_configured(checkpoint: Path, tmp_path: Path) -> Non
     report, _, options = said.partition("model:\n")
     assert f"{tmp_path / 'out'}: 4 files written, 0.007 GB, 0 were there, " in report
     config = validate(yaml.safe_load("model:\n" + options))
-    assert config.model.prepared_folder is not None
+    assert config.model.sharded_folder is not None
     assert (config.denoiser.parallel.tensor, config.model.dtype) == (2, "bfloat16")
-    prepared = Prepared(config.model.prepared_folder, Checkpoint(config.model.folder), 2, config.model.dtype)
-    prepared.check("transformer_2", 1)
+    sharded = ShardedCheckpoint(config.model.sharded_folder, Checkpoint(config.model.folder), 2, config.model.dtype)
+    sharded.check("transformer_2", 1)
     status, said, errors = run(checkpoint, tmp_path / "out", "--tensor", 2, "--dtype", "bfloat16", "--verify")
     assert (status, "0 files written, 0.000 GB, 4 were there" in said) == (0, True), errors
 

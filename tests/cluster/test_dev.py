@@ -185,7 +185,7 @@ class Looking(Rank):
         return os.environ["CUDA_VISIBLE_DEVICES"]
 
 ray.init(logging_level="ERROR", log_to_driver=False)
-config = validate({{"denoiser": {{"parallel": {{"{axis}": 2}}, "rank": {need}, "peer_memory": {peers}}}}})
+config = validate({{"denoiser": {{"parallel": {{"{axis}": 2}}, "rank": {need}, "symmetric_memory": {peers}}}}})
 looking = ray.remote(concurrency_groups={{"health": 1}})(Looking)
 ranks = [looking.options(**rank_actor(config)).remote(config, rank) for rank in range(2)]
 print(*sorted(ray.get([rank.look.remote() for rank in ranks], timeout=60)))

@@ -135,7 +135,7 @@ def test_storage() -> None:
         ),
         (
             {"denoiser": {"experts": "swap", "offload": "disk"}},
-            "args: denoiser: offload is 'disk', expected with model.prepared, from whose files it reads",
+            "args: denoiser: offload is 'disk', expected with model.sharded, from whose files it reads",
         ),
         ({"encoder": {"memory_fraction": 1.2}}, "args: encoder.memory_fraction has value 1.2, expected less than or"),
         ({"defaults": {"num_frames": 200}}, "args: defaults: num_frames is 200, expected at most limits' 161"),
@@ -284,3 +284,24 @@ def test_file_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_files(path: Path) -> None:
     load_file(path)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"patience": {"batch": 1}}, "args: unknown option 'patience', it is now 'ageing'"),
+        ({"model": {"prepared": "x"}}, "args: unknown option 'model.prepared', it is now 'model.sharded'"),
+        (
+            {"denoiser": {"peer_memory": False}},
+            "args: unknown option 'denoiser.peer_memory', it is now 'denoiser.symmetric_memory'",
+        ),
+        (
+            {"denoiser": {"text_memory_mib": 1}},
+            "args: unknown option 'denoiser.text_memory_mib', it is now 'denoiser.text_cache_mib'",
+        ),
+    ],
+)
+def test_an_option_that_was_renamed(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        validate(args)
+    assert str(raised.value) == message

@@ -49,7 +49,7 @@ def test_what_a_file_names_is_relative_to_the_file(tmp_path: Path, monkeypatch: 
         folder,
         {
             "home": "state",
-            "model": {"path": "../models/wan", "prepared": "shards"},
+            "model": {"path": "../models/wan", "sharded": "shards"},
             "store": {"url": "sqlite:///db/jobs.db"},
             "storage": {"url": "./videos"},
             "webhooks": {"ca_file": "ca.pem"},
@@ -61,7 +61,7 @@ def test_what_a_file_names_is_relative_to_the_file(tmp_path: Path, monkeypatch: 
         content, config = load_file(given)
         assert config.home_path.resolve() == folder / "state"
         assert config.model.folder.resolve() == tmp_path / "models" / "wan" and config.model.folder.is_absolute()
-        assert config.model.prepared_folder is not None and config.model.prepared_folder.resolve() == folder / "shards"
+        assert config.model.sharded_folder is not None and config.model.sharded_folder.resolve() == folder / "shards"
         assert (Database(config.store_url).file or Path()).resolve() == folder / "db" / "jobs.db"
         assert Storage(config.storage_options).folder.resolve() == folder / "videos"
         assert Path(config.webhooks.ca_file).resolve() == folder / "ca.pem"

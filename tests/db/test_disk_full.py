@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from sqlalchemy.exc import SQLAlchemyError
 
-from serve_app.config import Dispatcher as Options
+from serve_app.config import DispatcherConfig as Options
 from serve_app.db.database import STORE_AWAY
 from serve_app.dispatch.dispatcher import Dispatcher
 from serve_app.jobs.store import JobStore

@@ -11,7 +11,7 @@ import ray.serve.exceptions
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
-from serve_app.config import Config, Store
+from serve_app.config import Config, StoreConfig
 from serve_app.dispatch.deployment import ServePipeline, translate
 from serve_app.dispatch.rabbitmq import broker
 from serve_app.dispatch.run import PipelineUnavailable
@@ -185,8 +185,8 @@ async def test_the_first_job_does_not_wait_for_the_handle(monkeypatch: pytest.Mo
 def test_sqlite_serves_one_host() -> None:
     config = Config(home="/data")
     check_hosts(config, 1)
-    check_hosts(Config(store=Store(shared_disk=True)), 3)
-    check_hosts(Config(store=Store(url="postgresql://127.0.0.1/wan")), 3)
+    check_hosts(Config(store=StoreConfig(shared_disk=True)), 3)
+    check_hosts(Config(store=StoreConfig(url="postgresql://127.0.0.1/wan")), 3)
     with pytest.raises(
         ConfigError, match=r"^store\.url has value 'sqlite.*/data/jobs\.db', expected PostgreSQL.* has 3"
     ):

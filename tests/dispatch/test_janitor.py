@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from serve_app import config
-from serve_app.config import Retention
+from serve_app.config import RetentionConfig
 from serve_app.errors import JobFailed
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
@@ -17,7 +17,7 @@ from tests.support.running import Start, create, ended, expected_files
 
 @pytest.mark.parametrize("kept", ["completed", "failed"])
 async def test_row_and_files_go_together(store: JobStore, storage: Storage, start: Start, kept: str) -> None:
-    store._retention = Retention(**{f"{kept}_s": 0, f"{'failed' if kept == 'completed' else 'completed'}_s": 0.3})
+    store._retention = RetentionConfig(**{f"{kept}_s": 0, f"{'failed' if kept == 'completed' else 'completed'}_s": 0.3})
     failing, sound = await create(store), await create(store)
     start(FakePipeline(storage, errors=[JobFailed("out_of_memory", "Too large.")]), running_jobs=1)
     ids = {"failed": failing, "completed": sound}
@@ -44,7 +44,7 @@ async def test_times_and_portions(store: JobStore) -> None:
     for job in jobs:
         assert job.completed_at is not None and job.expires_at == job.completed_at + 7 * 86400
     assert await store.expire() == 0
-    store._retention = Retention(failed_s=1e-9)
+    store._retention = RetentionConfig(failed_s=1e-9)
     for _ in range(101):
         await store.request_cancel(await create(store))
     assert (await store.expire(), await store.expire(), await store.expire()) == (100, 1, 0)
@@ -52,7 +52,7 @@ async def test_times_and_portions(store: JobStore) -> None:
 
 
 def test_the_default_is_a_week() -> None:
-    assert config.Config().retention == Retention(completed_s=604800, failed_s=604800)
+    assert config.Config().retention == RetentionConfig(completed_s=604800, failed_s=604800)
 
 
 async def test_a_storage_that_hangs_costs_no_lease(store: JobStore, storage: Storage, start: Start) -> None:

@@ -60,7 +60,7 @@ async def test_another_dispatcher_continues(
 
     pipeline = FakePipeline(storage, saving=True)
     # Its own lease outlasts whatever holds up this machine, which would be an attempt more.
-    options = config.Dispatcher(lease_s=60, poll_s=0.05, retry_s=0.1, max_attempts=4)
+    options = config.DispatcherConfig(lease_s=60, poll_s=0.05, retry_s=0.1, max_attempts=4)
     dispatcher = Dispatcher(store, storage, pipeline, options)
     dispatcher.start()
 

@@ -38,7 +38,7 @@ async def brokers() -> AsyncIterator[list[RabbitMQ]]:
 
 @pytest.fixture
 async def listen(
-    store: JobStore, storage: Storage, queue_options: config.Queue, brokers: list[RabbitMQ]
+    store: JobStore, storage: Storage, queue_options: config.QueueConfig, brokers: list[RabbitMQ]
 ) -> AsyncIterator[Listen]:
     """Starts dispatchers that hear of jobs by the broker, and look at the store once in `poll_s` at most."""
     started: list[Dispatcher] = []
@@ -68,7 +68,7 @@ async def listen(
 
 
 @pytest.fixture
-async def announcing(store: JobStore, queue_options: config.Queue, brokers: list[RabbitMQ]) -> RabbitMQ:
+async def announcing(store: JobStore, queue_options: config.QueueConfig, brokers: list[RabbitMQ]) -> RabbitMQ:
     """The gateway's end of the queue: jobs that are created in `store` are announced."""
     broker = RabbitMQ(SERVER, queue_options)
     brokers.append(broker)
@@ -93,7 +93,7 @@ async def empty(name: str) -> bool:
 
 
 async def test_a_message_brings_the_job_to_the_dispatcher(
-    store: JobStore, storage: Storage, listen: Listen, announcing: RabbitMQ, queue_options: config.Queue
+    store: JobStore, storage: Storage, listen: Listen, announcing: RabbitMQ, queue_options: config.QueueConfig
 ) -> None:
     pipeline = FakePipeline(storage)
     await listen(pipeline)
@@ -114,7 +114,7 @@ async def test_without_a_message_it_is_not_looked_for(store: JobStore, storage: 
 
 
 async def test_the_store_decides_who_is_next(
-    store: JobStore, storage: Storage, listen: Listen, announcing: RabbitMQ, queue_options: config.Queue
+    store: JobStore, storage: Storage, listen: Listen, announcing: RabbitMQ, queue_options: config.QueueConfig
 ) -> None:
     gate = asyncio.Event()
     pipeline = FakePipeline(storage, gate=gate)
@@ -162,7 +162,7 @@ async def test_a_job_that_failed_or_is_to_start_later_is_announced_when_it_is_du
 
 
 async def test_what_cannot_be_read_is_put_aside(
-    store: JobStore, storage: Storage, listen: Listen, announcing: RabbitMQ, queue_options: config.Queue
+    store: JobStore, storage: Storage, listen: Listen, announcing: RabbitMQ, queue_options: config.QueueConfig
 ) -> None:
     await listen(FakePipeline(storage))
     connection = await aio_pika.connect(SERVER)
@@ -179,7 +179,7 @@ async def test_what_cannot_be_read_is_put_aside(
 
 
 async def test_messages_of_jobs_that_are_gone_do_no_harm(
-    store: JobStore, storage: Storage, listen: Listen, announcing: RabbitMQ, queue_options: config.Queue
+    store: JobStore, storage: Storage, listen: Listen, announcing: RabbitMQ, queue_options: config.QueueConfig
 ) -> None:
     video_id = await create(store)
     await store.request_cancel(video_id)
@@ -192,7 +192,7 @@ async def test_messages_of_jobs_that_are_gone_do_no_harm(
 
 @pytest.mark.parametrize("how", ["purged", "deleted"])
 async def test_a_wiped_broker_loses_no_job(
-    store: JobStore, storage: Storage, listen: Listen, announcing: RabbitMQ, queue_options: config.Queue, how: str
+    store: JobStore, storage: Storage, listen: Listen, announcing: RabbitMQ, queue_options: config.QueueConfig, how: str
 ) -> None:
     gate = asyncio.Event()
     await listen(FakePipeline(storage, gate=gate), running_jobs=1, poll_s=0.3)
@@ -270,7 +270,7 @@ async def test_broker_away_for_a_while(store: JobStore, storage: Storage, listen
 
 
 async def test_a_broker_that_hangs_fails_no_request(
-    store: JobStore, storage: Storage, queue_options: config.Queue, link_to: LinkTo, brokers: list[RabbitMQ]
+    store: JobStore, storage: Storage, queue_options: config.QueueConfig, link_to: LinkTo, brokers: list[RabbitMQ]
 ) -> None:
     link = await link_to(PORT)
     broker = RabbitMQ(via(link), queue_options.model_copy(update={"publish_timeout_s": 0.3}))
@@ -290,13 +290,13 @@ async def test_a_broker_that_hangs_fails_no_request(
 async def test_package_or_url_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for url in ("", "http://user:secret@host"):
         with pytest.raises(ConfigError, match=r"^queue\.url has .*, expected amqp://") as error:
-            _ = config.Config(queue=config.Queue(transport="rabbitmq", url=url)).queue_url
+            _ = config.Config(queue=config.QueueConfig(transport="rabbitmq", url=url)).queue_url
         assert "secret" not in str(error.value)
     monkeypatch.setenv("WAN_SERVE_QUEUE_URL", "amqp://broker")
-    assert config.Config(queue=config.Queue(transport="rabbitmq")).queue_url == "amqp://broker"
+    assert config.Config(queue=config.QueueConfig(transport="rabbitmq")).queue_url == "amqp://broker"
     monkeypatch.setitem(sys.modules, "aio_pika", None)
     with pytest.raises(ConfigError, match="'rabbitmq': needs the package 'aio_pika'"):
-        RabbitMQ("amqp://broker", config.Queue())
+        RabbitMQ("amqp://broker", config.QueueConfig())
 
 
 async def test_a_broker_that_is_away_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -311,7 +311,7 @@ async def test_a_broker_that_is_away_is_said_once(caplog: pytest.LogCaptureFixtu
 
     async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        rabbit = RabbitMQ(f"amqp://me:secret@127.0.0.1:{port}/", config.Queue(transport="rabbitmq"))
+        rabbit = RabbitMQ(f"amqp://me:secret@127.0.0.1:{port}/", config.QueueConfig(transport="rabbitmq"))
         with caplog.at_level("INFO", logger="serve_app"):
             rabbit.start()
             await asyncio.wait_for(often.wait(), 30)

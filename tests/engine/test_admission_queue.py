@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from serve_app.engine.admission_queue import Claim, Leaving, Seats
+from serve_app.engine.admission_queue import AdmissionQueue, Claim, Leaving
 from serve_app.errors import JobFailed
 
 NEVER = float("inf")
@@ -19,7 +19,7 @@ async def settled() -> None:
 
 
 async def test_the_most_urgent_of_those_who_wait_is_next_and_whose_turn_has_come_goes_first() -> None:
-    seats, given = Seats(1), []
+    seats, given = AdmissionQueue(1), []
 
     async def sit(claim: Claim) -> None:
         await seats.take(claim)
@@ -39,7 +39,7 @@ async def test_the_most_urgent_of_those_who_wait_is_next_and_whose_turn_has_come
 
 
 async def test_one_sample_has_one_seat() -> None:
-    seats = Seats(2)
+    seats = AdmissionQueue(2)
     await seats.take(Claim("a", 1, NEVER))
     with pytest.raises(JobFailed, match="a is being denoised already"):
         await seats.take(Claim("a", 1, NEVER))
@@ -47,7 +47,7 @@ async def test_one_sample_has_one_seat() -> None:
 
 
 async def test_who_stops_waiting_takes_no_seat_even_in_the_moment_it_is_given() -> None:
-    seats = Seats(1)
+    seats = AdmissionQueue(1)
     await seats.take(Claim("a", 1, NEVER))
     gone, given_and_gone, stays = (asyncio.create_task(seats.take(Claim(n, 1, NEVER))) for n in "bcd")
     await settled()
@@ -63,7 +63,7 @@ async def test_who_stops_waiting_takes_no_seat_even_in_the_moment_it_is_given() 
 
 
 async def test_closed_seats_send_away_who_waits_and_who_comes() -> None:
-    seats = Seats(1)
+    seats = AdmissionQueue(1)
     await seats.take(Claim("a", 1, NEVER))
     waiting = asyncio.create_task(seats.take(Claim("b", 1, NEVER)))
     await settled()

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_app.config import Config, Denoiser
+from serve_app.config import Config, DenoiserConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.group import GroupLost
-from serve_app.engine.messages import Admitted, Order, OutOfMemory, Stepped
-from serve_app.engine.sample_request import Admission, Denoised, Ticket
+from serve_app.engine.messages import Admitted, OutOfMemory, StepRequest, StepResult
+from serve_app.engine.sample_request import Denoised, EncodedRequest, SampleRequest
 from serve_app.errors import JobFailed
 from serve_app.request import Params
 
@@ -33,7 +33,7 @@ class FakeGroup:
         self.stepped[sample_id] = 0
         return Admitted(10, 0, STEPS, 2, 1.0, 1.0, 1.0, None)
 
-    async def step(self, order: Order) -> Stepped:
+    async def step(self, order: StepRequest) -> StepResult:
         await asyncio.sleep(0)
         if len(order.advance) > self.most:
             raise OutOfMemory("too many")
@@ -42,7 +42,7 @@ class FakeGroup:
         self.passes.append(order.advance)
         for name in order.advance:
             self.stepped[name] += 1
-        return Stepped(0.0, {})
+        return StepResult(0.0, {})
 
     async def latents(self, sample_id: str) -> np.ndarray:
         if self.no_latents is not None:
@@ -67,7 +67,7 @@ class BusyGroup(FakeGroup):
         await asyncio.sleep(0.01)
         return admitted
 
-    async def step(self, order: Order) -> Stepped:
+    async def step(self, order: StepRequest) -> StepResult:
         async with self.one_at_a_time:
             stepped = await super().step(order)
             self.in_step.set()
@@ -76,7 +76,7 @@ class BusyGroup(FakeGroup):
 
 
 def engine_of(group: FakeGroup) -> Engine:
-    return Engine(group, Config(denoiser=Denoiser(samples_per_step=4)))  # type: ignore[arg-type]
+    return Engine(group, Config(denoiser=DenoiserConfig(samples_per_step=4)))  # type: ignore[arg-type]
 
 
 async def one(engine: Engine, name: str, **fields: Any) -> Denoised | Exception:
@@ -84,10 +84,10 @@ async def one(engine: Engine, name: str, **fields: Any) -> Denoised | Exception:
     settings = {"negative_prompt": "", "fps": 16, "seed": 0, "guidance_scale": 4, "guidance_scale_2": 3}
     sizes = {"width": 64, "height": 64, "num_frames": 9, "num_inference_steps": STEPS}
     params = Params(prompt="x", flow_shift=5, boundary_ratio=0.5, **settings, **sizes)  # type: ignore[arg-type]
-    ticket = Ticket(name, params, **fields)
+    ticket = SampleRequest(name, params, **fields)
     try:
         async with engine.seat(ticket):
-            await engine.admit(Admission(ticket, np.zeros((1, 1)), np.zeros((1, 1))))
+            await engine.admit(EncodedRequest(ticket, np.zeros((1, 1)), np.zeros((1, 1))))
             return [event async for event in engine.events(name)][-1]  # type: ignore[return-value]
     except JobFailed as error:
         return error

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.model import dummy_checkpoint as hollow
+from benchmarks.model import dummy_checkpoint as dummy_checkpoint
 from serve_app.config import Config
-from serve_app.engine.memory_budget import Room
+from serve_app.engine.memory_budget import MemoryBudget
 from serve_app.errors import ConfigError
 from serve_app.wan.offload.block_store import FileBlocks, HostBlocks
-from serve_app.wan.offload.block_swap import Slots
+from serve_app.wan.offload.block_swap import BlockSwap
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.weights.checkpoint import Checkpoint
 
@@ -21,20 +21,20 @@ GB = 1e9
 
 @pytest.fixture(scope="module")
 def a14b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hollow.write(tmp_path_factory.mktemp("hollow") / "a14b")
+    return dummy_checkpoint.write(tmp_path_factory.mktemp("hollow") / "a14b")
 
 
 ONE = Mesh()
 
 
-def room(folder: Path, mesh: Mesh = ONE, width: int = 832, height: int = 480, **denoiser: Any) -> Room:
+def room(folder: Path, mesh: Mesh = ONE, width: int = 832, height: int = 480, **denoiser: Any) -> MemoryBudget:
     size = {"width": width, "height": height}
     config = Config.model_validate(
-        {"model": {"path": str(folder), "prepared": "/x"}, "defaults": size, "denoiser": denoiser}
+        {"model": {"path": str(folder), "sharded": "/x"}, "defaults": size, "denoiser": denoiser}
     )
     checkpoint = Checkpoint(folder)
     experts = checkpoint.experts[:1] if config.denoiser.experts == "split" else checkpoint.experts
-    return Room(config, checkpoint, experts, mesh)
+    return MemoryBudget(config, checkpoint, experts, mesh)
 
 
 def test_weights_of_a14b(a14b: Path) -> None:
@@ -90,13 +90,13 @@ def test_what_is_said_to_fit_is_what_was_seen_to(
 def test_texts_count_as_far_as_they_are_kept(a14b: Path) -> None:
     """Two texts of 2 x 40 layers x 512 tokens x 5120 features x 2 bytes for each expert, on all of its ranks."""
     for mesh, texts in ((ONE, 4), (Mesh(guidance=2), 2), (Mesh(tensor=2), 4)):
-        more = _least(room(a14b, mesh)) - _least(room(a14b, mesh, text_memory_mib=0))
+        more = _least(room(a14b, mesh)) - _least(room(a14b, mesh, text_cache_mib=0))
         assert more == pytest.approx(texts * 0.419 * GB, rel=0.01)
-    more = _least(room(a14b, text_memory_mib=100)) - _least(room(a14b, text_memory_mib=0))
+    more = _least(room(a14b, text_cache_mib=100)) - _least(room(a14b, text_cache_mib=0))
     assert more == pytest.approx(2 * 100 * 2**20, rel=0.01)
 
 
-def _least(room: Room) -> float:
+def _least(room: MemoryBudget) -> float:
     """Bytes that `check` wants."""
     low, high = 0.0, 100 * GB
     while high - low > 1e5:
@@ -115,7 +115,7 @@ def test_where_blocks_wait(a14b: Path) -> None:
     assert room(a14b, experts="swap").slots(float("inf"), CPU) is None
     for offload, store in (("cpu", HostBlocks), ("disk", FileBlocks)):
         slots = room(a14b, experts="swap", offload=offload, compile=True).slots(40 * GB, CPU)
-        assert isinstance(slots, Slots) and isinstance(slots._store, store)
+        assert isinstance(slots, BlockSwap) and isinstance(slots._store, store)
         # Of 40 GB: less the largest request (720p, 161 frames), texts, waiting samples and what is not in blocks.
         left = 40 - 13.2 - 2 * 1.07 - 4.29 - 0.97
         assert slots._room / GB == pytest.approx(left, abs=0.3)

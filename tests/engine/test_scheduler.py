@@ -17,7 +17,7 @@ PATIENCE = (5.0, 40.0, 200.0)
 
 
 @dataclass
-class Arrival:
+class FrameBuffer:
     """A sample, when its job was created, and how long it was then kept waiting outside."""
 
     entry: Entry
@@ -27,7 +27,7 @@ class Arrival:
 
 
 @st.composite
-def arrivals(draw: st.DrawFn, most: int = 12) -> list[Arrival]:
+def arrivals(draw: st.DrawFn, most: int = 12) -> list[FrameBuffer]:
     made = []
     for index in range(draw(st.integers(1, most))):
         created = draw(st.integers(0, 60))
@@ -40,13 +40,13 @@ def arrivals(draw: st.DrawFn, most: int = 12) -> list[Arrival]:
             steps=draw(st.integers(1, 12)),
             boundary=draw(st.integers(0, 12)),
             priority=priority,
-            turn=created + PATIENCE[priority],
+            effective_deadline=created + PATIENCE[priority],
             work=draw(st.floats(0.1, 100)),
             step_mib=draw(st.floats(0, 500)),
             state_mib=draw(st.floats(0, 100)),
             alone=draw(st.booleans()),
         )
-        made.append(Arrival(entry, created, draw(st.integers(0, 30))))
+        made.append(FrameBuffer(entry, created, draw(st.integers(0, 30))))
     return made
 
 
@@ -60,7 +60,7 @@ schedulers = st.builds(
 )
 
 
-def simulate(scheduler: Scheduler, those: list[Arrival], fixed: float = 0.0) -> list[tuple[float, list[Entry]]]:
+def simulate(scheduler: Scheduler, those: list[FrameBuffer], fixed: float = 0.0) -> list[tuple[float, list[Entry]]]:
     """Every step, with its time, until all have finished. A pass is measured to take `fixed` beside its work."""
     steps, now, outside = [], 0.0, list(those)
     while outside or len(scheduler):
@@ -120,13 +120,20 @@ def test_once_its_turn_has_come_nobody_created_later_goes_first(scheduler, those
         if finished is None:  # never led: it always went along, which is no wait
             continue
         for other in those:
-            if other.created > one.entry.turn:
-                between = [t for t in other.led if one.entry.turn <= t and one.created + one.delay <= t < finished]
+            if other.created > one.entry.effective_deadline:
+                between = [
+                    t
+                    for t in other.led
+                    if one.entry.effective_deadline <= t and one.created + one.delay <= t < finished
+                ]
                 assert not between, f"{other.entry.id} went before {one.entry.id}, whose turn had come"
         # So it is done within its own steps and those of the samples whose turn came before.
-        ahead = sum(o.entry.steps for o in those if o.entry.turn <= one.entry.turn)
-        late = max((o.created + o.delay for o in those if o.entry.turn <= one.entry.turn), default=0)
-        assert finished <= max(one.entry.turn, one.created + one.delay, late) + ahead
+        ahead = sum(o.entry.steps for o in those if o.entry.effective_deadline <= one.entry.effective_deadline)
+        late = max(
+            (o.created + o.delay for o in those if o.entry.effective_deadline <= one.entry.effective_deadline),
+            default=0,
+        )
+        assert finished <= max(one.entry.effective_deadline, one.created + one.delay, late) + ahead
 
 
 @given(arrivals(), st.integers(1, 5), st.integers(1, 2000))
@@ -134,7 +141,7 @@ def test_before_anybodys_turn_the_class_decides_and_then_the_least_remaining_wor
     scheduler = Scheduler(samples, tokens)
     inside = [a.entry for a in those]
     for entry in inside:
-        entry.turn = float("inf")
+        entry.effective_deadline = float("inf")
         scheduler.add(entry)
     while batch := scheduler.pick(0):
         left = [entry for entry in inside if not entry.finished]
@@ -206,8 +213,8 @@ def test_where_changing_experts_is_costly_the_one_in_use_goes_on_within_a_class(
     assert scheduler.pick(0) == [urgent]  # a class is worth the change
     scheduler.remove("urgent")
     assert scheduler.pick(0) == [low]
-    low.turn = high.turn = 5
-    high.turn = 1
+    low.effective_deadline = high.effective_deadline = 5
+    high.effective_deadline = 1
     assert scheduler.pick(9) == [high]
 
 
@@ -233,7 +240,7 @@ def taught(scheduler: Scheduler, fixed: float) -> Scheduler:
 
 
 def passes(fixed: float, *entries: Entry) -> int:
-    return len(simulate(taught(Scheduler(8, 10_000), fixed), [Arrival(entry, 0) for entry in entries], fixed))
+    return len(simulate(taught(Scheduler(8, 10_000), fixed), [FrameBuffer(entry, 0) for entry in entries], fixed))
 
 
 def test_equal_samples_catch_up_where_a_pass_costs_much_whatever_is_in_it():
@@ -258,7 +265,7 @@ def test_nobody_waits_for_others_that_it_cannot_or_should_not_share_with():
     assert first(Scheduler(8, 10_000), equal("behind", 7, priority=2)) == "ahead"
     assert first(Scheduler(8, 10_000), equal("behind", 7, alone=True)) == "ahead"
     assert first(Scheduler(8, 10_000), near, alone=True) == "ahead"
-    assert first(Scheduler(8, 10_000), near, turn=-1.0) == "ahead"
+    assert first(Scheduler(8, 10_000), near, effective_deadline=-1.0) == "ahead"
     assert first(Scheduler(8, 10_000), near, held=10) == "ahead"
 
 

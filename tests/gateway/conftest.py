@@ -16,11 +16,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from serve_app.accounts.keys import Limits as KeyLimits
+from serve_app.accounts.keys import KeyLimits as KeyLimits
 from serve_app.accounts.keys import Scope
-from serve_app.config import Auth, Config, Defaults, Gateway, Limits
-from serve_app.config import Dispatcher as Options
-from serve_app.config import Storage as StorageOptions
+from serve_app.config import AuthConfig, Config, Defaults, GatewayConfig, Limits
+from serve_app.config import DispatcherConfig as Options
+from serve_app.config import StorageConfig as StorageOptions
 from serve_app.dispatch.dispatcher import Dispatcher
 from serve_app.errors import Unavailable
 from serve_app.gateway.app import create_app
@@ -91,9 +91,9 @@ class Server:
 
 
 @pytest.fixture
-def auth() -> Auth:
+def auth() -> AuthConfig:
     """Who may call. Modules about keys say otherwise."""
-    return Auth()
+    return AuthConfig()
 
 
 @pytest.fixture
@@ -104,13 +104,13 @@ def storage_options() -> StorageOptions:
 
 @pytest.fixture
 async def server(
-    tmp_path: Path, auth: Auth, storage_options: StorageOptions, empty_sqlite: Path
+    tmp_path: Path, auth: AuthConfig, storage_options: StorageOptions, empty_sqlite: Path
 ) -> AsyncIterator[Server]:
     config = Config(
         home=str(tmp_path),
         auth=auth,
         storage=storage_options,
-        gateway=Gateway(max_ongoing_requests=16),
+        gateway=GatewayConfig(max_ongoing_requests=16),
         defaults=Defaults(width=128, height=128, num_frames=33, num_inference_steps=4),
         limits=Limits(pixels=512 * 288, num_frames=81, queued_jobs=30, body_bytes=50_000),
         dispatcher=Options(poll_s=0.03, retry_s=0.01, late_outputs_s=0.2, running_jobs=8),

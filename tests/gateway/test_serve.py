@@ -65,9 +65,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(ray_cluster: str, home: Path) -> Iterator[str]:
     from ray.serve.context import _get_global_client
 
-    from serve_app.config import Config, Defaults, Webhooks
-    from serve_app.config import Dispatcher as Options
-    from serve_app.config import Gateway as GatewayOptions
+    from serve_app.config import Config, Defaults, WebhooksConfig
+    from serve_app.config import DispatcherConfig as Options
+    from serve_app.config import GatewayConfig as GatewayOptions
     from serve_app.dispatch.deployment import DispatcherDeployment
     from serve_app.gateway.ingress import Gateway
 
@@ -76,7 +76,7 @@ def url(ray_cluster: str, home: Path) -> Iterator[str]:
         defaults=Defaults(width=64, height=64, num_frames=9, num_inference_steps=4),
         gateway=GatewayOptions(max_ongoing_requests=2 * STREAMS),
         dispatcher=Options(pipeline="fake", poll_s=0.2, retry_s=0.1, late_outputs_s=0.5),
-        webhooks=Webhooks(allow_http=True, allow_networks=(ip_network("127.0.0.0/8"),)),
+        webhooks=WebhooksConfig(allow_http=True, allow_networks=(ip_network("127.0.0.0/8"),)),
     )
     small = {"num_cpus": 0.1}
     serve.start(http_options={"host": "0.0.0.0", "port": PORT})
@@ -274,11 +274,11 @@ def test_cancel_and_delete_reach_the_pipeline(url: str) -> None:
 
 
 def test_a_gateway_that_cannot_start_says_why_in_one_line(url: str, tmp_path: Path) -> None:
-    from serve_app.config import Config, Store
+    from serve_app.config import Config, StoreConfig
     from serve_app.dispatch.deployment import DispatcherDeployment
     from serve_app.gateway.ingress import Gateway
 
-    config = Config(home=str(tmp_path), store=Store(url="postgresql://me:secret@127.0.0.1:1/wan"))
+    config = Config(home=str(tmp_path), store=StoreConfig(url="postgresql://me:secret@127.0.0.1:1/wan"))
     options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0.1}, "max_constructor_retry_count": 1}
     dispatcher = DispatcherDeployment.options(**options).bind(config)
     try:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import aio_pika
 
-from serve_app.config import Config, Defaults, Store
-from serve_app.config import Dispatcher as Options
-from serve_app.config import Queue as QueueOptions
+from serve_app.config import Config, Defaults, StoreConfig
+from serve_app.config import DispatcherConfig as Options
+from serve_app.config import QueueConfig as QueueOptions
 from tests.gateway.test_serve import Pipeline, make, serve
 from tests.support.brokers import SERVER, queue_options
 from tests.support.fakes import until
@@ -28,7 +28,7 @@ async def test_jobs_run_through_both(
     config = Config(
         home=str(tmp_path),
         defaults=Defaults(width=64, height=64, num_frames=9, num_inference_steps=4),
-        store=Store(url=postgres_url),
+        store=StoreConfig(url=postgres_url),
         queue=queue_options,
         dispatcher=Options(pipeline="fake", poll_s=0.2, retry_s=0.1, late_outputs_s=0.5),
     )

@@ -11,15 +11,15 @@ import torch
 from benchmarks.model.parity import CASES
 from serve_app.compute import limit_memory, pick_device
 from serve_app.wan.offload.block_store import FileBlocks, HostBlocks, host_memory
-from serve_app.wan.offload.block_swap import Slots
-from serve_app.wan.parallel.process_groups import World
+from serve_app.wan.offload.block_swap import BlockSwap
+from serve_app.wan.parallel.process_groups import ProcessGroups
 from serve_app.wan.sampling.sample import Sample
 from serve_app.wan.sampling.sampler import denoise
 from serve_app.wan.text import Embedding
 from serve_app.wan.transformer.experts import Experts
 from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
-from serve_app.wan.weights.sharded import Prepared
+from serve_app.wan.weights.sharded import ShardedCheckpoint
 from serve_app.wan.weights.writer import prepare
 from tests.support import random_checkpoint
 
@@ -30,11 +30,11 @@ PARAMS = next(iter(CASES.values()))
 DEVICE = torch.device("cuda", 0)
 
 
-def experts(folder: Path, slots: Slots | None = None, prepared: Prepared | None = None) -> Experts:
-    checkpoint, world = Checkpoint(folder), World.alone(DEVICE)
+def experts(folder: Path, slots: BlockSwap | None = None, sharded: ShardedCheckpoint | None = None) -> Experts:
+    checkpoint, world = Checkpoint(folder), ProcessGroups.alone(DEVICE)
 
     def load(name: Expert) -> torch.nn.Module:
-        return load_expert(checkpoint, name, world, torch.bfloat16, DEVICE, prepared=prepared, slots=slots)
+        return load_expert(checkpoint, name, world, torch.bfloat16, DEVICE, sharded=sharded, slots=slots)
 
     return Experts(checkpoint.experts, load, slots)
 
@@ -76,7 +76,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("staying", [None, 0, 4])
 def test_blocks_in_host_memory_that_take_turns(deep: Path, staying: int | None) -> None:
     expected = denoise(Using(experts(deep)), sample(deep))
-    slots = Slots(DEVICE, HostBlocks(DEVICE), staying)
+    slots = BlockSwap(DEVICE, HostBlocks(DEVICE), staying)
     those = Using(experts(deep, slots))
     assert slots.device_bytes < experts(deep).device_bytes * 0.55
     for _ in range(3):
@@ -87,8 +87,8 @@ def test_blocks_in_files_that_take_turns(deep: Path, tmp_path: Path) -> None:
     expected = denoise(Using(experts(deep)), sample(deep))
     checkpoint = Checkpoint(deep)
     prepare(checkpoint, tmp_path / "out", 1, "bfloat16")
-    prepared = Prepared(tmp_path / "out", checkpoint, 1, "bfloat16")
-    those = Using(experts(deep, Slots(DEVICE, FileBlocks(DEVICE), 2), prepared))
+    sharded = ShardedCheckpoint(tmp_path / "out", checkpoint, 1, "bfloat16")
+    those = Using(experts(deep, BlockSwap(DEVICE, FileBlocks(DEVICE), 2), sharded))
     for _ in range(3):
         assert torch.equal(denoise(those, sample(deep)), expected)
 

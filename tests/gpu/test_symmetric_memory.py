@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
 from benchmarks.model.parity import Seen, run_ranks
-from serve_app.wan.parallel import symmetric_memory as peer_memory
+from serve_app.wan.parallel import symmetric_memory as symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.parallel.process_groups import World, init_world
-from serve_app.wan.parallel.symmetric_memory import OutOfStep, PeerMemory
+from serve_app.wan.parallel.process_groups import ProcessGroups, init_process_groups
+from serve_app.wan.parallel.symmetric_memory import OutOfStep, SymmetricMemory
 from serve_app.wan.parallel.tensor_parallel import ColumnParallel, RowParallel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -52,10 +52,10 @@ def shared(rank: int, mesh: Mesh, port: int, sees: Seen, output: Path) -> None:
     world.close()
 
 
-def meet(rank: int, mesh: Mesh, port: int, sees: Seen, timeout_s: float = 60) -> World:
+def meet(rank: int, mesh: Mesh, port: int, sees: Seen, timeout_s: float = 60) -> ProcessGroups:
     device = torch.device("cuda", rank if sees == "all" else 0)
-    world = init_world(rank, mesh, "127.0.0.1", port, device, timeout_s=timeout_s)
-    assert peer_memory.of(world.tensor.group.group_name) is not None  # type: ignore[union-attr]
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=timeout_s)
+    assert symmetric_memory.of(world.tensor.group.group_name) is not None  # type: ignore[union-attr]
     return world
 
 
@@ -80,7 +80,7 @@ def on_one(rank: int, mesh: Mesh, port: int) -> None:
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     enable_symm_mem_for_group(dist.group.WORLD.group_name)  # type: ignore[union-attr]
-    peers = PeerMemory(dist.group.WORLD, device, timeout_s=60)
+    peers = SymmetricMemory(dist.group.WORLD, device, timeout_s=60)
     numbers = torch.Generator(device).manual_seed(0)
     for _, run in SHAPES:
         mine = slice(rank * run, (rank + 1) * run)
@@ -99,7 +99,7 @@ def on_one(rank: int, mesh: Mesh, port: int) -> None:
             assert torch.equal(found, whole)
             # TF32 may be on.
             torch.testing.assert_close(parts.sum(0), 3 * whole[:, mine] @ weight.t(), rtol=1e-2, atol=1e-1)
-    assert peers.exchanged == 2 * (len(SHAPES) * 10 + len(peer_memory._TRIED_RUNS))
+    assert peers.exchanged == 2 * (len(SHAPES) * 10 + len(symmetric_memory._TRIED_RUNS))
     os._exit(0)  # without waiting for the other one, as the end of a group would
 
 
@@ -128,7 +128,7 @@ def short(rank: int, run: torch.Tensor) -> None:
 
 def left(rank: int, mesh: Mesh, port: int) -> None:
     world = meet(rank, mesh, port, "own first")
-    peers = peer_memory.of(world.tensor.group.group_name)  # type: ignore[union-attr]
+    peers = symmetric_memory.of(world.tensor.group.group_name)  # type: ignore[union-attr]
     assert peers is not None
     fraction, held = torch.cuda.get_per_process_memory_fraction(world.device), peers.held_bytes
     for again in range(3):
@@ -144,7 +144,7 @@ def left(rank: int, mesh: Mesh, port: int) -> None:
     assert peers.held_bytes == 2 * own.nbytes
     less = fraction - torch.cuda.get_per_process_memory_fraction(world.device)
     assert less * whole == pytest.approx(own.nbytes * 2 - held, rel=1e-3), "the allocator is left less"
-    multiply = peer_memory._multiply
+    multiply = symmetric_memory._multiply
 
     def broken(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
         if out is parts[0]:
@@ -153,7 +153,7 @@ def left(rank: int, mesh: Mesh, port: int) -> None:
 
     parts = list(torch.empty(2, 1, 4, 8, device=world.device))
     hidden, weight = torch.ones(1, 8, 16, device=world.device), torch.ones(8, 16, device=world.device)
-    with patch.object(peer_memory, "_multiply", broken), pytest.raises(OutOfStep, match="MemoryError"):
+    with patch.object(symmetric_memory, "_multiply", broken), pytest.raises(OutOfStep, match="MemoryError"):
         peers.share_products(hidden, weight, parts[0], parts[1][None])
     world.close()
 
@@ -169,7 +169,7 @@ def nothing(rank: int, run: torch.Tensor) -> None:
 
 def alone(rank: int, mesh: Mesh, port: int) -> None:
     world = meet(rank, mesh, port, "own first")
-    peers = PeerMemory(world.tensor.group, world.device, timeout_s=2)
+    peers = SymmetricMemory(world.tensor.group, world.device, timeout_s=2)
     own = torch.ones(1, 10, 10, device=world.device)
     peers.gather(own, nothing)
     torch.cuda.synchronize()
@@ -187,7 +187,7 @@ def test_who_waits_in_vain_fails_in_time() -> None:
 
 def killed(rank: int, mesh: Mesh, port: int) -> None:
     world = meet(rank, mesh, port, "own first", timeout_s=600)
-    peers = peer_memory.of(world.tensor.group.group_name)  # type: ignore[union-attr]
+    peers = symmetric_memory.of(world.tensor.group.group_name)  # type: ignore[union-attr]
     assert peers is not None
     own = torch.ones(1, 1000, 1000, device=world.device)
     for _ in range(100):

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from serve_app.wan.vae.decode import TiledDecoder
-from serve_app.wan.vae.frame_buffer import Abandoned, Arrival, PixelsNotFinite
+from serve_app.wan.vae.frame_buffer import Abandoned, FrameBuffer, PixelsNotFinite
 from serve_app.wan.vae.tiles import Picture
 from tests.wan.vae.test_ends import Chunks, Leaving
 from tests.wan.vae.test_frame_buffer import Watched
@@ -74,7 +74,7 @@ def test_what_is_told_to_be_there_is_there(vae: AutoencoderKLWan, most_bytes: fl
 def test_one_number_that_is_not_finite_is_found(vae: AutoencoderKLWan, most_bytes: float, chunk: int) -> None:
     small = noise()[..., :16, :32].repeat(2, 1, 1, 1, 1)
     expected = TiledDecoder([vae], most_bytes).decode(small).numpy()
-    decoder, arrivals = TiledDecoder([vae], most_bytes), [Arrival(), Arrival()]
+    decoder, arrivals = TiledDecoder([vae], most_bytes), [FrameBuffer(), FrameBuffer()]
     Chunks(decoder, tile=0, chunk=chunk, sample=1)
     with pytest.raises(PixelsNotFinite, match="frames 1 to 1 of 9" if chunk == 0 else "frames 6 to 9 of 9"):
         decoder.decode(small, arrivals=arrivals)

@@ -11,14 +11,14 @@ import pytest
 from sqlalchemy import update
 
 from serve_app import config
-from serve_app.config import Patience, Priority
+from serve_app.config import Ageing, Priority
 from serve_app.db.tables import Job
 from serve_app.jobs.store import JobStore
 from serve_app.request import Urgency
 from tests.support.fakes import PARAMS
 
-OPTIONS = config.Dispatcher()
-PATIENCE = Patience(interactive=60, standard=900, batch=3600)
+OPTIONS = config.DispatcherConfig()
+PATIENCE = Ageing(interactive=60, standard=900, batch=3600)
 CLASSES: tuple[Priority, ...] = get_args(Priority)
 
 
@@ -36,7 +36,7 @@ class Clock:
 
 @pytest.fixture
 def clock(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    store._patience = PATIENCE
+    store._ageing = PATIENCE
     clock = Clock()
     monkeypatch.setattr("serve_app.jobs.store.new_id", clock)
     return clock
@@ -81,7 +81,7 @@ async def test_a_more_urgent_class_goes_first(store: JobStore) -> None:
     assert [await store.position(ids[priority]) for priority in CLASSES] == [1, 2, 3]
     assert [await claimed(store) for _ in CLASSES] == [ids[priority] for priority in CLASSES]
     job = await get(store, ids["batch"])
-    assert (job.priority, job.deadline_at, job.turn) == ("batch", None, job.created_at + Patience().batch)
+    assert (job.priority, job.deadline_at, job.effective_deadline) == ("batch", None, job.created_at + Ageing().batch)
 
 
 async def test_patience_ends(store: JobStore, clock: Clock) -> None:
@@ -170,16 +170,16 @@ async def test_a_free_place_goes_to_whom_has_least(store: JobStore) -> None:
     assert sorted(await owners(store, 2)) != ["a", "a"]
 
 
-@pytest.mark.parametrize("patience", [0, 900])
-async def test_owners_take_turns_also_where_one_job_runs_at_a_time(store: JobStore, patience: float) -> None:
+@pytest.mark.parametrize("ageing", [0, 900])
+async def test_owners_take_turns_also_where_one_job_runs_at_a_time(store: JobStore, ageing: float) -> None:
     """All of the flood came before. With patience its turns come first, but only until the other's has come too."""
-    store._patience = Patience(interactive=0, standard=patience, batch=900)
+    store._ageing = Ageing(interactive=0, standard=ageing, batch=900)
     await owned(store, "a", 6)
     await owned(store, "b", 3)
-    if patience:
+    if ageing:
         assert await owners(store, 4, end=True) == "aaaa"
         async with store._db.write() as session:
-            await session.execute(update(Job).values(turn=Job.turn - patience))
+            await session.execute(update(Job).values(effective_deadline=Job.effective_deadline - ageing))
         assert await owners(store, 4, end=True) == "baba"
     else:
         assert await owners(store, 8, end=True) == "ababab" + "aa"
@@ -199,8 +199,8 @@ async def test_a_job_waits_for_its_start_and_its_patience_counts_from_then(store
     passed = (await store.create(PARAMS, "wan", Urgency(start_at=1000))).id
     job = await get(store, later)
     assert (job.start_at, job.not_before, job.waits_since) == (now + 60, now + 60, now + 60)
-    assert job.turn == now + 60 + Patience().interactive
-    assert (await get(store, passed)).turn == (await get(store, passed)).created_at + Patience().standard
+    assert job.effective_deadline == now + 60 + Ageing().interactive
+    assert (await get(store, passed)).effective_deadline == (await get(store, passed)).created_at + Ageing().standard
     assert await claimed(store) == passed
     assert await claimed(store) is None
     async with store._db.write() as session:

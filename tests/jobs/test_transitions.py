@@ -10,7 +10,7 @@ from serve_app.db.tables import Garbage, Job, new_id
 from serve_app.errors import JobFailed
 from serve_app.jobs.transitions import attempt_failed, delay_s
 
-OPTIONS = config.Dispatcher(max_attempts=3, group_losses=2, retry_s=5)
+OPTIONS = config.DispatcherConfig(max_attempts=3, group_losses=2, retry_s=5)
 NOW = 1000.0
 
 
@@ -34,7 +34,9 @@ def lost(step: int | None = None, code: str = "decoder_lost") -> JobFailed:
     return JobFailed(code if step is None else "group_lost", "A rank was lost.", retryable=True, step=step)
 
 
-def fail(job: Job, step: int | None = None, *, resumed_step: int = 0, options: config.Dispatcher = OPTIONS) -> float:
+def fail(
+    job: Job, step: int | None = None, *, resumed_step: int = 0, options: config.DispatcherConfig = OPTIONS
+) -> float:
     """Fails the current attempt. Seconds until the next one, -1 if there will be none."""
     rows = attempt_failed(job, NOW, lost(step), resumed_step, options, 600)
     prefixes = {row.prefix for row in rows if isinstance(row, Garbage)}

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from serve_app import config
-from serve_app.config import Config, Storage, Store, validate
+from serve_app.config import Config, StorageConfig, StoreConfig, validate
 from serve_app.errors import without_password
 from serve_app.launch.preflight import preflight
 from tests.support.brokers import SERVER as BROKER
@@ -111,8 +111,8 @@ async def test_a_password_that_postgresql_refuses(
     said = f'cannot be opened: password authentication failed for user "{USER}"'
     for command in (("up", path, "--own-ray"), ("jobs", "status", "--config", path)):
         assert refused(*command) == f"store.url has value 'postgresql://{USER}:***@{server}': {said}"
-    right = Store(url=f"postgresql://{USER}:{PASSWORD}@{server}")
-    assert await preflight(Config(home=str(tmp_path), store=right, storage=Storage(min_free_mib=0))) == []
+    right = StoreConfig(url=f"postgresql://{USER}:{PASSWORD}@{server}")
+    assert await preflight(Config(home=str(tmp_path), store=right, storage=StorageConfig(min_free_mib=0))) == []
 
 
 def test_s3(file: Callable[[Change], Path], s3_server: S3Server, silent: int) -> None:
@@ -154,14 +154,14 @@ def test_rabbitmq(file: Callable[[Change], Path]) -> None:
 
 
 async def test_a_password_that_rabbitmq_refuses(
-    file: Callable[[Change], Path], tmp_path: Path, queue_options: config.Queue
+    file: Callable[[Change], Path], tmp_path: Path, queue_options: config.QueueConfig
 ) -> None:
     """Unlike one that is away, which comes back: this one never would."""
     url = BROKER.replace(":guest@", ":secret@")
     path = file(lambda _, args: args.update(queue={"transport": "rabbitmq"}))
     line = refused("up", path, "--own-ray", WAN_SERVE_QUEUE_URL=url)
     assert line == f"queue.url has value '{without_password(url)}': the broker refused this user and password"
-    assert await preflight(Config(home=str(tmp_path), queue=queue_options, storage=Storage(min_free_mib=0))) == []
+    assert await preflight(Config(home=str(tmp_path), queue=queue_options, storage=StorageConfig(min_free_mib=0))) == []
 
 
 @pytest.mark.parametrize("vhost", ["nowhere", "%2Fno%2Fwhere"])
@@ -207,9 +207,9 @@ async def test_a_disk_with_little_space_and_keys_that_are_not_there(tmp_path: Pa
 
 
 async def test_nothing_to_say(tmp_path: Path, postgres_url: str, s3_server: S3Server, s3_credentials: None) -> None:
-    assert await preflight(Config(home=str(tmp_path), storage=Storage(min_free_mib=0))) == []
+    assert await preflight(Config(home=str(tmp_path), storage=StorageConfig(min_free_mib=0))) == []
     bucket = s3_server.options(s3_server.make_bucket())
-    assert await preflight(Config(home="/proc/unused", store=Store(url=postgres_url), storage=bucket)) == []
+    assert await preflight(Config(home="/proc/unused", store=StoreConfig(url=postgres_url), storage=bucket)) == []
 
 
 def test_model(file: Callable[[Change], Path], tmp_path: Path) -> None:

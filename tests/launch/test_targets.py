@@ -83,7 +83,7 @@ def test_nothing_to_say(checked: Callable[[Change], Targets], tmp_path: Path) ->
         (lambda _, args: args["denoiser"].update(parallel={"ranks": 7}), "denoiser.parallel.ranks has value 7"),
         (lambda _, args: args["model"].update(path="nowhere"), "nowhere: is not a folder"),
         (
-            lambda _, args: args["model"].update(prepared="nowhere"),
+            lambda _, args: args["model"].update(sharded="nowhere"),
             "nowhere/manifest.json: is missing, expected a fold",
         ),
         (lambda _, args: args.update(store={"url": "postgresql+x//db"}), "store.url has value 'postgresql+x//db', exp"),
@@ -192,7 +192,7 @@ def test_shards_of_another_mesh_or_type(checked: Callable[[Change], Targets], ch
 
     def change(tensor: int, dtype: str) -> Change:
         def apply(_: Args, args: Args) -> None:
-            args["model"].update(prepared="shards", dtype=dtype)
+            args["model"].update(sharded="shards", dtype=dtype)
             args["denoiser"].update(parallel={"tensor": tensor})
 
         return apply
@@ -208,7 +208,7 @@ def test_no_shipped_file_uses_what_ray_gives_up(path: Path, checkpoint: Path, tm
     content = yaml.safe_load(path.read_text())
     for application in content["applications"]:
         application["args"]["model"].update(path=str(checkpoint))
-        application["args"]["model"].pop("prepared", None)
+        application["args"]["model"].pop("sharded", None)
     copied = tmp_path / path.name
     copied.write_text(yaml.safe_dump(content, allow_unicode=True))
     with warnings.catch_warnings():

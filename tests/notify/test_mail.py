@@ -15,7 +15,7 @@ import pytest
 import trustme
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword
 
-from serve_app.config import Mail, validate
+from serve_app.config import MailConfig, validate
 from serve_app.db.notifications import Delivery, Event
 from serve_app.db.tables import Job
 from serve_app.errors import ConfigError
@@ -219,14 +219,14 @@ async def test_no_starttls_no_mail(store: JobStore, notify: Notify, smtp: Serve)
 def test_a_user_without_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PASSWORD, raising=False)
     with pytest.raises(ConfigError, match=r"mail\.user has value 'wan', expected its password"):
-        Mailer(Mail(host="x", sender="a@b.test", user="wan"), "", 5)
+        Mailer(MailConfig(host="x", sender="a@b.test", user="wan"), "", 5)
 
 
 def mail_of(recipient: str = "ada@example.test", prompt: str = "a cat", public_url: str = "") -> EmailMessage:
     job = Job(id="video_1", params=PARAMS.model_copy(update={"prompt": prompt}).model_dump(), error_code="cancelled")
     delivery = Delivery(id="dlv_1", recipient=recipient)
     event = Event(id="evt_1", type="video.completed", created_at=1.0)
-    return compose(Mail(host="x", sender="wan@video.test"), public_url, delivery, event, job)
+    return compose(MailConfig(host="x", sender="wan@video.test"), public_url, delivery, event, job)
 
 
 def test_the_text() -> None:

@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 from serve_app.errors import ConfigError
-from serve_app.notify.outbound import ANSWER_BYTES, Outbound, Refused, Unreachable
+from serve_app.notify.outbound import ANSWER_BYTES, Outbound, ReceiverRefused, Unreachable
 from tests.support.receiver import HANG, Receiver, receiving
 
 LOOPBACK = [ip_network("127.0.0.0/8")]
@@ -154,7 +154,7 @@ async def test_hostile_urls_are_refused_and_nothing_is_called() -> None:
         outbound = Outbound(resolve=names(), timeout_s=5)
         for url in SPELLED:
             url = url.replace("PORT", str(four.port))
-            with pytest.raises(Refused) as error:
+            with pytest.raises(ReceiverRefused) as error:
                 await outbound.post(url, b"{}", {})
             assert "\n" not in str(error.value) and len(str(error.value)) < 250, url
             refused += 1
@@ -170,7 +170,7 @@ async def test_the_systems_own_resolver_leads_nowhere_else() -> None:
             if "public.test" in url or ".test" in url:
                 continue  # needs a name server
             url = url.replace("PORT", str(four.port)).replace("https://", "http://", 1)
-            with pytest.raises((Refused, Unreachable)):
+            with pytest.raises((ReceiverRefused, Unreachable)):
                 await outbound.post(url, b"{}", {})
         assert (four.connections, six.connections) == (0, 0)
 
@@ -186,7 +186,7 @@ async def test_the_second_line_holds_alone(host: str) -> None:
     """Had the text of a URL deceived us, its address would not."""
     async with receiving() as four, receiving("::1", four.port) as six:
         backend = Outbound(timeout_s=5)._backend
-        with pytest.raises((Refused, Unreachable)):
+        with pytest.raises((ReceiverRefused, Unreachable)):
             await backend.connect_tcp(host, four.port)
         assert (four.connections, six.connections) == (0, 0)
 
@@ -209,7 +209,7 @@ async def test_a_name_that_changes_its_address_is_called_where_it_was_checked() 
         url = f"http://rebinding.test:{allowed.port}/hook?a=1"
         assert (await outbound.post(url, b"{}", {})).status == 204
         assert resolver.asked == ["rebinding.test"]
-        with pytest.raises(Refused, match=r"address 127\.0\.0\.1"):
+        with pytest.raises(ReceiverRefused, match=r"address 127\.0\.0\.1"):
             await outbound.post(url, b"{}", {})
         assert (len(allowed.requests), forbidden.connections) == (1, 0)
         assert allowed.requests[0].headers["host"] == f"rebinding.test:{allowed.port}"

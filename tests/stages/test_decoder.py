@@ -21,7 +21,7 @@ from serve_app.request import Params
 from serve_app.stages.decoder import Decoder, _Item
 from serve_app.tiny import CHECKPOINT
 from serve_app.wan import video
-from serve_app.wan.vae.frame_buffer import Arrival
+from serve_app.wan.vae.frame_buffer import FrameBuffer
 
 PARAMS: Params = next(iter(CASES.values()))
 
@@ -91,7 +91,7 @@ async def test_a_decode_that_nobody_waits_for_any_more_stores_nothing(decoder: A
     begun, go_on = threading.Event(), threading.Event()
     decode = decoder._decoder.decode
 
-    def held(latents: Any, arrivals: list[Arrival]) -> Any:
+    def held(latents: Any, arrivals: list[FrameBuffer]) -> Any:
         begun.set()
         assert go_on.wait(30)
         return decode(latents, arrivals)
@@ -168,7 +168,7 @@ async def test_a_call_that_ends_while_its_video_is_encoded_leaves_nothing_behind
 async def test_a_decode_that_breaks_off_ends_its_file(
     decoder: Any, tmp_path: Path, error: Exception, code: str
 ) -> None:
-    def breaks(latents: Any, arrivals: list[Arrival]) -> Any:
+    def breaks(latents: Any, arrivals: list[FrameBuffer]) -> Any:
         arrivals[0].begin(np.zeros((5, 32, 32, 3), np.uint8))
         arrivals[0].advance(2)
         raise error

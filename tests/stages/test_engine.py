@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from serve_app.dispatch.deployment import translate
-from serve_app.engine.sample_request import Denoised, Moved, Ticket
+from serve_app.engine.sample_request import Denoised, Moved, SampleRequest
 from serve_app.errors import JobFailed
 from serve_app.events import Progress
 from serve_app.request import Params
@@ -44,7 +44,7 @@ class Run:
         ticket = {key: options.pop(key) for key in ("priority", "created_at", "state_prefix") if key in options}
         encoder, denoiser = app.handle("Encoder"), app.handle(deployment).options(stream=True)
         encoded = encoder.encode.remote(params.prompt, params.negative_prompt if params.guided else None)
-        self._ask = lambda: denoiser.denoise.remote(Ticket(name, params, **ticket), encoded, **options)
+        self._ask = lambda: denoiser.denoise.remote(SampleRequest(name, params, **ticket), encoded, **options)
         self._again = options.get("resume", False)
         self.response = self._ask()
         self._thread = threading.Thread(target=self._follow, daemon=True)

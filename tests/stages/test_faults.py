@@ -15,7 +15,7 @@ import ray
 from ray import serve
 
 from serve_app.engine.group import _called
-from serve_app.engine.sample_request import Ticket
+from serve_app.engine.sample_request import SampleRequest
 from serve_app.events import Done, Progress
 from serve_app.replica import this_process
 from tests.stages.conftest import Wan, processes, until
@@ -74,7 +74,9 @@ def test_a_long_step_is_not_taken_for_a_hang(app):
     for frames in (81, 161):  # a fast machine needs the longer one
         params = app.params(width=480, height=480, num_frames=frames, num_inference_steps=1)
         encoded = app.handle("Encoder").encode.remote(params.prompt, params.negative_prompt)
-        stream = app.handle("Denoiser").options(stream=True).denoise.remote(Ticket(f"long-{frames}", params), encoded)
+        stream = (
+            app.handle("Denoiser").options(stream=True).denoise.remote(SampleRequest(f"long-{frames}", params), encoded)
+        )
         seconds = list(stream)[-1].seconds
         if seconds > limit:
             break

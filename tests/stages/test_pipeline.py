@@ -10,7 +10,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from benchmarks.model.parity import arguments
-from serve_app.engine.sample_request import Ticket
+from serve_app.engine.sample_request import SampleRequest
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
 from serve_app.wan.vae.decoder import VideoDecoder
@@ -36,7 +36,7 @@ def frames(path) -> np.ndarray:
 def denoise(app: Wan, sample_id: str, params) -> np.ndarray:
     """Latents of one sample, through encoder and denoiser."""
     encoded = app.handle("Encoder").encode.remote(params.prompt, params.negative_prompt if params.guided else None)
-    stream = app.handle("Denoiser").options(stream=True).denoise.remote(Ticket(sample_id, params), encoded)
+    stream = app.handle("Denoiser").options(stream=True).denoise.remote(SampleRequest(sample_id, params), encoded)
     return list(stream)[-1].latents
 
 
@@ -95,7 +95,7 @@ async def test_batch_mates_do_not_change_a_video(app):
 
     async def latents(name, params):
         encoded = app.handle("Encoder").encode.remote(params.prompt, params.negative_prompt)
-        async for event in denoiser.options(stream=True).denoise.remote(Ticket(name, params), encoded):
+        async for event in denoiser.options(stream=True).denoise.remote(SampleRequest(name, params), encoded):
             last = event
         return last.latents
 

@@ -17,7 +17,7 @@ import pytest
 
 from serve_app import config
 from serve_app.errors import ConfigError
-from serve_app.storage import Refused, Storage
+from serve_app.storage import Storage, StorageRefused
 from serve_app.storage.bucket import PART_BYTES
 from tests.storage.conftest import read
 from tests.support.fakes import until
@@ -58,7 +58,7 @@ def fragile(fragile_server: S3Server, s3_credentials: None) -> Iterator[S3Server
     ],
 )
 async def test_what_the_server_refuses_is_said_at_the_start(
-    s3_options: config.Storage,
+    s3_options: config.StorageConfig,
     options: dict[str, Any],
     environment: dict[str, str],
     message: str,
@@ -72,14 +72,14 @@ async def test_what_the_server_refuses_is_said_at_the_start(
         await storage.check()
     assert str(error.value).startswith(f"storage.url has value {options_now.url!r}: at http")
     assert "\n" not in str(error.value)
-    with pytest.raises(Refused, match=r"^storage: s3://"):
+    with pytest.raises(StorageRefused, match=r"^storage: s3://"):
         await storage.ping()
-    with pytest.raises(Refused, match=r"^storage: s3://") as refused:
+    with pytest.raises(StorageRefused, match=r"^storage: s3://") as refused:
         await storage.put("videos/a", LARGE)
     assert "guessed" not in str(refused.value) and "\n" not in str(refused.value)
 
 
-async def test_without_access_keys(s3_options: config.Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_access_keys(s3_options: config.StorageConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
@@ -88,7 +88,7 @@ async def test_without_access_keys(s3_options: config.Storage, monkeypatch: pyte
 
 
 async def test_a_server_that_is_not_there_is_waited_for(
-    s3_options: config.Storage, caplog: pytest.LogCaptureFixture
+    s3_options: config.StorageConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage = Storage(s3_options.model_copy(update={"endpoint": "http://127.0.0.1:1", **QUICK}))
     with caplog.at_level(logging.WARNING):
@@ -110,7 +110,7 @@ async def test_a_server_that_is_not_there_is_waited_for(
         assert re.search(reason, str(error))
 
 
-async def test_without_conditional_put(s3_options: config.Storage) -> None:
+async def test_without_conditional_put(s3_options: config.StorageConfig) -> None:
     storage = Storage(s3_options.model_copy(update={"conditional_put": False}))
     await storage.put("a", b"first")
     with pytest.raises(FileExistsError, match="storage already holds 'a'"):
@@ -118,7 +118,7 @@ async def test_without_conditional_put(s3_options: config.Storage) -> None:
     assert await storage.get("a") == b"first"
 
 
-async def test_prefixes_keep_storages_apart(s3_server: S3Server, s3_options: config.Storage) -> None:
+async def test_prefixes_keep_storages_apart(s3_server: S3Server, s3_options: config.StorageConfig) -> None:
     one, other = Storage(s3_options), Storage(s3_options.model_copy(update={"url": f"s3://{s3_options.bucket}/other"}))
     await one.put("videos/a", b"one")
     assert await other.list("videos") == []
@@ -157,7 +157,7 @@ async def test_links(s3_storage: Storage) -> None:
         assert (await http.get(url.partition("?")[0])).is_client_error
 
 
-async def test_links_expire(s3_options: config.Storage) -> None:
+async def test_links_expire(s3_options: config.StorageConfig) -> None:
     storage = Storage(s3_options.model_copy(update={"presign_s": 2}))
     await storage.put("a", b"x")
     url = str(await storage.link("a"))
@@ -172,7 +172,7 @@ async def test_links_expire(s3_options: config.Storage) -> None:
         assert answer.status_code == 403 and "expired" in answer.text
 
 
-async def test_links_where_clients_reach_the_server_elsewhere(s3_options: config.Storage) -> None:
+async def test_links_where_clients_reach_the_server_elsewhere(s3_options: config.StorageConfig) -> None:
     public = s3_options.endpoint.replace("127.0.0.1", "localhost")
     storage = Storage(s3_options.model_copy(update={"public_endpoint": public}))
     await storage.put("a", b"x")
@@ -194,7 +194,7 @@ asyncio.run(Storage(Options.model_validate_json(sys.argv[1])).put("videos/a/1/vi
 
 
 @pytest.fixture
-def killed_writer(s3_server: S3Server, s3_options: config.Storage) -> None:
+def killed_writer(s3_server: S3Server, s3_options: config.StorageConfig) -> None:
     """A process that was killed amid a `put` of videos/a/1/video.mp4, when parts of it had arrived."""
     before = s3_server.stored_files()
     writer = subprocess.Popen([sys.executable, "-c", PUT, s3_options.model_dump_json()])
@@ -219,7 +219,7 @@ async def test_a_writer_that_is_killed_leaves_nothing_to_see(s3_storage: Storage
     assert await s3_storage.delete_prefix("videos/a") == 1
 
 
-async def test_an_answer_that_is_lost(s3_server: S3Server, s3_options: config.Storage) -> None:
+async def test_an_answer_that_is_lost(s3_server: S3Server, s3_options: config.StorageConfig) -> None:
     async with Relay(s3_server.port) as relay:
         storage = Storage(s3_options.model_copy(update={"endpoint": relay.endpoint}))
         for key, data, request in (

@@ -89,7 +89,7 @@ async def test_errors_of_the_file_system(storage: Storage) -> None:
 
 
 async def test_a_disk_with_little_room(small_disk: Path) -> None:
-    storage = Storage(config.Storage(url=str(small_disk / "videos"), min_free_mib=0.5))
+    storage = Storage(config.StorageConfig(url=str(small_disk / "videos"), min_free_mib=0.5))
     await storage.ping()
     await storage.put("samples/a", b"x" * 700_000)
     with pytest.raises(OSError, match=r"^storage: .* has 0 MiB free, expected 0.5 \(storage.min_free_mib\)$"):

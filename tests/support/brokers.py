@@ -18,7 +18,7 @@ SERVER = os.environ.get("WAN_TEST_RABBITMQ", f"amqp://guest:guest@127.0.0.1:{POR
 
 
 @pytest.fixture
-async def queue_options() -> AsyncIterator[config.Queue]:
+async def queue_options() -> AsyncIterator[config.QueueConfig]:
     """A queue's name of the test's own, and its URL; the queue is deleted afterwards."""
     import aio_pika
 
@@ -30,7 +30,7 @@ async def queue_options() -> AsyncIterator[config.Queue]:
             pytest.fail(reason)
         pytest.skip(reason)
     name = f"wan-test-{secrets.token_hex(6)}"
-    yield config.Queue(transport="rabbitmq", url=SERVER, name=name, poll_s=30)
+    yield config.QueueConfig(transport="rabbitmq", url=SERVER, name=name, poll_s=30)
     channel = await connection.channel()
     for queue in (name, f"{name}.dead"):
         await channel.queue_delete(queue)

@@ -9,7 +9,7 @@ from serve_app.events import Done
 from serve_app.jobs.store import JobStore
 from tests.support.fakes import PARAMS
 
-OPTIONS = config.Dispatcher(max_attempts=3, retry_s=0)
+OPTIONS = config.DispatcherConfig(max_attempts=3, retry_s=0)
 LOST = JobFailed("rank_lost", "A rank was lost.", retryable=True)
 DONE = Done({"video": "videos/x/1/video.mp4"}, {"denoise": 1.5}, 123, ["a warning"])
 
@@ -25,7 +25,7 @@ async def claim(store: JobStore, owner: str = "me", lease_s: float = 60) -> Job:
     return job
 
 
-async def nothing_to_claim(store: JobStore, options: config.Dispatcher = OPTIONS) -> bool:
+async def nothing_to_claim(store: JobStore, options: config.DispatcherConfig = OPTIONS) -> bool:
     await store.sweep(options)
     return await store.claim("other", 60) is None
 

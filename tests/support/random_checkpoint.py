@@ -66,5 +66,5 @@ def _tokenizer() -> T5Tokenizer:
         bytes([row, column]).decode("gb2312", "ignore") for row in range(0xB0, 0xD8) for column in range(0xA1, 0xFF)
     ]
     characters = [*map(chr, range(33, 127)), *"，。、！？：；“”（）", *filter(None, hanzi)]
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *characters]
-    return T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0, model_max_length=512)
+    shard_slices = ["<pad>", "</s>", "<unk>", "▁", *characters]
+    return T5Tokenizer(vocab=[(piece, -1.0) for piece in shard_slices], extra_ids=0, model_max_length=512)

@@ -11,10 +11,10 @@ import torch
 from benchmarks.model.parity import CASES
 from serve_app.wan.generate import Generator
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.parallel.process_groups import init_world
+from serve_app.wan.parallel.process_groups import init_process_groups
 from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint
-from serve_app.wan.weights.sharded import Prepared
+from serve_app.wan.weights.sharded import ShardedCheckpoint
 
 CASE = "64x64, 9 frames, 8 steps"
 
@@ -22,7 +22,7 @@ CASE = "64x64, 9 frames, 8 steps"
 def main(rank: int, size: int, address: str, port: int, folder: str, output: str, dtypes: list[str]) -> None:
     """Denoise one case in each dtype and save latents and parameter dtypes as `<output>/<dtype>-<rank>.pt`."""
     torch.set_num_threads(1)
-    world = init_world(rank, Mesh(tensor=size), address, port, torch.device("cpu"), timeout_s=120)
+    world = init_process_groups(rank, Mesh(tensor=size), address, port, torch.device("cpu"), timeout_s=120)
     for dtype in dtypes:
         generator = Generator(Path(folder), dtype=getattr(torch, dtype), world=world)
         result = {
@@ -35,13 +35,13 @@ def main(rank: int, size: int, address: str, port: int, folder: str, output: str
     world.close()
 
 
-def compare(rank: int, mesh: Mesh, port: int, folder: Path, prepared: dict[str, Path]) -> None:
+def compare(rank: int, mesh: Mesh, port: int, folder: Path, sharded: dict[str, Path]) -> None:
     """Load both experts by slices and from the prepared folder of each dtype, and fail if a bit differs."""
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
-    world = init_world(rank, mesh, "127.0.0.1", port, cpu, timeout_s=120)
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, cpu, timeout_s=120)
     checkpoint = Checkpoint(folder)
-    for dtype, out in prepared.items():
+    for dtype, out in sharded.items():
         for expert in checkpoint.experts:
             ours = load_expert(
                 checkpoint,
@@ -49,7 +49,7 @@ def compare(rank: int, mesh: Mesh, port: int, folder: Path, prepared: dict[str, 
                 world,
                 getattr(torch, dtype),
                 cpu,
-                prepared=Prepared(out, checkpoint, mesh.tensor, dtype),
+                sharded=ShardedCheckpoint(out, checkpoint, mesh.tensor, dtype),
             ).state_dict()
             theirs = load_expert(checkpoint, expert, world, getattr(torch, dtype), cpu).state_dict()
             assert list(ours) == list(theirs)

@@ -18,7 +18,7 @@ from serve_app.request import Urgency
 from serve_app.storage import Storage
 from tests.support.fakes import PARAMS, files, until
 
-OPTIONS = config.Dispatcher(poll_s=0.03, lease_s=20, retry_s=0.01, running_jobs=4, max_attempts=3)
+OPTIONS = config.DispatcherConfig(poll_s=0.03, lease_s=20, retry_s=0.01, running_jobs=4, max_attempts=3)
 Start = Callable[..., Dispatcher]
 
 

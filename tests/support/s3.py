@@ -191,10 +191,10 @@ class S3Server:
         )
         return str(obstore.sign(store, method, key, timedelta(seconds=expires_s)))
 
-    def options(self, bucket: str, prefix: str = "", **options: object) -> config.Storage:
+    def options(self, bucket: str, prefix: str = "", **options: object) -> config.StorageConfig:
         """The configuration section of a bucket here. Credentials come from the environment; see `s3_credentials`."""
         url = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
-        return config.Storage.model_validate({"url": url, "endpoint": self.endpoint, "region": REGION, **options})
+        return config.StorageConfig.model_validate({"url": url, "endpoint": self.endpoint, "region": REGION, **options})
 
     def _check(self) -> None:
         try:
@@ -263,13 +263,13 @@ def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def s3_options(s3_server: S3Server, s3_credentials: None) -> config.Storage:
+def s3_options(s3_server: S3Server, s3_credentials: None) -> config.StorageConfig:
     """The configuration section of an empty bucket."""
     return s3_server.options(s3_server.make_bucket(), "some/prefix")
 
 
 @pytest.fixture
-def s3_storage(s3_options: config.Storage) -> Storage:
+def s3_storage(s3_options: config.StorageConfig) -> Storage:
     return Storage(s3_options)
 
 

@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 from fastapi import Request
 
-from serve_app.config import Config, Mail, Webhooks
+from serve_app.config import Config, MailConfig, WebhooksConfig
 from serve_app.gateway.app import create_app
 from serve_app.gateway.http.auth import Caller, Scope, caller
 from serve_app.jobs.store import JobStore
@@ -24,7 +24,7 @@ from serve_app.notify.notifier import Notifier
 from serve_app.storage import Storage
 from tests.support.fakes import until
 
-OPTIONS = Webhooks(
+OPTIONS = WebhooksConfig(
     allow_http=True,
     allow_networks=(ip_network("127.0.0.0/8"),),
     retries_s=(0, 0, 0),
@@ -69,7 +69,7 @@ async def by_header(request: Request) -> Caller:
     return Caller(key, frozenset(known[scope] for scope in scopes or ["create", "read"]))
 
 
-def config_at(folder: Path, webhooks: Webhooks = OPTIONS, mail: Mail | None = None) -> Config:
+def config_at(folder: Path, webhooks: WebhooksConfig = OPTIONS, mail: MailConfig | None = None) -> Config:
     config = Config(home=str(folder), webhooks=webhooks, mail=mail)
     return config.model_copy(update={"dispatcher": config.dispatcher.model_copy(update={"poll_s": 0.03})})
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from serve_app.wan.generate import Generator
-from serve_app.wan.parallel.process_groups import World
+from serve_app.wan.parallel.process_groups import ProcessGroups
 
 
 @pytest.fixture(scope="session")
-def alone() -> World:
+def alone() -> ProcessGroups:
     """A group of one on the CPU."""
-    return World.alone(torch.device("cpu"))
+    return ProcessGroups.alone(torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

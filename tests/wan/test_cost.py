@@ -19,8 +19,8 @@ def test_flops_are_those_that_torch_counts(
 ) -> None:
     sample = generator.start(Params(**{**BASE.model_dump(), "guidance_scale": guidance, "width": width}))
     model = generator.experts["transformer"]
-    monkeypatch.setattr(model.text_memory, "_fold", False)  # as on a GPU
-    model.text_memory.clear()
+    monkeypatch.setattr(model.text_cache, "_fold", False)  # as on a GPU
+    model.text_cache.clear()
     advance(model, [sample], fuse_guidance_tokens=0)  # makes the text's keys and values
     # The fused kernel for CPUs is one that the counter does not know.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

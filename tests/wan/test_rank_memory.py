@@ -38,7 +38,7 @@ def test_half_the_precision_is_half_the_memory(large: Path) -> None:
 
 def test_a_prepared_shard_is_read_once_and_nothing_else(large: Path, tmp_path: Path) -> None:
     prepare(Checkpoint(large), tmp_path, 2, "bfloat16", experts=("transformer",))
-    for index, rank in enumerate(load("prepared", large, tmp_path, 2, "bfloat16")):
+    for index, rank in enumerate(load("sharded", large, tmp_path, 2, "bfloat16")):
         size = (tmp_path / "transformer" / f"rank-{index}-of-2.safetensors").stat().st_size
         assert rank["shard"] <= size <= rank["read"] <= size + 2 * MB
         assert rank["growth"] <= 1.1 * rank["shard"] + 48 * MB

@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
 from serve_app.accounts.keys import Keys, Scope
-from serve_app.config import Auth, Gateway, is_loopback
+from serve_app.config import AuthConfig, GatewayConfig, is_loopback
 from serve_app.gateway.http.errors import ApiError, too_much
 from serve_app.gateway.http.origins import Origins
 from serve_app.gateway.http.rate import Buckets
@@ -44,7 +44,7 @@ class Guard:
             holds as well as the load is balanced, without a write to the database for every request.
     """
 
-    def __init__(self, options: Auth, keys: Keys, gateway: Gateway) -> None:
+    def __init__(self, options: AuthConfig, keys: Keys, gateway: GatewayConfig) -> None:
         self._options = options
         self._keys = keys
         self._buckets = Buckets(gateway.num_replicas)
@@ -101,7 +101,7 @@ def _having(scope: Scope) -> Callable[..., Awaitable[Caller]]:
     return check
 
 
-def bearer(options: Auth) -> list[Any]:
+def bearer(options: AuthConfig) -> list[Any]:
     """Dependencies that say in OpenAPI how a key is sent, where one is; `caller` is who looks at it."""
     return (
         [Depends(HTTPBearer(auto_error=False, description="An API key: `wan_...`"))] if options.mode == "keys" else []

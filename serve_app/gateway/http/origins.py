@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.config import Gateway
+from serve_app.config import GatewayConfig
 from serve_app.gateway.http.errors import ApiError
 
 # Headers of ours that a page of another origin may read; browsers hide all others but the most common ones.
@@ -37,7 +37,7 @@ class Origins:
         options: of the gateway.
     """
 
-    def __init__(self, options: Gateway) -> None:
+    def __init__(self, options: GatewayConfig) -> None:
         url = urlsplit(options.public_url)
         here = socket.gethostname().lower()
         self._names = {"localhost", here, here.partition(".")[0], (url.hostname or "localhost").removesuffix(".")}
@@ -92,7 +92,7 @@ class Cors(CORSMiddleware):
         options: of the gateway.
     """
 
-    def __init__(self, app: ASGIApp, options: Gateway) -> None:
+    def __init__(self, app: ASGIApp, options: GatewayConfig) -> None:
         super().__init__(
             app,
             allow_origins=options.origins,

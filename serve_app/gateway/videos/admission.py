@@ -19,7 +19,7 @@ _WAIT_S = 5.0
 _MIB = 1 << 20
 
 
-class Intake:
+class Admission:
     """Looks at the storage and at the disk of the job store, at most every two seconds however many ask.
 
     Args:

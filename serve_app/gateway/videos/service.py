@@ -14,7 +14,7 @@ from serve_app.db.tables import CANCELLED, Job
 from serve_app.errors import InvalidRequest, JobFailed, Unavailable, one_line
 from serve_app.gateway.http.auth import Caller
 from serve_app.gateway.http.errors import ApiError, no_video
-from serve_app.gateway.videos.admission import Intake
+from serve_app.gateway.videos.admission import Admission
 from serve_app.gateway.videos.body import understand
 from serve_app.gateway.videos.schemas import Remix, Variant, Video, VideoList
 from serve_app.jobs.store import Idempotency, JobStore
@@ -47,7 +47,7 @@ class Videos:
         self.store = store
         self.storage = storage
         self._wake = wake
-        self.intake = Intake(store, storage, config.storage.min_free_mib)
+        self.intake = Admission(store, storage, config.storage.min_free_mib)
 
     async def submit(
         self,

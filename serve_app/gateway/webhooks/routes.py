@@ -38,7 +38,7 @@ from serve_app.logs import get_logger
 from serve_app.notify import webhook
 from serve_app.notify.endpoints import Endpoints, TooManyEndpoints
 from serve_app.notify.notifier import outbound
-from serve_app.notify.outbound import Refused
+from serve_app.notify.outbound import ReceiverRefused
 
 logger = get_logger(__name__)
 
@@ -62,7 +62,7 @@ def router(config: Config, database: Database) -> APIRouter:
     def check_url(url: str) -> None:
         try:
             sender.check(url)
-        except Refused as error:
+        except ReceiverRefused as error:
             raise InvalidRequest("url", f"'url' {error}.") from None
 
     async def found(endpoint_id: str, who: Caller) -> Endpoint:

@@ -17,7 +17,7 @@ import torch
 from serve_app.wan.offload.copies import Copies
 from serve_app.wan.weights.checkpoint import Expert
 from serve_app.wan.weights.reader import Weights
-from serve_app.wan.weights.shard_spec import Piece, each
+from serve_app.wan.weights.shard_spec import ShardSlice, each
 
 Key: TypeAlias = tuple[Expert, int]
 """An expert and a layer of it."""
@@ -45,7 +45,7 @@ class Layout:
     nbytes: int
 
     @classmethod
-    def of(cls, parts: Sequence[Piece]) -> Layout:
+    def of(cls, parts: Sequence[ShardSlice]) -> Layout:
         """That of a block with these parameters."""
         places, offset = [], 0
         for part in cls.order(parts):
@@ -54,7 +54,7 @@ class Layout:
         return cls(tuple(places), offset)
 
     @staticmethod
-    def order(parts: Iterable[Piece]) -> list[Piece]:
+    def order(parts: Iterable[ShardSlice]) -> list[ShardSlice]:
         """The parameters in the order in which they lie."""
         return sorted(parts, key=lambda part: part.name.split(".", 2)[2])
 
@@ -70,7 +70,7 @@ class Layout:
 class BlockStore(Protocol):
     """Blocks by expert and layer."""
 
-    def take(self, key: Key, layout: Layout, parts: Sequence[Piece], weights: Weights) -> None:
+    def take(self, key: Key, layout: Layout, parts: Sequence[ShardSlice], weights: Weights) -> None:
         """Bring in a block.
 
         Raises:
@@ -92,7 +92,7 @@ class HostBlocks:
         self._device = device
         self._memory: dict[Key, torch.Tensor] = {}
 
-    def take(self, key: Key, layout: Layout, parts: Sequence[Piece], weights: Weights) -> None:
+    def take(self, key: Key, layout: Layout, parts: Sequence[ShardSlice], weights: Weights) -> None:
         """See `BlockStore`."""
         self._memory[key] = memory = host_memory(layout.nbytes, self._device)
         _read(layout, parts, weights, memory)
@@ -106,7 +106,7 @@ class HostBlocks:
 @dataclass(frozen=True)
 class _Source:
     layout: Layout
-    parts: Sequence[Piece]
+    parts: Sequence[ShardSlice]
     weights: Weights
 
 
@@ -125,7 +125,7 @@ class FileBlocks:
         self._seen: set[Key] = set()
         self._reader = ThreadPoolExecutor(1, "blocks")
 
-    def take(self, key: Key, layout: Layout, parts: Sequence[Piece], weights: Weights) -> None:
+    def take(self, key: Key, layout: Layout, parts: Sequence[ShardSlice], weights: Weights) -> None:
         """See `BlockStore`."""
         self._sources[key] = _Source(layout, layout.order(parts), weights)
         while len(self._buffers) < len(self._copied):
@@ -146,10 +146,12 @@ class FileBlocks:
         return event
 
 
-def _read(layout: Layout, parts: Sequence[Piece], weights: Weights, memory: torch.Tensor, check: bool = True) -> None:
+def _read(
+    layout: Layout, parts: Sequence[ShardSlice], weights: Weights, memory: torch.Tensor, check: bool = True
+) -> None:
     views = {part.name: view for part, view in zip(layout.order(parts), layout.views(memory), strict=True)}
 
-    def read(part: Piece) -> None:
+    def read(part: ShardSlice) -> None:
         weights.read(part.name, part.dim, part.start, part.stop, part.dtype, out=views[part.name], check=check)
 
     for _ in each(parts, weights, read):

@@ -24,9 +24,9 @@ from serve_app.wan.offload.block_store import BlockStore, Key, Layout
 from serve_app.wan.offload.copies import Copies, PlainCopies, StreamCopies
 from serve_app.wan.weights.checkpoint import Expert
 from serve_app.wan.weights.reader import Weights
-from serve_app.wan.weights.shard_spec import Piece
+from serve_app.wan.weights.shard_spec import ShardSlice
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 PASSING = 2
 """Slots that blocks pass through: one to use, one to fill."""
@@ -44,7 +44,7 @@ class _Slot:
     left: Any = None
 
 
-class Slots:
+class BlockSwap:
     """The slots of one rank.
 
     Args:
@@ -76,7 +76,7 @@ class Slots:
         self._next = 0
         self._expert: Expert | None = None
 
-    def take(self, expert: Expert, blocks: Sequence[nn.Module], parts: Sequence[Piece], weights: Weights) -> None:
+    def take(self, expert: Expert, blocks: Sequence[nn.Module], parts: Sequence[ShardSlice], weights: Weights) -> None:
         """Bring in an expert: from now on its blocks find their weights in a slot when they are called.
 
         Args:
@@ -132,7 +132,7 @@ class Slots:
             memory = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
             self._slots.append(_Slot(memory, layout.views(memory)))
         passing = layers - staying
-        log.info("blocks", extra={"layers": layers, "staying": staying, "mib_each": round(layout.nbytes / 2**20, 1)})
+        logger.info("blocks", extra={"layers": layers, "staying": staying, "mib_each": round(layout.nbytes / 2**20, 1)})
         # Evenly among those that stay, whose time is then there to fetch them in.
         self._pass = [layers * index // passing for index in range(passing)]
         self._stay = {layer: slot for slot, layer in enumerate(sorted(set(range(layers)) - set(self._pass)))}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 from serve_app.errors import ConfigError
 
 if TYPE_CHECKING:
-    from serve_app.config import Parallel
+    from serve_app.config import ParallelConfig
 
 AxisName = Literal["guidance", "sequence", "tensor"]
 AXES: tuple[AxisName, ...] = get_args(AxisName)
@@ -35,7 +35,7 @@ class Mesh:
     tensor: int = 1
 
     @classmethod
-    def of(cls, parallel: Parallel) -> Self | None:
+    def of(cls, parallel: ParallelConfig) -> Self | None:
         """Return the mesh that `denoiser.parallel` names; None where it says only how many ranks there are."""
         return None if parallel.ranks is not None else cls(parallel.guidance, parallel.sequence, parallel.tensor)
 

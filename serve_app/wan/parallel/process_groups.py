@@ -14,7 +14,7 @@ import torch
 
 from serve_app.errors import ConfigError
 from serve_app.wan.parallel import collectives as exchange
-from serve_app.wan.parallel import symmetric_memory as peer_memory
+from serve_app.wan.parallel import symmetric_memory as symmetric_memory
 from serve_app.wan.parallel.mesh import AXES, AxisName, Mesh
 
 
@@ -34,7 +34,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroups:
     """This process's place in its group."""
 
     rank: int
@@ -66,18 +66,18 @@ class World:
     def exchanged(self) -> int:
         """Messages and collectives that this rank has begun. As many as on every other rank, if they are in step."""
         groups = [axis.group for axis in self.axes.values() if axis.group is not None]
-        peers = [peer_memory.of(group.group_name) for group in groups]
+        peers = [symmetric_memory.of(group.group_name) for group in groups]
         begun = sum(one.exchanged for one in peers if one is not None)
         return begun + sum(group._get_sequence_number_for_group() for group in groups)
 
     def close(self) -> None:
         """Leave the group. The process cannot join another one afterwards."""
-        peer_memory.forget()
+        symmetric_memory.forget()
         if self.mesh.ranks > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def init_world(
+def init_process_groups(
     rank: int,
     mesh: Mesh,
     address: str,
@@ -85,19 +85,19 @@ def init_world(
     device: torch.device,
     timeout_s: float,
     peers: bool = True,
-) -> World:
+) -> ProcessGroups:
     """Join the group of ranks that share an expert; returns when all of them are there.
 
     Args:
         address, port: where rank 0 listens, as the other ranks reach it.
         timeout_s: for the others to come, and for every exchange with them later.
-        peers: whether ranks that share weights use each other's memory (`peer_memory`) if their devices can.
+        peers: whether ranks that share weights use each other's memory (`symmetric_memory`) if their devices can.
 
     Raises:
         torch.distributed.DistError: the group did not come together in time.
     """
     if mesh.ranks == 1:
-        return World.alone(device)
+        return ProcessGroups.alone(device)
     cuda = device.type == "cuda"
     os.environ["LOCAL_RANK"] = str(device.index or 0) if cuda else "0"
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(mesh.ranks)
@@ -125,9 +125,9 @@ def init_world(
         raise RuntimeError("DeepSpeed's shared-memory all-reduce is on although it was disabled; is its version newer?")
     if cuda:
         torch.cuda.set_device(device)
-    world = World(rank, mesh, device, {axis: _join(axis, rank, mesh, timeout_s) for axis in AXES})
+    world = ProcessGroups(rank, mesh, device, {axis: _join(axis, rank, mesh, timeout_s) for axis in AXES})
     if cuda and world.tensor.group is not None:
-        peer_memory.connect(world.tensor.group, device, timeout_s, peers)
+        symmetric_memory.connect(world.tensor.group, device, timeout_s, peers)
     return world
 
 

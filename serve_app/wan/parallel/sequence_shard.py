@@ -17,7 +17,7 @@ import torch
 from serve_app.wan.parallel.process_groups import Axis
 
 
-class Tokens:
+class SequenceShard:
     """A model's tokens, of which this rank has a run.
 
     Args:

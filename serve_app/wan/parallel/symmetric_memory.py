@@ -27,7 +27,7 @@ from serve_app.errors import one_line
 from serve_app.logs import get_logger
 from serve_app.wan.parallel import collectives as exchange
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 _DIVIDED, _MADE, _THERE = range(3)
 """Channels of signals: before memory is divided anew, before parts of sums are fetched, and when a run is there: that
@@ -38,7 +38,7 @@ _TRIED_S = 60
 """For that, where ranks may otherwise wait for as long as a start takes."""
 _NATIVE_ATOMICS = 3
 """CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED, CUDA's name for what signals between two devices need."""
-_known: dict[str, PeerMemory] = {}
+_known: dict[str, SymmetricMemory] = {}
 
 
 class OutOfStep(RuntimeError):
@@ -46,7 +46,7 @@ class OutOfStep(RuntimeError):
     of no use any more."""
 
 
-class PeerMemory:
+class SymmetricMemory:
     """That of the ranks of a group.
 
     Args:
@@ -243,18 +243,18 @@ def connect(group: Any, device: torch.device, timeout_s: float, wanted: bool = T
                 from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
                 enable_symm_mem_for_group(group.group_name)
-            made = PeerMemory(group, device, timeout_s)
+            made = SymmetricMemory(group, device, timeout_s)
         except Exception as error:  # whatever versions of torch and drivers come up with
             why = one_line(error)
             if "CUDA error" in why or "CUDA driver error" in why:  # after which nothing on the device succeeds
-                raise RuntimeError(f"{why}; denoiser.peer_memory: false does without what failed") from error
+                raise RuntimeError(f"{why}; denoiser.symmetric_memory: false does without what failed") from error
         if _all(made is not None, group, device) and made is not None:
             _known[group.group_name] = made
     used = "copies between devices" if of(group.group_name) else "NCCL"
-    log.info("exchange", extra={"used": used, "reason": why or ("NVLink" if made else "another rank cannot")})
+    logger.info("exchange", extra={"used": used, "reason": why or ("NVLink" if made else "another rank cannot")})
 
 
-def of(group_name: str) -> PeerMemory | None:
+def of(group_name: str) -> SymmetricMemory | None:
     """What the ranks of a group have; None where they use collectives."""
     return _known.get(group_name)
 

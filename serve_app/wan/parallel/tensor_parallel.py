@@ -6,7 +6,7 @@ twice. All tokens come together before the first layer; after the second one, wh
 the sum that all of them want, each gets the sum of its own run. That is as much as an all-reduce sends.
 
 Where the ranks' devices can show each other their memory, tokens and sums come beside the products, piece by piece
-(`peer_memory`); else by collectives. To the compiler a layer with its exchange is one operator, where a collective
+(`symmetric_memory`); else by collectives. To the compiler a layer with its exchange is one operator, where a collective
 splits a block in two.
 """
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from serve_app.wan.parallel import collectives as exchange
-from serve_app.wan.parallel import symmetric_memory as peer_memory
+from serve_app.wan.parallel import symmetric_memory as symmetric_memory
 
 ROWS = 4096
 """Of a part at least, of one rank's run; `python -m benchmarks.model.tensor_parallel` compares numbers of parts."""
@@ -115,7 +115,7 @@ def _column_parallel(
             for some, to in zip(rows, product[:, begin : begin + rows.shape[1]], strict=True):
                 _linear(some[: len(to)], weight, bias, gelu, to)
 
-    peers = peer_memory.of(group_name)
+    peers = symmetric_memory.of(group_name)
     if peers is not None:
         peers.gather(hidden, use)
         return products
@@ -144,7 +144,7 @@ def _row_parallel(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum, `[batch, run, features out]`, and parts that it still lacks, `[parts, batch, run, features out]`."""
     total, others = _of_run(hidden, weight, ranks, group_name)
-    peers = peer_memory.of(group_name)
+    peers = symmetric_memory.of(group_name)
     if peers is not None:
         peers.share_products(hidden, weight, total, others)
         return total, others
@@ -160,7 +160,7 @@ def _of_run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for it."""
     shape = (hidden.shape[0], -(-hidden.shape[1] // ranks), weight.shape[0])
-    parts = 0 if peer_memory.of(group_name) is None else ranks - 1
+    parts = 0 if symmetric_memory.of(group_name) is None else ranks - 1
     return hidden.new_empty(shape), hidden.new_empty(parts, *shape)
 
 

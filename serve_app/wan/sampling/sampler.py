@@ -136,7 +136,7 @@ def predict(
 
 
 def _forward(model: Any, latents: torch.Tensor, timesteps: torch.Tensor, texts: list[torch.Tensor]) -> torch.Tensor:
-    with model.text_memory.serving(texts) as text:
+    with model.text_cache.serving(texts) as text:
         output: torch.Tensor = model(
             hidden_states=latents, timestep=timesteps, encoder_hidden_states=text, return_dict=False
         )[0]

@@ -14,7 +14,7 @@ from serve_app.wan.sampling.sampler import advance
 from serve_app.wan.text import Embedding
 from serve_app.wan.weights.checkpoint import Checkpoint
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def warm_up(
@@ -49,7 +49,7 @@ def warm_up(
             for _ in range(samples)
         ]
         advance(model, held, fuse)
-        log.info(
+        logger.info(
             "warmed up",
             extra={
                 "size": f"{size.width}x{size.height}, {size.num_frames} frames",

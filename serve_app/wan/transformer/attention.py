@@ -12,9 +12,9 @@ from torch import nn
 from serve_app.wan.kernels.backends import Kernel
 from serve_app.wan.kernels.fused import norm_rotate, square_sums
 from serve_app.wan.parallel.collectives import add_up, gather
-from serve_app.wan.parallel.sequence_shard import Tokens
+from serve_app.wan.parallel.sequence_shard import SequenceShard
 from serve_app.wan.parallel.tensor_parallel import column_parallel
-from serve_app.wan.transformer.text_cache import TextMemory
+from serve_app.wan.transformer.text_cache import TextCache
 
 
 class ShardedNorm(nn.Module):
@@ -51,7 +51,7 @@ class SelfAttention:
         fused: whether the norms and the rotation are one kernel.
     """
 
-    def __init__(self, kernel: Kernel, group: Any | None, tokens: Tokens | None, fused: bool = False) -> None:
+    def __init__(self, kernel: Kernel, group: Any | None, tokens: SequenceShard | None, fused: bool = False) -> None:
         self.kernel = kernel
         self.group = group
         self.tokens = tokens
@@ -102,7 +102,7 @@ class CrossAttention:
         memory: of keys and values.
     """
 
-    def __init__(self, kernel: Kernel, group: Any | None, memory: TextMemory) -> None:
+    def __init__(self, kernel: Kernel, group: Any | None, memory: TextCache) -> None:
         self.kernel = kernel
         self.group = group
         self.memory = memory

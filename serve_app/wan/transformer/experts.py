@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from serve_app.wan.offload.block_swap import Slots
+from serve_app.wan.offload.block_swap import BlockSwap
 from serve_app.wan.weights.checkpoint import Expert
 
 
@@ -23,7 +23,7 @@ class Experts:
     """
 
     def __init__(
-        self, names: Iterable[Expert], load: Callable[[Expert], nn.Module], slots: Slots | None = None
+        self, names: Iterable[Expert], load: Callable[[Expert], nn.Module], slots: BlockSwap | None = None
     ) -> None:
         self._slots = slots
         self._models: dict[Expert, nn.Module] = {name: load(name) for name in names}
@@ -49,4 +49,4 @@ class Experts:
     def forget_texts(self) -> None:
         """Free what is kept of the texts of the last steps."""
         for model in self._models.values():
-            model.text_memory.clear()  # type: ignore[operator, union-attr]
+            model.text_cache.clear()  # type: ignore[operator, union-attr]

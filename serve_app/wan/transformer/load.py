@@ -19,20 +19,20 @@ from serve_app.errors import CheckpointError
 from serve_app.logs import get_logger
 from serve_app.wan.kernels.backends import KernelName, pick_kernel
 from serve_app.wan.kernels.fused import LinearGelu, block_forward
-from serve_app.wan.offload.block_swap import Slots
-from serve_app.wan.parallel.process_groups import Axis, World
-from serve_app.wan.parallel.sequence_shard import Tokens
+from serve_app.wan.offload.block_swap import BlockSwap
+from serve_app.wan.parallel.process_groups import Axis, ProcessGroups
+from serve_app.wan.parallel.sequence_shard import SequenceShard
 from serve_app.wan.parallel.tensor_parallel import ColumnParallel, RowParallel
 from serve_app.wan.transformer.attention import CrossAttention, SelfAttention, ShardedNorm
 from serve_app.wan.transformer.rotary import Rotary
-from serve_app.wan.transformer.text_cache import TextMemory
+from serve_app.wan.transformer.text_cache import TextCache
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 from serve_app.wan.weights.random_weights import RandomWeights
 from serve_app.wan.weights.reader import Weights
-from serve_app.wan.weights.shard_spec import Piece, cut_dim, each, empty_expert, pieces
-from serve_app.wan.weights.sharded import AGAIN, Prepared
+from serve_app.wan.weights.shard_spec import ShardSlice, cut_dim, each, empty_expert, shard_slices
+from serve_app.wan.weights.sharded import AGAIN, ShardedCheckpoint
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 TEXT_MEMORY_BYTES = 2.0**30
 """Enough for one 720p sample of A14B, both halves of guidance."""
@@ -41,14 +41,14 @@ TEXT_MEMORY_BYTES = 2.0**30
 def load_expert(
     checkpoint: Checkpoint,
     expert: Expert,
-    world: World,
+    world: ProcessGroups,
     dtype: torch.dtype,
     device: torch.device,
     text_memory_bytes: float = TEXT_MEMORY_BYTES,
     attention: KernelName | Literal["auto"] = "auto",
     compiled: bool = False,
-    prepared: Prepared | None = None,
-    slots: Slots | None = None,
+    sharded: ShardedCheckpoint | None = None,
+    slots: BlockSwap | None = None,
 ) -> nn.Module:
     """An expert, or this rank's shard of it, ready to run.
 
@@ -57,10 +57,10 @@ def load_expert(
 
     Args:
         dtype: of weights and activations; the modules that diffusers keeps in float32 stay so.
-        text_memory_bytes: bound of its `text_memory`, see `TextMemory`.
+        text_memory_bytes: bound of its `text_cache`, see `TextCache`.
         attention: see `pick_kernel`.
         compiled: compile the blocks. What they compute changes by rounding.
-        prepared: where each rank's shard is a file of its own, made for this tensor-parallel size and this dtype.
+        sharded: where each rank's shard is a file of its own, made for this tensor-parallel size and this dtype.
             Without it the rank reads its slices of the checkpoint's weights.
         slots: where the blocks take turns on the device; not given, all of them stay there.
 
@@ -71,7 +71,7 @@ def load_expert(
     config = checkpoint.expert_config(expert)
     world.mesh.check(config)
     kernel, why = pick_kernel(attention, device, dtype, int(config["attention_head_dim"]))
-    log.info("attention", extra={"expert": expert, "kernel": why})
+    logger.info("attention", extra={"expert": expert, "kernel": why})
     model = empty_expert(checkpoint, expert)
     tensor = world.tensor
     if tensor.size > 1:
@@ -80,23 +80,23 @@ def load_expert(
     model.guidance = world.guidance
     # What is compiled wants texts of one length.
     fold = device.type == "cpu" and dtype == torch.float32 and not compiled
-    model.text_memory = TextMemory(text_memory_bytes, fold)
-    tokens = Tokens(world.sequence) if world.sequence.size > 1 else None
+    model.text_cache = TextCache(text_memory_bytes, fold)
+    tokens = SequenceShard(world.sequence) if world.sequence.size > 1 else None
     fused = compiled and device.type == "cuda" and dtype == torch.bfloat16
     for layer, block in enumerate(model.blocks):
         if fused:
             block.ffn.net[0] = LinearGelu(block.ffn.net[0].proj)
             block.forward = MethodType(block_forward, block)
         block.attn1.set_processor(SelfAttention(kernel, tensor.group, tokens, fused))
-        cross = CrossAttention(kernel, tensor.group, model.text_memory)
+        cross = CrossAttention(kernel, tensor.group, model.text_cache)
         block.attn2.set_processor(cross)
         cross.give(block, layer)
-    with _source(checkpoint, expert, tensor, device, prepared) as weights:
+    with _source(checkpoint, expert, tensor, device, sharded) as weights:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        if prepared is None:
-            parts = pieces(shapes, weights, tensor.index, tensor.size, dtype)
+        if sharded is None:
+            parts = shard_slices(shapes, weights, tensor.index, tensor.size, dtype)
         else:
-            parts = pieces(shapes, weights, 0, 1, dtype)
+            parts = shard_slices(shapes, weights, 0, 1, dtype)
             _check_dtypes(parts, weights)
         if slots is not None:
             blocks = [part for part in parts if part.name.startswith("blocks.")]
@@ -109,7 +109,7 @@ def load_expert(
     if tokens is not None:
         tokens.share(model)
     if tensor.size > 1:
-        Tokens(tensor).share(model)
+        SequenceShard(tensor).share(model)
     if compiled:
         # One graph serves all layers: what differs between them are parameters and inputs. Sizes are fixed in the first
         # one, and those that are seen to change are free in the next.
@@ -119,11 +119,11 @@ def load_expert(
 
 
 def _source(
-    checkpoint: Checkpoint, expert: Expert, tensor: Axis, device: torch.device, prepared: Prepared | None
+    checkpoint: Checkpoint, expert: Expert, tensor: Axis, device: torch.device, sharded: ShardedCheckpoint | None
 ) -> Weights:
     if checkpoint.random:
         return RandomWeights(checkpoint.folder / expert, device)
-    return Weights(checkpoint.folder / expert) if prepared is None else prepared.weights(expert, tensor.index)
+    return Weights(checkpoint.folder / expert) if sharded is None else sharded.weights(expert, tensor.index)
 
 
 class _Mpu:
@@ -188,7 +188,7 @@ def _whole(cross_attention: Any) -> dict[str, nn.Module]:
     }
 
 
-def _check_dtypes(parts: list[Piece], weights: Weights) -> None:
+def _check_dtypes(parts: list[ShardSlice], weights: Weights) -> None:
     """Converting would hide that a file was made for other modules in float32 than this version of diffusers keeps."""
     for part in parts:
         if weights.dtype(part.name) != part.dtype:
@@ -198,10 +198,10 @@ def _check_dtypes(parts: list[Piece], weights: Weights) -> None:
             )
 
 
-def _fill(model: nn.Module, weights: Weights, parts: list[Piece], device: torch.device) -> None:
+def _fill(model: nn.Module, weights: Weights, parts: list[ShardSlice], device: torch.device) -> None:
     """Give every parameter its values."""
 
-    def read(part: Piece) -> torch.Tensor:
+    def read(part: ShardSlice) -> torch.Tensor:
         return weights.read(part.name, part.dim, part.start, part.stop, part.dtype).to(device)
 
     for part, tensor in each(parts, weights, read):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from serve_app.wan.parallel.sequence_shard import Tokens
+from serve_app.wan.parallel.sequence_shard import SequenceShard
 
 
 class Rotary(nn.Module):
@@ -17,7 +17,7 @@ class Rotary(nn.Module):
         tokens: those that ranks share; None where each has all.
     """
 
-    def __init__(self, rope: nn.Module, tokens: Tokens | None) -> None:
+    def __init__(self, rope: nn.Module, tokens: SequenceShard | None) -> None:
         super().__init__()
         self.rope = rope
         self._tokens = tokens

@@ -17,7 +17,7 @@ _HALVES = 2
 
 
 @dataclass
-class Prepared:
+class CachedTexts:
     """A batch of texts.
 
     `texts` are the whole ones, `[1, tokens, dim]` each. `given` is what the model gets of them, `[batch, kept, dim]`,
@@ -38,7 +38,7 @@ class Prepared:
         return sum(one.nbytes for one in self.layers.values())
 
 
-class TextMemory:
+class TextCache:
     """Keys and values by layer, kept while one and the same batch steps on.
 
     A batch that changes has all of them made anew, as every step would without: to keep them by sample would save that
@@ -56,8 +56,8 @@ class TextMemory:
     def __init__(self, limit_bytes: float, fold: bool) -> None:
         self._limit = limit_bytes
         self._fold = fold
-        self._kept: list[Prepared] = []
-        self._current: Prepared | None = None
+        self._kept: list[CachedTexts] = []
+        self._current: CachedTexts | None = None
 
     @property
     def bytes(self) -> int:
@@ -66,7 +66,7 @@ class TextMemory:
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """Of the pass that is being served, see `Prepared`."""
+        """Of the pass that is being served, see `CachedTexts`."""
         return None if self._current is None else self._current.bias
 
     @contextmanager
@@ -109,20 +109,20 @@ class TextMemory:
         """Free everything."""
         self._kept.clear()
 
-    def _prepare(self, texts: list[torch.Tensor]) -> Prepared:
+    def _prepare(self, texts: list[torch.Tensor]) -> CachedTexts:
         # Before the new ones are made, so that there is never more than the halves of one batch.
         self._kept = self._kept[-(_HALVES - 1) :]
         given = torch.cat(texts)
         if not self._fold:
-            return Prepared(texts, given, None)
+            return CachedTexts(texts, given, None)
         tokens = given.shape[1]
         used = given.ne(0).any(dim=2).any(dim=0).nonzero()
         kept = int(used[-1]) + 2 if len(used) else 1  # and one for the padding
         if kept >= tokens:
-            return Prepared(texts, given, None)
+            return CachedTexts(texts, given, None)
         bias = torch.zeros(1, 1, 1, kept, dtype=given.dtype, device=given.device)
         bias[..., -1] = math.log(tokens - kept + 1)
-        return Prepared(texts, given[:, :kept], bias)
+        return CachedTexts(texts, given[:, :kept], bias)
 
 
 def _same(kept: list[torch.Tensor], texts: list[torch.Tensor]) -> bool:

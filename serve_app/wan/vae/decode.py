@@ -18,10 +18,10 @@ from serve_app.compute import is_out_of_memory
 from serve_app.errors import one_line
 from serve_app.logs import get_logger
 from serve_app.wan.vae.chunks import Stream
-from serve_app.wan.vae.frame_buffer import Arrival, PixelsNotFinite
+from serve_app.wan.vae.frame_buffer import FrameBuffer, PixelsNotFinite
 from serve_app.wan.vae.tiles import Picture, Tile
 
-log = get_logger(__name__)
+logger = get_logger(__name__)
 
 # Of a GPU's free memory. The work space of convolutions comes out of the rest, and what the allocator holds in pieces:
 # a whole 720p picture takes 1.2 times what `Picture.bytes` says, and the allocator 1.2 times that. A share that leaves
@@ -32,7 +32,7 @@ MORE_AFTER = 16
 
 
 class _Ended(Exception):
-    """No video of the call is wanted any more. `_Job.errors` has the reasons.
+    """No video of the call is wanted any more. `_TileTask.errors` has the reasons.
 
     Raised in place of those, because an exception keeps the tensors alive that it passes by.
     """
@@ -63,7 +63,7 @@ class TiledDecoder:
 
     @torch.no_grad()
     def decode(
-        self, latents: torch.Tensor, raw: bool = False, arrivals: Sequence[Arrival] | None = None
+        self, latents: torch.Tensor, raw: bool = False, arrivals: Sequence[FrameBuffer] | None = None
     ) -> torch.Tensor:
         """Return the frames of a batch of latents.
 
@@ -84,7 +84,7 @@ class TiledDecoder:
         """
         height, width = latents.shape[-2:]
         picture = Picture(self.levels, height, width, len(latents), latents.element_size())
-        job = _Job(picture, latents, raw, arrivals or [Arrival() for _ in latents])
+        job = _TileTask(picture, latents, raw, arrivals or [FrameBuffer() for _ in latents])
         self.tiles = job.done
         if self._fitted >= MORE_AFTER:
             self.most_bytes, self._fitted = min(self._given, 2 * self.most_bytes), 0
@@ -102,7 +102,7 @@ class TiledDecoder:
                 raise error
         return job.result
 
-    def _run(self, job: _Job, todo: deque[Tile], latents: torch.Tensor) -> None:
+    def _run(self, job: _TileTask, todo: deque[Tile], latents: torch.Tensor) -> None:
         """Do all tiles."""
         first = self._streams[0]
         if len(todo) == 1:
@@ -125,7 +125,7 @@ class TiledDecoder:
                     future.result()
 
     @torch.no_grad()  # which is a property of the thread
-    def _work(self, job: _Job, stream: Stream, todo: deque[Tile], features: list[torch.Tensor]) -> None:
+    def _work(self, job: _TileTask, stream: Stream, todo: deque[Tile], features: list[torch.Tensor]) -> None:
         """Do tiles until none is left."""
         while todo:
             try:
@@ -141,7 +141,7 @@ class TiledDecoder:
                 todo.clear()  # for nothing
                 raise
 
-    def _fits(self, job: _Job, stream: Stream, tile: Tile, features: Iterable[torch.Tensor]) -> bool:
+    def _fits(self, job: _TileTask, stream: Stream, tile: Tile, features: Iterable[torch.Tensor]) -> bool:
         """Do a tile; False if memory was short."""
         try:
             job.run(stream, tile, features)
@@ -155,12 +155,12 @@ class TiledDecoder:
         if stream.device.type == "cuda":
             torch.cuda.empty_cache()
         self._fitted = -1  # this decode does not count
-        log.warning("a tile did not fit", extra={"rows": tile.rows, "columns": tile.columns, "error": reason})
+        logger.warning("a tile did not fit", extra={"rows": tile.rows, "columns": tile.columns, "error": reason})
         if halves := tile.halves():
             self.most_bytes = min(self.most_bytes, max(map(job.picture.bytes, halves)))
         return False
 
-    def _smaller(self, job: _Job, tile: Tile) -> tuple[Tile, Tile]:
+    def _smaller(self, job: _TileTask, tile: Tile) -> tuple[Tile, Tile]:
         """The halves of a tile that does not fit, which the job then wants instead.
 
         Raises:
@@ -176,10 +176,10 @@ class TiledDecoder:
         return halves
 
 
-class _Job:
+class _TileTask:
     """One call: what is decoded, and where its pixels go."""
 
-    def __init__(self, picture: Picture, latents: torch.Tensor, raw: bool, arrivals: Sequence[Arrival]) -> None:
+    def __init__(self, picture: Picture, latents: torch.Tensor, raw: bool, arrivals: Sequence[FrameBuffer]) -> None:
         self.picture = picture
         self.done: list[Tile] = []
         self._chunks = latents.shape[2]

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKLWan
 
 from serve_app.wan.vae import cpu_layers as cpu_vae
 from serve_app.wan.vae.decode import TiledDecoder
-from serve_app.wan.vae.frame_buffer import Arrival
+from serve_app.wan.vae.frame_buffer import FrameBuffer
 from serve_app.wan.weights.checkpoint import Checkpoint
 from serve_app.wan.weights.files import check_loading
 from serve_app.wan.weights.random_weights import randomise
@@ -67,7 +67,7 @@ class VideoDecoder:
         return VideoDecoder(checkpoint, device, torch.float32, others, tile_bytes)
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, arrivals: Sequence[Arrival] | None = None) -> np.ndarray:
+    def decode(self, latents: torch.Tensor, arrivals: Sequence[FrameBuffer] | None = None) -> np.ndarray:
         """Return the frames of a batch of latents.
 
         Args:

@@ -20,7 +20,7 @@ class PixelsNotFinite(ServeAppError):
     """Some of a video's pixels are NaN or infinite. As bytes they would be black, and nobody would know."""
 
 
-class Arrival:
+class FrameBuffer:
     """The frames of one video. Made before the decode, which fills it in from its own threads.
 
     A reader that is ahead waits. What it has read does not change any more, unless a tile did not fit into memory and

@@ -61,7 +61,7 @@ def shard_shapes(checkpoint: Checkpoint, expert: Expert, size: int) -> dict[str,
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """What a rank holds of a tensor: `start:stop` along `dim`, of this shape, as `dtype`."""
 
     name: str
@@ -77,9 +77,9 @@ class Piece:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def pieces(
+def shard_slices(
     shapes: Mapping[str, tuple[int, ...]], weights: Weights, rank: int, size: int, dtype: torch.dtype
-) -> list[Piece]:
+) -> list[ShardSlice]:
     """What a rank takes of `weights`.
 
     Args:
@@ -103,7 +103,7 @@ def pieces(
                 f"{weights.where}: the tensor {name!r} has shape {weights.shape(name)}, expected {tuple(expected)}"
             )
         start = 0 if dim is None else rank * shape[dim]
-        found.append(Piece(name, dim or 0, start, start + shape[dim or 0], shape, _dtype_of(name, dtype)))
+        found.append(ShardSlice(name, dim or 0, start, start + shape[dim or 0], shape, _dtype_of(name, dtype)))
     # Present in files of the image-to-video sibling, without a place in the model; diffusers ignores it as well.
     missing = {name for name in missing if "norm_added_q" not in name}
     if missing:
@@ -111,7 +111,9 @@ def pieces(
     return found
 
 
-def each(parts: Iterable[Piece], weights: Weights, do: Callable[[Piece], T]) -> Iterator[tuple[Piece, T]]:
+def each(
+    parts: Iterable[ShardSlice], weights: Weights, do: Callable[[ShardSlice], T]
+) -> Iterator[tuple[ShardSlice, T]]:
     """What `do` makes of each piece when it has read it, in the order in which they lie in the files.
 
     Several are read at once: one core compares checksums more slowly than a disk reads. Not where values are converted,

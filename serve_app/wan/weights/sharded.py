@@ -109,7 +109,7 @@ class Manifest(_Part):
                 )
 
 
-class Prepared:
+class ShardedCheckpoint:
     """A prepared folder that fits a deployment.
 
     Args:

@@ -25,7 +25,7 @@ from serve_app.errors import CheckpointError, ConfigError
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 from serve_app.wan.weights.reader import Weights, header
-from serve_app.wan.weights.shard_spec import Piece, pieces, shard_shapes
+from serve_app.wan.weights.shard_spec import ShardSlice, shard_shapes, shard_slices
 from serve_app.wan.weights.sharded import FORMAT, MANIFEST, Manifest, Shard, Source, sample_of, shard_name, sources
 
 Watch = Callable[[str, int, int], None]
@@ -36,7 +36,7 @@ _SPARE = 4 << 20  # bytes of disk for the manifest, twice while it is replaced, 
 
 
 @dataclass(frozen=True)
-class Done:
+class Written:
     """What a call did: files that it wrote, their bytes, and files that were there."""
 
     written: int
@@ -45,21 +45,21 @@ class Done:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _ShardTask:
     """A file to write."""
 
     expert: Expert
     name: str
-    pieces: list[Piece]
+    shard_slices: list[ShardSlice]
 
     @cached_property
     def header(self) -> bytes:
         """All of the file before its tensors."""
-        return header({piece.name: (piece.dtype, piece.shape) for piece in self.pieces})
+        return header({piece.name: (piece.dtype, piece.shape) for piece in self.shard_slices})
 
     @cached_property
     def size(self) -> int:
-        return len(self.header) + sum(piece.nbytes for piece in self.pieces)
+        return len(self.header) + sum(piece.nbytes for piece in self.shard_slices)
 
 
 def prepare(
@@ -70,7 +70,7 @@ def prepare(
     experts: Sequence[Expert] | None = None,
     verify: bool = False,
     watch: Watch = lambda what, count, total: None,
-) -> Done:
+) -> Written:
     """Write the shards of a model that are not in `out` yet.
 
     The memory of the process grows by the largest tensor of a shard and little more.
@@ -119,7 +119,7 @@ class _Preparation:
     """One call's work on a folder that it has to itself."""
 
     def __init__(
-        self, checkpoint: Checkpoint, out: Path, manifest: Manifest, jobs: list[_Job], verify: bool, watch: Watch
+        self, checkpoint: Checkpoint, out: Path, manifest: Manifest, jobs: list[_ShardTask], verify: bool, watch: Watch
     ) -> None:
         self._checkpoint = checkpoint
         self._out = out
@@ -135,7 +135,7 @@ class _Preparation:
         self._total = sum(path.stat().st_size for path in self._sources)
         self._total += sum(job.size for job in (*self._again, *self._left))
 
-    def run(self) -> Done:
+    def run(self) -> Written:
         self._check_disk()
         for path in self._sources:
             self._hash_source(path)
@@ -145,9 +145,9 @@ class _Preparation:
             with Weights(self._checkpoint.folder / job.expert) as weights:
                 shard = _write(job, weights, self._out / job.name, self._told(job.name))
             self._note(files=dict(sorted({**self._manifest.files, job.name: shard}.items())))
-        return Done(len(self._left), sum(job.size for job in self._left), self._kept)
+        return Written(len(self._left), sum(job.size for job in self._left), self._kept)
 
-    def _is_there(self, job: _Job) -> bool:
+    def _is_there(self, job: _ShardTask) -> bool:
         path, shard = self._out / job.name, self._manifest.files.get(job.name)
         return shard is not None and path.is_file() and path.stat().st_size == shard.size == job.size
 
@@ -175,7 +175,7 @@ class _Preparation:
             )
         self._note(sources={**self._manifest.sources, name: source})
 
-    def _verify(self, job: _Job) -> None:
+    def _verify(self, job: _ShardTask) -> None:
         """Remove a file that is not what was written, which frees its space for the next try."""
         path = self._out / job.name
         if _sha256(path, self._told(f"verify {job.name}")) != self._manifest.files[job.name].sha256:
@@ -194,17 +194,17 @@ class _Preparation:
         return lambda count: self._watch(what, count, self._total)
 
 
-def _jobs(checkpoint: Checkpoint, expert: Expert, tensor: int, dtype: str) -> Iterator[_Job]:
+def _jobs(checkpoint: Checkpoint, expert: Expert, tensor: int, dtype: str) -> Iterator[_ShardTask]:
     shapes = shard_shapes(checkpoint, expert, tensor)
     with Weights(checkpoint.folder / expert) as weights:
         for rank in range(tensor):
-            parts = pieces(shapes, weights, rank, tensor, getattr(torch, dtype))
+            parts = shard_slices(shapes, weights, rank, tensor, getattr(torch, dtype))
             # The wider elements first, so that every tensor lies at a multiple of its elements' size.
             parts.sort(key=lambda part: -part.dtype.itemsize)
-            yield _Job(expert, shard_name(expert, rank, tensor), parts)
+            yield _ShardTask(expert, shard_name(expert, rank, tensor), parts)
 
 
-def _write(job: _Job, weights: Weights, path: Path, told: Callable[[int], None]) -> Shard:
+def _write(job: _ShardTask, weights: Weights, path: Path, told: Callable[[int], None]) -> Shard:
     """Write a rank's file; memory holds one of its tensors at a time."""
     path.parent.mkdir(exist_ok=True)
     tensors = {}
@@ -212,7 +212,7 @@ def _write(job: _Job, weights: Weights, path: Path, told: Callable[[int], None])
         file.write(job.header)
         digest = hashlib.sha256(job.header)
         told(len(job.header))
-        for piece in job.pieces:
+        for piece in job.shard_slices:
             tensor = weights.read(piece.name, piece.dim, piece.start, piece.stop, piece.dtype)
             data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
             file.write(data)

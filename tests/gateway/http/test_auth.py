@@ -13,7 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from serve_app.cli import cli
-from serve_app.config import Auth
+from serve_app.config import AuthConfig
 from serve_app.errors import ConfigError
 from serve_app.gateway.http.rate import Buckets
 from tests.cli.test_generate import generate
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
-def auth() -> Auth:
-    return Auth(mode="keys")
+def auth() -> AuthConfig:
+    return AuthConfig(mode="keys")
 
 
 async def test_without_a_key(server: Server) -> None:
@@ -254,8 +254,8 @@ class TestNobodyAsks:
     """`auth: {mode: none}`"""
 
     @pytest.fixture
-    def auth(self) -> Auth:
-        return Auth()
+    def auth(self) -> AuthConfig:
+        return AuthConfig()
 
     async def test_answers_its_own_machine_only(self, server: Server) -> None:
         for address, status in (
@@ -281,8 +281,8 @@ class TestOpen:
     """`auth: {mode: none, open: true}`"""
 
     @pytest.fixture
-    def auth(self) -> Auth:
-        return Auth(open=True)
+    def auth(self) -> AuthConfig:
+        return AuthConfig(open=True)
 
     async def test_answers_everybody(self, server: Server) -> None:
         assert (await server.http.get("http://10.0.0.1/v1/videos")).status_code == 200

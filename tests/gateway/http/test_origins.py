@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.config import Config, Gateway, validate
+from serve_app.config import Config, GatewayConfig, validate
 from serve_app.errors import ConfigError
 from serve_app.gateway.app import create_app
 from tests.gateway.conftest import Server, listening
@@ -272,7 +272,7 @@ def test_options_that_cannot_work(options: dict[str, Any], said: str) -> None:
 
 
 def test_options_as_browsers_spell_them() -> None:
-    gateway = Gateway(
+    gateway = GatewayConfig(
         origins=("HTTPS://App.Example.com:443", "http://[::1]:3000", "tauri://localhost"), hosts=("A.b.",)
     )
     assert gateway.origins == ("https://app.example.com", "http://[::1]:3000", "tauri://localhost")

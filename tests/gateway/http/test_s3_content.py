@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from serve_app.config import Storage as StorageOptions
+from serve_app.config import StorageConfig as StorageOptions
 from serve_app.gateway.app import create_app
 from serve_app.storage import Storage
 from tests.cli.test_generate import command

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serve_app.config import Auth
+from serve_app.config import AuthConfig
 from tests.gateway.conftest import Server
 from tests.support.browser import (
     FilmPipeline,
@@ -33,8 +33,8 @@ pytestmark = pytest.mark.slow  # minutes of a browser
 
 
 @pytest.fixture
-def auth() -> Auth:
-    return Auth(mode="keys")
+def auth() -> AuthConfig:
+    return AuthConfig(mode="keys")
 
 
 async def use(page: Page, key: str) -> None:

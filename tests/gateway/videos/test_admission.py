@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve_app.config import Auth, Config
+from serve_app.config import AuthConfig, Config
 from serve_app.gateway.app import create_app
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
@@ -91,7 +91,7 @@ async def test_a_database_that_is_cut_off(
     postgres_url: str, link_to: LinkTo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link = await link_to(5432)
-    config = Config(home=str(tmp_path), auth=Auth(mode="keys"))
+    config = Config(home=str(tmp_path), auth=AuthConfig(mode="keys"))
     store, storage = JobStore(postgres_url.replace(":5432", f":{link.port}")), Storage(config.storage_url)
     await store.start()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from serve_app.config import Mail
+from serve_app.config import MailConfig
 from serve_app.gateway.app import create_app
 from tests.gateway.conftest import Server
 
@@ -21,7 +21,7 @@ async def test_mail_is_wanted_where_there_is_none(server: Server) -> None:
 
 
 async def test_mail_is_wanted(server: Server) -> None:
-    config = server.config.model_copy(update={"mail": Mail(host="x", sender="wan@video.test")})
+    config = server.config.model_copy(update={"mail": MailConfig(host="x", sender="wan@video.test")})
 
     async def nothing() -> None:
         return None

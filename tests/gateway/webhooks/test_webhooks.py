@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from serve_app.config import Webhooks
+from serve_app.config import WebhooksConfig
 from serve_app.gateway.app import create_app
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
@@ -190,5 +190,5 @@ async def test_plain_http_needs_the_option(store: JobStore, tmp_path: Path) -> N
         assert "expected https" in answer.json()["error"]["message"]
 
 
-def replace_options(**changes: Any) -> Webhooks:
+def replace_options(**changes: Any) -> WebhooksConfig:
     return OPTIONS.model_copy(update=changes)

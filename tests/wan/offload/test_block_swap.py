@@ -14,14 +14,14 @@ from benchmarks.model.parity import CASES, run_ranks
 from serve_app.errors import CheckpointError, ConfigError
 from serve_app.wan.generate import Generator
 from serve_app.wan.offload.block_store import BlockStore, FileBlocks, HostBlocks
-from serve_app.wan.offload.block_swap import PASSING, Slots
+from serve_app.wan.offload.block_swap import PASSING, BlockSwap
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.parallel.process_groups import World, init_world
+from serve_app.wan.parallel.process_groups import ProcessGroups, init_process_groups
 from serve_app.wan.sampling.sampler import advance
 from serve_app.wan.transformer.experts import Experts
 from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
-from serve_app.wan.weights.sharded import Prepared
+from serve_app.wan.weights.sharded import ShardedCheckpoint
 from serve_app.wan.weights.writer import prepare
 from tests.support import random_checkpoint
 
@@ -43,8 +43,8 @@ def generator(deep: Path) -> Generator:
 
 
 @pytest.fixture(scope="module")
-def prepared(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("prepared")
+def sharded(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sharded")
     prepare(Checkpoint(deep), out, 1, "float32")
     return out
 
@@ -93,14 +93,16 @@ def storage(block: Any) -> int:
 
 
 def experts(
-    folder: Path, slots: Slots, prepared: Prepared | None = None, world: World | None = None, compiled: bool = False
+    folder: Path,
+    slots: BlockSwap,
+    sharded: ShardedCheckpoint | None = None,
+    world: ProcessGroups | None = None,
+    compiled: bool = False,
 ) -> Experts:
-    checkpoint, place = Checkpoint(folder), world or World.alone(CPU)
+    checkpoint, place = Checkpoint(folder), world or ProcessGroups.alone(CPU)
 
     def load(name: Expert) -> torch.nn.Module:
-        return load_expert(
-            checkpoint, name, place, torch.float32, CPU, compiled=compiled, prepared=prepared, slots=slots
-        )
+        return load_expert(checkpoint, name, place, torch.float32, CPU, compiled=compiled, sharded=sharded, slots=slots)
 
     return Experts(checkpoint.experts, load, slots)
 
@@ -122,7 +124,7 @@ def test_blocks_that_take_turns_are_there_when_they_run(
     deep: Path, generator: Generator, expected: torch.Tensor, staying: int | None
 ) -> None:
     copies = LateCopies()
-    those = experts(deep, Slots(CPU, HostBlocks(CPU), staying, copies=copies))
+    those = experts(deep, BlockSwap(CPU, HostBlocks(CPU), staying, copies=copies))
     for name in those.names:
         copies.watch(those.use(name))
     for _ in range(2):  # the second begins where the first ended, in the other expert
@@ -138,7 +140,7 @@ def test_blocks_that_take_turns_are_there_when_they_run(
 
 def test_a_change_of_expert_copies_each_block_once_and_the_same_expert_none(deep: Path, generator: Generator) -> None:
     copies = LateCopies()
-    those = experts(deep, Slots(CPU, HostBlocks(CPU), copies=copies))
+    those = experts(deep, BlockSwap(CPU, HostBlocks(CPU), copies=copies))
     sample = generator.start(CASE)
     advance(those.use("transformer"), [sample], FUSE)
     advance(those.use("transformer"), [sample], FUSE)
@@ -150,7 +152,7 @@ def test_a_change_of_expert_copies_each_block_once_and_the_same_expert_none(deep
 def test_a_pass_that_breaks_off_leaves_blocks_that_the_next_one_can_use(
     deep: Path, generator: Generator, expected: torch.Tensor
 ) -> None:
-    those = experts(deep, Slots(CPU, HostBlocks(CPU), 1, copies=LateCopies()))
+    those = experts(deep, BlockSwap(CPU, HostBlocks(CPU), 1, copies=LateCopies()))
     for layer in range(LAYERS):
         block: Any = those.use("transformer").blocks[layer]  # type: ignore[index, union-attr]
         sample = generator.start(CASE)
@@ -166,23 +168,21 @@ def test_a_pass_that_breaks_off_leaves_blocks_that_the_next_one_can_use(
 
 
 @pytest.mark.parametrize("staying", [0, 3])
-def test_blocks_in_files(
-    deep: Path, generator: Generator, expected: torch.Tensor, prepared: Path, staying: int
-) -> None:
+def test_blocks_in_files(deep: Path, generator: Generator, expected: torch.Tensor, sharded: Path, staying: int) -> None:
     store = FileBlocks(CPU)
-    those = experts(deep, Slots(CPU, store, staying), Prepared(prepared, Checkpoint(deep), 1, "float32"))
+    those = experts(deep, BlockSwap(CPU, store, staying), ShardedCheckpoint(sharded, Checkpoint(deep), 1, "float32"))
     assert torch.equal(denoise(those, generator), expected)
 
 
 @pytest.fixture
-def damaged(deep: Path, prepared: Path) -> Iterator[Path]:
+def damaged(deep: Path, sharded: Path) -> Iterator[Path]:
     """A prepared folder one byte of whose last tensors has turned over."""
-    file = prepared / "transformer" / "rank-0-of-1.safetensors"
+    file = sharded / "transformer" / "rank-0-of-1.safetensors"
     whole = file.read_bytes()
     at = len(whole) // 2
     with file.open("r+b") as stream:
         os.pwrite(stream.fileno(), bytes([whole[at] ^ 1]), at)
-    yield prepared
+    yield sharded
     file.write_bytes(whole)
 
 
@@ -190,7 +190,7 @@ def test_a_damaged_file_fails_the_step_with_its_name_until_it_is_mended(
     deep: Path, generator: Generator, damaged: Path, expected: torch.Tensor
 ) -> None:
     store: BlockStore = FileBlocks(CPU)
-    those = experts(deep, Slots(CPU, store), Prepared(damaged, Checkpoint(deep), 1, "float32"))
+    those = experts(deep, BlockSwap(CPU, store), ShardedCheckpoint(damaged, Checkpoint(deep), 1, "float32"))
     sample = generator.start(CASE)
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"rank-0-of-1.safetensors: the tensor 'blocks\..* has checksum"):
@@ -205,11 +205,11 @@ def test_a_damaged_file_fails_the_step_with_its_name_until_it_is_mended(
 
 
 def test_as_many_stay_as_there_is_room_for(deep: Path, generator: Generator, expected: torch.Tensor) -> None:
-    slots = Slots(CPU, HostBlocks(CPU))
+    slots = BlockSwap(CPU, HostBlocks(CPU))
     experts(deep, slots)
     block = slots.device_bytes / LAYERS
     for room, count in ((2 * block, 2), (4.5 * block, 4), (LAYERS * block, LAYERS), (100 * block, LAYERS)):
-        slots = Slots(CPU, HostBlocks(CPU), room=room)
+        slots = BlockSwap(CPU, HostBlocks(CPU), room=room)
         those = experts(deep, slots)
         assert slots.device_bytes == count * block
         assert torch.equal(denoise(those, generator), expected)
@@ -219,7 +219,7 @@ def test_no_room_for_blocks_to_pass_through(deep: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^denoiser.memory_fraction leaves 0 MiB for blocks .*, expected [1-9]\d* MiB or more, for 2"
     ):
-        experts(deep, Slots(CPU, HostBlocks(CPU), room=-1e9))
+        experts(deep, BlockSwap(CPU, HostBlocks(CPU), room=-1e9))
 
 
 def test_shards_take_turns_as_well(deep: Path) -> None:
@@ -229,9 +229,9 @@ def test_shards_take_turns_as_well(deep: Path) -> None:
 def _compare(rank: int, mesh: Mesh, port: int, folder: Path) -> None:
     """Denoise with and without slots on one group, and fail if a bit differs."""
     torch.set_num_threads(1)
-    world = init_world(rank, mesh, "127.0.0.1", port, CPU, timeout_s=120)
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, CPU, timeout_s=120)
     generator = Generator(folder, world=world)
-    those = experts(folder, Slots(CPU, HostBlocks(CPU), 1), world=world)
+    those = experts(folder, BlockSwap(CPU, HostBlocks(CPU), 1), world=world)
     assert torch.equal(denoise(those, generator), generator.latents(CASE))
     world.close()
 
@@ -242,9 +242,9 @@ def test_compiled_blocks_take_turns_without_being_compiled_again(
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     try:
-        stay = denoise(experts(deep, Slots(CPU, HostBlocks(CPU)), compiled=True), generator)
+        stay = denoise(experts(deep, BlockSwap(CPU, HostBlocks(CPU)), compiled=True), generator)
         counters.clear()
-        assert torch.equal(denoise(experts(deep, Slots(CPU, HostBlocks(CPU), 1), compiled=True), generator), stay)
+        assert torch.equal(denoise(experts(deep, BlockSwap(CPU, HostBlocks(CPU), 1), compiled=True), generator), stay)
         assert counters["stats"]["unique_graphs"] == 0
     finally:
         torch._dynamo.reset()

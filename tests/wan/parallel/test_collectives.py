@@ -13,7 +13,7 @@ import torch
 from benchmarks.model.parity import run_ranks
 from serve_app.wan.parallel.collectives import _MOST_BYTES, add_up, gather, stack, sum_up
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.parallel.process_groups import init_world
+from serve_app.wan.parallel.process_groups import init_process_groups
 
 CPU = torch.device("cpu")
 SIZES = (1, 1000, _MOST_BYTES // 4, _MOST_BYTES // 4 + 1)
@@ -24,7 +24,7 @@ def part(rank: int, size: int) -> torch.Tensor:
 
 
 def exchanged(rank: int, mesh: Mesh, port: int, output: Path) -> None:
-    world = init_world(rank, mesh, "127.0.0.1", port, CPU, timeout_s=60)
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, CPU, timeout_s=60)
     group, sums = world.tensor.group, []
     for size in SIZES:
         mine = part(rank, size)
@@ -57,7 +57,7 @@ def test_all_ranks_get_the_sum_the_same_to_the_bit(ranks: int, tmp_path: Path) -
 
 
 def left_alone(rank: int, mesh: Mesh, port: int, output: Path) -> None:
-    world = init_world(rank, mesh, "127.0.0.1", port, CPU, timeout_s=3)
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, CPU, timeout_s=3)
     add_up(part(rank, 10), world.tensor.group)
     other = output.with_suffix(".pid")
     if rank == 1:

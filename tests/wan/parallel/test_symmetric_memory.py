@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.wan.parallel import symmetric_memory as peer_memory
-from serve_app.wan.parallel.symmetric_memory import OutOfStep, PeerMemory
+from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel.symmetric_memory import OutOfStep, SymmetricMemory
 
 DEADLINE_S = 30
 FEATURES, INSIDE = 6, 12
@@ -80,7 +80,7 @@ class Stream:
         pass
 
 
-class Peers(PeerMemory):
+class Peers(SymmetricMemory):
     def __init__(self, host: Host, rank: int) -> None:
         self._memory: Any = Handle(host, rank)
         self._me, self._size, self._timeout_ms = rank, host.ranks, 0
@@ -113,14 +113,14 @@ def rest() -> None:
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    multiply = peer_memory._multiply
+    multiply = symmetric_memory._multiply
 
     def slowly(*given: torch.Tensor) -> None:
         rest()
         multiply(*given)
         rest()
 
-    monkeypatch.setattr(peer_memory, "_multiply", slowly)
+    monkeypatch.setattr(symmetric_memory, "_multiply", slowly)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
 
 
@@ -160,8 +160,8 @@ def test_runs_and_sums_are_those_of_one_device(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_copies_that_are_tried_are_right_or_said_to_be_wrong(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_memory, "_TRIED_RUNS", (6, 9, 9))
-    monkeypatch.setattr(peer_memory, "_TRIED_WIDTH", 8)
+    monkeypatch.setattr(symmetric_memory, "_TRIED_RUNS", (6, 9, 9))
+    monkeypatch.setattr(symmetric_memory, "_TRIED_WIDTH", 8)
     host = Host(ranks)
     with ThreadPoolExecutor(ranks) as threads:
         list(threads.map(lambda rank: Peers(host, rank)._try_copies(), range(ranks)))
@@ -183,7 +183,7 @@ def test_a_sum_that_is_broken_off_is_not_tried_again(monkeypatch: pytest.MonkeyP
     def short(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(peer_memory, "_multiply", short)
+    monkeypatch.setattr(symmetric_memory, "_multiply", short)
     peers = Peers(Host(1), 0)
     with pytest.raises(OutOfStep, match="OutOfMemoryError: CUDA out of memory"):
         peers.share_products(torch.ones(1, 4, 2), torch.ones(3, 2), torch.ones(1, 4, 3), torch.ones(0, 1, 4, 3))
@@ -192,8 +192,8 @@ def test_a_sum_that_is_broken_off_is_not_tried_again(monkeypatch: pytest.MonkeyP
 def test_it_can_be_left_out(caplog: pytest.LogCaptureFixture) -> None:
     group = SimpleNamespace(group_name="of ranks that nobody asks")
     with caplog.at_level("INFO"):
-        peer_memory.connect(group, torch.device("cuda", 0), timeout_s=1, wanted=False)
-    assert peer_memory.of(group.group_name) is None
+        symmetric_memory.connect(group, torch.device("cuda", 0), timeout_s=1, wanted=False)
+    assert symmetric_memory.of(group.group_name) is None
     (line,) = caplog.records
     assert (line.message, line.used, line.reason) == ("exchange", "NCCL", "asked for")  # type: ignore[attr-defined]
 
@@ -202,10 +202,10 @@ def test_a_trial_that_costs_the_device_says_how_to_do_without(monkeypatch: pytes
     def broken(*_: object) -> None:
         raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
 
-    monkeypatch.setattr(peer_memory, "_missing", lambda *_: None)
-    monkeypatch.setattr(peer_memory, "_all", lambda said, *_: said)
-    monkeypatch.setattr(peer_memory, "PeerMemory", broken)
+    monkeypatch.setattr(symmetric_memory, "_missing", lambda *_: None)
+    monkeypatch.setattr(symmetric_memory, "_all", lambda said, *_: said)
+    monkeypatch.setattr(symmetric_memory, "SymmetricMemory", broken)
     monkeypatch.setattr("torch.distributed._symmetric_memory.enable_symm_mem_for_group", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"unspecified launch failure.*denoiser\.peer_memory: false"):
-        peer_memory.connect(SimpleNamespace(group_name="x"), torch.device("cuda", 0), timeout_s=1)
-    assert peer_memory.of("x") is None
+    with pytest.raises(RuntimeError, match=r"unspecified launch failure.*denoiser\.symmetric_memory: false"):
+        symmetric_memory.connect(SimpleNamespace(group_name="x"), torch.device("cuda", 0), timeout_s=1)
+    assert symmetric_memory.of("x") is None

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from benchmarks.model.parity import CASES
 from serve_app.errors import StateError
 from serve_app.request import Params
-from serve_app.wan.parallel.process_groups import World
+from serve_app.wan.parallel.process_groups import ProcessGroups
 from serve_app.wan.sampling.sample import Sample
 from serve_app.wan.sampling.sampler import advance, denoise
 from serve_app.wan.sampling.snapshot import from_bytes, to_bytes
@@ -45,7 +45,7 @@ def folder(checkpoint: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def models(checkpoint: Path, alone: World) -> Models:
+def models(checkpoint: Path, alone: ProcessGroups) -> Models:
     folder = Checkpoint(checkpoint)
     return {
         dtype: {expert: load_expert(folder, expert, alone, dtype, CPU) for expert in folder.experts}

@@ -17,7 +17,7 @@ from serve_app.wan.generate import Generator
 from serve_app.wan.kernels import fused
 from serve_app.wan.kernels.fused import block_forward
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.parallel.process_groups import init_world
+from serve_app.wan.parallel.process_groups import init_process_groups
 from serve_app.wan.sampling.sample import Sample
 from serve_app.wan.sampling.sampler import advance
 from serve_app.wan.sampling.warm_up import warm_up
@@ -85,7 +85,7 @@ def passes(rank: int, mesh: Mesh, port: int, checkpoint: Path, output: Path) -> 
     torch.set_grad_enabled(False)
     torch.compile = functools.partial(torch.compile, backend="eager")
     cpu = torch.device("cpu")
-    world = init_world(rank, mesh, "127.0.0.1", port, cpu, timeout_s=120)
+    world = init_process_groups(rank, mesh, "127.0.0.1", port, cpu, timeout_s=120)
     ours, theirs = (
         load_expert(Checkpoint(checkpoint), "transformer", world, torch.float32, cpu, compiled=compiled)
         for compiled in (True, False)
@@ -97,7 +97,7 @@ def passes(rank: int, mesh: Mesh, port: int, checkpoint: Path, output: Path) -> 
         latents, texts = draw(*shape), [draw(1, 512, ours.config.text_dim) for _ in range(shape[0])]
         predictions = []
         for model in (ours, theirs):
-            with model.text_memory.serving(texts) as text:
+            with model.text_cache.serving(texts) as text:
                 times = torch.full(shape[:1], 500)
                 predictions += model(latents, times, text, return_dict=False)
         errors.append(relative_error(*predictions))

@@ -19,7 +19,7 @@ from diffusers import WanTransformer3DModel
 
 from benchmarks.model.parity import CASES, relative_error
 from serve_app.wan.generate import Generator
-from serve_app.wan.parallel.process_groups import World, _interface_towards
+from serve_app.wan.parallel.process_groups import ProcessGroups, _interface_towards
 from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint
 from tests.support.ranks import CASE
@@ -107,7 +107,7 @@ def test_each_rank_holds_about_half(bare: Ended, generator: Generator) -> None:
         assert whole / 2 < rank["parameters"] < 0.75 * whole
 
 
-def test_modules_kept_in_float32(checkpoint: Path, bare: Ended, alone: World) -> None:
+def test_modules_kept_in_float32(checkpoint: Path, bare: Ended, alone: ProcessGroups) -> None:
     theirs = WanTransformer3DModel.from_pretrained(checkpoint / "transformer", dtype=torch.bfloat16)
     expected = {name: parameter.dtype for name, parameter in theirs.named_parameters()}
     assert set(expected.values()) == {torch.float32, torch.bfloat16}

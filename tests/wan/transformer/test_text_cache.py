@@ -8,13 +8,13 @@ import torch
 from serve_app.request import Params
 from serve_app.wan.generate import Generator
 from serve_app.wan.sampling.sampler import advance
-from serve_app.wan.transformer.text_cache import TextMemory
+from serve_app.wan.transformer.text_cache import TextCache
 from tests.wan.sampling.test_sampler import BASE
 
 TEXTS = [torch.randn(1, 4, 2) for _ in range(3)]
 
 
-def serve(memory: TextMemory, texts: list[torch.Tensor]) -> bool:
+def serve(memory: TextCache, texts: list[torch.Tensor]) -> bool:
     """One pass over a single layer; whether it found its keys and values."""
     with memory.serving(texts) as given:
         known = memory.get(0)
@@ -28,7 +28,7 @@ def serve(memory: TextMemory, texts: list[torch.Tensor]) -> bool:
 
 
 def test_the_same_batch_finds_them_and_any_other_does_not() -> None:
-    memory = TextMemory(1e9, fold=False)
+    memory = TextCache(1e9, fold=False)
     a, b, c = TEXTS
     assert [serve(memory, texts) for texts in ([a, b], [a, b], [b, a], [a], [a.clone()], [a, b])] == [
         False,
@@ -42,7 +42,7 @@ def test_the_same_batch_finds_them_and_any_other_does_not() -> None:
 
 
 def test_both_halves_of_guidance_are_kept_and_nothing_older() -> None:
-    memory = TextMemory(1e9, fold=False)
+    memory = TextCache(1e9, fold=False)
     a, b, c = TEXTS
     assert [serve(memory, [text]) for text in (a, b, a, b, c, b, a)] == [False, False, True, True, False, True, False]
     assert memory.bytes == 2 * 2 * a.nbytes
@@ -50,14 +50,14 @@ def test_both_halves_of_guidance_are_kept_and_nothing_older() -> None:
 
 @pytest.mark.parametrize("limit", [0, TEXTS[0].nbytes])
 def test_beyond_the_limit_nothing_is_kept(limit: int) -> None:
-    memory = TextMemory(limit, fold=False)
+    memory = TextCache(limit, fold=False)
     assert not serve(memory, TEXTS[:1]) and not serve(memory, TEXTS[:1]) and memory.bytes == 0
 
 
 def test_not_even_in_the_midst_of_a_pass_there_is_more_than_the_limit() -> None:
     a, b, c = TEXTS
     layer = 2 * a.nbytes
-    memory = TextMemory(3 * layer, fold=False)
+    memory = TextCache(3 * layer, fold=False)
 
     def put(text: torch.Tensor, layers: int) -> int:
         """Of one pass over so many layers the most bytes that there were."""
@@ -80,7 +80,7 @@ def test_not_even_in_the_midst_of_a_pass_there_is_more_than_the_limit() -> None:
 
 
 def test_a_pass_that_raises_leaves_nothing() -> None:
-    memory = TextMemory(1e9, fold=False)
+    memory = TextCache(1e9, fold=False)
     with pytest.raises(RuntimeError), memory.serving(TEXTS):
         memory.put(0, torch.stack([TEXTS[0], TEXTS[0]]))
         raise RuntimeError
@@ -98,7 +98,7 @@ def test_one_token_stands_for_the_padding(lengths: tuple[int, ...], kept: int) -
         key, value = project(given)[:, None].chunk(2, dim=-1)
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
-    memory = TextMemory(1e9, fold=True)
+    memory = TextCache(1e9, fold=True)
     with memory.serving(texts) as given:
         assert given.shape[1] == kept
         torch.testing.assert_close(attend(given, memory.bias), attend(torch.cat(texts), None))
@@ -117,19 +117,19 @@ def test_a_step_with_remembered_texts_is_the_step_without(
     # The memory may have room for that many layers' keys and values of one text.
     features = model.config.num_attention_heads * model.config.attention_head_dim
     with monkeypatch.context() as patch:
-        patch.setattr(model.text_memory, "_limit", layers * 2 * 512 * features * 4)
+        patch.setattr(model.text_cache, "_limit", layers * 2 * 512 * features * 4)
         for _ in range(2):
             advance(model, [remembering], fuse)
-    model.text_memory.clear()
+    model.text_cache.clear()
     for _ in range(2):
         advance(model, [forgetting], fuse)
-        model.text_memory.clear()
+        model.text_cache.clear()
     assert torch.equal(remembering.latents, forgetting.latents)
 
 
 def test_texts_are_not_worked_on_twice(generator: Generator) -> None:
     model = generator.experts["transformer"]
-    model.text_memory.clear()
+    model.text_cache.clear()
     sample, made = generator.start(BASE), []
     hook = model.blocks[0].attn2.to_k.register_forward_hook(lambda *_: made.append(1))
     try:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from serve_app.wan.vae.decode import TiledDecoder
-from serve_app.wan.vae.frame_buffer import Abandoned, Arrival, PixelsNotFinite
+from serve_app.wan.vae.frame_buffer import Abandoned, FrameBuffer, PixelsNotFinite
 from tests.wan.vae.test_tiles import noise, small
 
 LAYOUTS = pytest.mark.parametrize(
@@ -67,7 +67,7 @@ class Chunks:
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("chunk", [0, CHUNKS - 1], ids=["first chunk", "last chunk"])
 def test_one_number_that_is_not_finite_is_found(devices: int, most_bytes: float, poison: float, chunk: int) -> None:
-    decoder, arrival = decoder_of(devices, most_bytes), Arrival()
+    decoder, arrival = decoder_of(devices, most_bytes), FrameBuffer()
     Chunks(decoder, tile=0 if most_bytes > 1 else 2, chunk=chunk, poison=poison)
     where = "frames 1 to 1 of 13" if chunk == 0 else "frames 10 to 13 of 13"
     with pytest.raises(PixelsNotFinite, match=where):
@@ -100,7 +100,7 @@ def test_latents_and_weights_that_are_not_finite_show_in_the_pixels(dtype: torch
 @LAYOUTS
 def test_batch_mates_of_a_video_that_is_not_finite_have_their_frames(devices: int, most_bytes: float) -> None:
     expected = decoder_of(devices, most_bytes).decode(latents(3)).numpy()
-    decoder, arrivals = decoder_of(devices, most_bytes), [Arrival() for _ in range(3)]
+    decoder, arrivals = decoder_of(devices, most_bytes), [FrameBuffer() for _ in range(3)]
     Chunks(decoder, tile=0, chunk=1, sample=1)
     with pytest.raises(PixelsNotFinite):
         decoder.decode(latents(3), arrivals=arrivals)
@@ -117,7 +117,7 @@ def test_black_is_a_colour() -> None:
     assert not TiledDecoder([vae]).decode(latents()).any()
 
 
-class Leaving(Arrival):
+class Leaving(FrameBuffer):
     """Its reader leaves as soon as the first frames are there."""
 
     def advance(self, whole: int) -> None:
@@ -138,7 +138,7 @@ def test_a_decode_that_nobody_wants_stops_between_chunks_on_every_device(devices
 
 
 def test_a_decode_that_was_given_up_before_it_began_does_nothing() -> None:
-    decoder, arrival = decoder_of(1, math.inf), Arrival()
+    decoder, arrival = decoder_of(1, math.inf), FrameBuffer()
     chunks = Chunks(decoder)
     arrival.fail(Abandoned())
     with pytest.raises(Abandoned):
@@ -148,7 +148,7 @@ def test_a_decode_that_was_given_up_before_it_began_does_nothing() -> None:
 
 def test_batch_mates_of_a_video_that_nobody_wants_go_on() -> None:
     expected = decoder_of(1, 1).decode(latents(2)).numpy()
-    staying = Arrival()
+    staying = FrameBuffer()
     with pytest.raises(Abandoned):
         decoder_of(1, 1).decode(latents(2), arrivals=[Leaving(), staying])
     staying.wait(12)
@@ -156,7 +156,7 @@ def test_batch_mates_of_a_video_that_nobody_wants_go_on() -> None:
 
 
 def test_the_first_reason_stands() -> None:
-    arrival = Arrival()
+    arrival = FrameBuffer()
     arrival.fail(Abandoned())
     arrival.fail(PixelsNotFinite("later"))
     assert isinstance(arrival.error, Abandoned)

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from serve_app.wan.vae.decode import TiledDecoder
-from serve_app.wan.vae.frame_buffer import Arrival
+from serve_app.wan.vae.frame_buffer import FrameBuffer
 from serve_app.wan.video import write_mp4
 from tests.wan.vae.test_tiles import noise, small
 
 
-class Watched(Arrival):
+class Watched(FrameBuffer):
     """Keeps what the told frames looked like at that moment."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ def test_a_tile_that_did_not_fit_is_waited_for_again(monkeypatch: pytest.MonkeyP
 def test_an_mp4_that_is_written_while_frames_come_is_the_same(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (9, 64, 96, 3), np.uint8)
     write_mp4(frames, tmp_path / "after.mp4", 16, {})
-    arrival, coming = Arrival(), np.zeros_like(frames)
+    arrival, coming = FrameBuffer(), np.zeros_like(frames)
 
     def make() -> None:
         arrival.begin(coming)
@@ -82,7 +82,7 @@ def test_an_mp4_that_is_written_while_frames_come_is_the_same(tmp_path: Path) ->
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_who_waits_for_frames_that_never_come_hears_why(begun: bool, tmp_path: Path) -> None:
-    arrival = Arrival()
+    arrival = FrameBuffer()
     if begun:
         arrival.begin(np.zeros((5, 32, 32, 3), np.uint8))
         arrival.advance(2)

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from serve_app.errors import CheckpointError
-from serve_app.wan.parallel.process_groups import World
+from serve_app.wan.parallel.process_groups import ProcessGroups
 from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint
 
@@ -165,7 +165,7 @@ def test_revision_follows_the_content(checkpoint: Path, copy: Path) -> None:
     assert Checkpoint(copy).revision not in (revision, changed)
 
 
-def test_weights_that_are_cut_short(copy: Path, alone: World) -> None:
+def test_weights_that_are_cut_short(copy: Path, alone: ProcessGroups) -> None:
     path = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 100)
@@ -173,7 +173,7 @@ def test_weights_that_are_cut_short(copy: Path, alone: World) -> None:
         load(copy, alone)
 
 
-def test_weights_of_another_model(copy: Path, alone: World) -> None:
+def test_weights_of_another_model(copy: Path, alone: ProcessGroups) -> None:
     edit(copy / "transformer" / "config.json", ffn_dim=512)
     with pytest.raises(CheckpointError, match=r"'blocks\.0\.ffn\S+' has shape \(384, 192\), expected \(512, 192\)"):
         load(copy, alone)
@@ -185,7 +185,7 @@ def test_weights_of_another_model(copy: Path, alone: World) -> None:
         load(copy, alone)
 
 
-def load(folder: Path, world: World) -> None:
+def load(folder: Path, world: ProcessGroups) -> None:
     import torch
 
     load_expert(Checkpoint(folder), "transformer", world, torch.float32, world.device)

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from benchmarks.model import dummy_checkpoint as hollow
+from benchmarks.model import dummy_checkpoint as dummy_checkpoint
 from serve_app.errors import CheckpointError
 from serve_app.wan.text import TextEncoder
 from serve_app.wan.vae.decoder import VideoDecoder
@@ -267,7 +267,7 @@ def test_loaders_look_again(copy: Path) -> None:
 
 
 def test_a14b_is_checked_without_torch(tmp_path: Path) -> None:
-    hollow.write(tmp_path / "a14b")
+    dummy_checkpoint.write(tmp_path / "a14b")
     code = (
         "import sys; from pathlib import Path; from serve_app.wan.weights.checkpoint import Checkpoint;"
         f"found = Checkpoint(Path({str(tmp_path / 'a14b')!r})); print(found.side, found.frames);"

@@ -17,9 +17,9 @@ from benchmarks.model.parity import run_ranks
 from serve_app.app import wan
 from serve_app.errors import CheckpointError, ConfigError
 from serve_app.wan.parallel.mesh import Mesh
-from serve_app.wan.transformer.load import World, load_expert
+from serve_app.wan.transformer.load import ProcessGroups, load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint
-from serve_app.wan.weights.sharded import MANIFEST, Prepared
+from serve_app.wan.weights.sharded import MANIFEST, ShardedCheckpoint
 from serve_app.wan.weights.writer import prepare
 from tests.support.ranks import compare
 
@@ -40,13 +40,13 @@ def out(alone_bf16: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(alone_bf16, tmp_path / "out"))
 
 
-def load(checkpoint: Path, out: Path, alone: World, dtype: str = "bfloat16") -> torch.nn.Module:
+def load(checkpoint: Path, out: Path, alone: ProcessGroups, dtype: str = "bfloat16") -> torch.nn.Module:
     folder = Checkpoint(checkpoint)
-    prepared = Prepared(out, folder, 1, dtype)
-    return load_expert(folder, "transformer", alone, getattr(torch, dtype), alone.device, prepared=prepared)
+    sharded = ShardedCheckpoint(out, folder, 1, dtype)
+    return load_expert(folder, "transformer", alone, getattr(torch, dtype), alone.device, sharded=sharded)
 
 
-def refused(checkpoint: Path, out: Path, alone: World, message: str, dtype: str = "bfloat16") -> None:
+def refused(checkpoint: Path, out: Path, alone: ProcessGroups, message: str, dtype: str = "bfloat16") -> None:
     with pytest.raises(CheckpointError, match=message) as error:
         load(checkpoint, out, alone, dtype)
     assert "\n" not in str(error.value)
@@ -96,7 +96,7 @@ def test_the_manifest_has_the_hashes(checkpoint: Path, alone_bf16: Path) -> None
             assert (entry["size"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
 
 
-def test_every_changed_byte_is_noticed(checkpoint: Path, out: Path, alone: World) -> None:
+def test_every_changed_byte_is_noticed(checkpoint: Path, out: Path, alone: ProcessGroups) -> None:
     path = out / "transformer" / "rank-0-of-1.safetensors"
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     size = path.stat().st_size
@@ -119,14 +119,14 @@ def test_a_file_of_another_rank(checkpoint: Path, tmp_path: Path) -> None:
     prepare(Checkpoint(checkpoint), tmp_path, 2, "bfloat16")
     folder = tmp_path / "transformer"
     shutil.copy(folder / "rank-0-of-2.safetensors", folder / "rank-1-of-2.safetensors")
-    with Prepared(tmp_path, Checkpoint(checkpoint), 2, "bfloat16").weights("transformer", 1) as weights:
+    with ShardedCheckpoint(tmp_path, Checkpoint(checkpoint), 2, "bfloat16").weights("transformer", 1) as weights:
         weights.read("proj_out.weight")
         with pytest.raises(CheckpointError, match=r"rank-1-of-2\.safetensors: the tensor 'blocks\.0\.attn1\.to_q\.w"):
             weights.read("blocks.0.attn1.to_q.weight")
 
 
 @pytest.mark.parametrize("left", [0, 7, 100, -1])
-def test_a_truncated_file(checkpoint: Path, out: Path, alone: World, left: int) -> None:
+def test_a_truncated_file(checkpoint: Path, out: Path, alone: ProcessGroups, left: int) -> None:
     path = out / "transformer" / "rank-0-of-1.safetensors"
     size = path.stat().st_size
     with path.open("r+b") as file:
@@ -134,7 +134,7 @@ def test_a_truncated_file(checkpoint: Path, out: Path, alone: World, left: int) 
     refused(checkpoint, out, alone, rf"rank-0-of-1\.safetensors: has {left % size} bytes, expected {size}")
 
 
-def test_missing_files(checkpoint: Path, out: Path, alone: World) -> None:
+def test_missing_files(checkpoint: Path, out: Path, alone: ProcessGroups) -> None:
     (out / "transformer" / "rank-0-of-1.safetensors").unlink()
     refused(checkpoint, out, alone, r"transformer/rank-0-of-1\.safetensors: is missing, expected the shard of rank 0")
     (out / MANIFEST).unlink()
@@ -145,13 +145,13 @@ def test_missing_files(checkpoint: Path, out: Path, alone: World) -> None:
 def test_one_expert_only(checkpoint: Path, tmp_path: Path) -> None:
     folder = Checkpoint(checkpoint)
     assert prepare(folder, tmp_path, 1, "bfloat16", experts=("transformer_2",)).written == 1
-    prepared = Prepared(tmp_path, folder, 1, "bfloat16")
-    prepared.check("transformer_2", 0)
+    sharded = ShardedCheckpoint(tmp_path, folder, 1, "bfloat16")
+    sharded.check("transformer_2", 0)
     with pytest.raises(CheckpointError, match=r"transformer/rank-0-of-1\.safetensors: is not in manifest\.json"):
-        prepared.check("transformer", 0)
+        sharded.check("transformer", 0)
     done = prepare(folder, tmp_path, 1, "bfloat16")
     assert (done.written, done.kept) == (1, 1)
-    Prepared(tmp_path, folder, 1, "bfloat16").check("transformer", 0)
+    ShardedCheckpoint(tmp_path, folder, 1, "bfloat16").check("transformer", 0)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_one_expert_only(checkpoint: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_manifest_of_something_else(
-    checkpoint: Path, out: Path, alone: World, changes: dict[str, Any], message: str
+    checkpoint: Path, out: Path, alone: ProcessGroups, changes: dict[str, Any], message: str
 ) -> None:
     edit(out / MANIFEST, **changes)
     refused(checkpoint, out, alone, rf"out/manifest\.json: {message}")
@@ -176,19 +176,19 @@ def test_a_manifest_of_something_else(
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "\x00"])
-def test_a_manifest_that_is_none(checkpoint: Path, out: Path, alone: World, content: str) -> None:
+def test_a_manifest_that_is_none(checkpoint: Path, out: Path, alone: ProcessGroups, content: str) -> None:
     (out / MANIFEST).write_text(content)
     refused(checkpoint, out, alone, r"manifest\.json: (cannot be read as JSON|has format None)")
 
 
-def test_checksums_cannot_be_left_out(checkpoint: Path, out: Path, alone: World) -> None:
+def test_checksums_cannot_be_left_out(checkpoint: Path, out: Path, alone: ProcessGroups) -> None:
     files = json.loads((out / MANIFEST).read_text())["files"]
     del files["transformer/rank-0-of-1.safetensors"]["tensors"]["proj_out.weight"]
     edit(out / MANIFEST, files=files)
     refused(checkpoint, out, alone, r"manifest\.json: names other tensors than .*rank-0-of-1\.safetensors has")
 
 
-def test_weights_that_were_trained_on(checkpoint: Path, out: Path, alone: World, tmp_path: Path) -> None:
+def test_weights_that_were_trained_on(checkpoint: Path, out: Path, alone: ProcessGroups, tmp_path: Path) -> None:
     """Same names, shapes and sizes: the revision is the same."""
     copy = Path(shutil.copytree(checkpoint, tmp_path / "tuned"))
     path = copy / "transformer" / STEM
@@ -208,7 +208,7 @@ def test_weights_that_were_trained_on(checkpoint: Path, out: Path, alone: World,
     ],
 )
 def test_an_edit_that_shards_do_not_depend_on(
-    checkpoint: Path, out: Path, alone: World, tmp_path: Path, file: str, changes: dict[str, Any]
+    checkpoint: Path, out: Path, alone: ProcessGroups, tmp_path: Path, file: str, changes: dict[str, Any]
 ) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "edited"))
     edit(copy / file, **changes)
@@ -217,7 +217,7 @@ def test_an_edit_that_shards_do_not_depend_on(
     assert prepare(Checkpoint(copy), out, 1, "bfloat16").written == 0
 
 
-def test_another_model_with_the_same_sizes(checkpoint: Path, out: Path, alone: World, tmp_path: Path) -> None:
+def test_another_model_with_the_same_sizes(checkpoint: Path, out: Path, alone: ProcessGroups, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "other"))
     edit(copy / "transformer" / "config.json", num_layers=1)
     path = copy / "transformer" / STEM
@@ -228,10 +228,12 @@ def test_another_model_with_the_same_sizes(checkpoint: Path, out: Path, alone: W
 def test_a_manifest_of_an_older_version(checkpoint: Path, out: Path) -> None:
     """It has the revision of the whole folder."""
     edit(out / MANIFEST, revision=Checkpoint(checkpoint).revision)
-    Prepared(out, Checkpoint(checkpoint), 1, "bfloat16")
+    ShardedCheckpoint(out, Checkpoint(checkpoint), 1, "bfloat16")
 
 
-def test_other_modules_in_float32(checkpoint: Path, out: Path, alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_modules_in_float32(
+    checkpoint: Path, out: Path, alone: ProcessGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As another version of diffusers may have them."""
     monkeypatch.setattr(WanTransformer3DModel, "_keep_in_fp32_modules", ["time_embedder", "norm1", "norm2", "norm3"])
     refused(
@@ -244,17 +246,17 @@ def test_other_modules_in_float32(checkpoint: Path, out: Path, alone: World, mon
 
 def test_the_deployment_is_refused_before_it_starts(checkpoint: Path, out: Path) -> None:
     args: dict[str, Any] = {
-        "model": {"path": str(checkpoint), "prepared": str(out)},
+        "model": {"path": str(checkpoint), "sharded": str(out)},
         "denoiser": {"parallel": {"tensor": 1}},
     }
     wan(args)
-    with pytest.raises(ConfigError, match=r"model\.prepared has value .* was prepared with tensor 1, expected 2"):
+    with pytest.raises(ConfigError, match=r"model\.sharded has value .* was prepared with tensor 1, expected 2"):
         wan({**args, "denoiser": {"parallel": {"tensor": 2}}})
     (out / "transformer_2" / "rank-0-of-1.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"transformer_2/rank-0-of-1\.safetensors: is missing"):
         wan(args)
     picked = {**args, "denoiser": {"parallel": {"ranks": 1}}}
-    with pytest.raises(ConfigError, match=r"denoiser\.parallel\.ranks has value 1 and model\.prepared is given"):
+    with pytest.raises(ConfigError, match=r"denoiser\.parallel\.ranks has value 1 and model\.sharded is given"):
         wan(picked)
 
 
@@ -276,7 +278,7 @@ def test_a_rank_uses_it(checkpoint: Path, out: Path) -> None:
 
     config = validate(
         {
-            "model": {"path": str(checkpoint), "prepared": str(out)},
+            "model": {"path": str(checkpoint), "sharded": str(out)},
             "denoiser": {"parallel": {"tensor": 1}, "checkpoint_s": 0, "device": "cpu"},
         }
     )
