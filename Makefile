@@ -11,7 +11,7 @@ NODES ?= 3
 LANES ?= 2
 CLUSTER ?=
 
-.PHONY: help setup demo serve cluster test test-all bench bench-gpu lint format clean
+.PHONY: help setup demo serve cluster test test-all bench bench-gpu lint format docs docs-reference clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -76,5 +76,12 @@ lint: setup ## ruff and mypy
 format: setup ## let ruff rewrite
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
 
-clean: ## remove .venv, out/ and data/
-	rm -rf $(VENV) out data
+docs-reference: setup ## write docs/reference from the code
+	@$(BIN)/python -m docs.generate
+
+docs: docs-reference ## one static site of docs/, in site/
+	@$(PIP) -e '.[docs]'
+	@$(BIN)/python -m docs.site
+
+clean: ## remove .venv, out/, data/ and site/
+	rm -rf $(VENV) out data site
