@@ -7,6 +7,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -93,6 +94,7 @@ def _meaning(kind: type[BaseModel], name: str, option: str, sentences: dict[str,
     return found or sentences[pattern or ""]
 
 
+@cache
 def _docstrings(kind: type) -> dict[str, str]:
     """Return the string that follows each attribute in the source of a class."""
     if not issubclass(kind, BaseModel) or kind is BaseModel:
