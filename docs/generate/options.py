@@ -24,7 +24,8 @@ def options_page(sentences: dict[str, str]) -> str:
         "unknown keys and values that cannot work, in one line each. Defaults are those published for Wan2.2-T2V-A14B. "
         "[Options to know](../deploy.md#options-to-know) are the ones that deployments change most.",
     ]
-    plain, sections = [], []
+    plain: list[str] = []
+    sections: list[str] = []
     for name, field in Config.model_fields.items():
         (sections if _section(field.annotation) else plain).append(name)
     whole = Config()
