@@ -11,19 +11,23 @@ NODES ?= 3
 LANES ?= 2
 CLUSTER ?=
 
-.PHONY: help setup demo serve cluster test test-all bench bench-gpu lint format clean
+.PHONY: help setup demo serve cluster test test-all bench bench-gpu lint format docs docs-reference clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 # The stamp says that .venv holds what these two files ask for.
 $(VENV)/ready: pyproject.toml constraints.txt
-	@echo "setting up $(VENV) (a few minutes the first time)"
+	@echo "setting up $(VENV), once: a few minutes and 2.3 GB, or several more with PyTorch's CUDA build"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON has value $(PYTHON), expected Python 3.11 or newer")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "  1 of 4: PyTorch"
 	@$(PIP) "$$(grep -E '^torch==' constraints.txt)" $(TORCH_INDEX)
+	@echo "  2 of 4: all other packages"
 	@$(PIP) -e '.[dev]'
+	@echo "  3 of 4: compiling them"
 	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some ship files in the syntax of later Pythons
+	@echo "  4 of 4: a trial import"
 	@DS_ACCELERATOR=cpu $(BIN)/python -W ignore -c 'import deepspeed, serve_app.server, serve_app.wan.generate'
 	@touch $@
 
@@ -72,5 +76,12 @@ lint: setup ## ruff and mypy
 format: setup ## let ruff rewrite
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
 
-clean: ## remove .venv, out/ and data/
-	rm -rf $(VENV) out data
+docs-reference: setup ## write docs/reference from the code
+	@$(BIN)/python -m docs.generate
+
+docs: docs-reference ## one static site of docs/, in site/
+	@$(PIP) -e '.[docs]'
+	@$(BIN)/python -m docs.site
+
+clean: ## remove .venv, out/, data/ and site/
+	rm -rf $(VENV) out data site

@@ -131,7 +131,7 @@ def test_s3(file: Callable[[Change], Path], s3_server: S3Server, silent: int) ->
 
 
 def test_keys_of_s3_may_stand_in_the_file(file: Callable[[Change], Path], s3_server: S3Server) -> None:
-    """As the README says they may: they are looked for where the replicas will look."""
+    """As docs/howto/s3.md says they may: they are looked for where the replicas will look."""
 
     def change(content: Args, args: Args) -> None:
         args["storage"] = {"url": "s3://no-such-bucket", "endpoint": s3_server.endpoint}
