@@ -163,12 +163,13 @@ class Server:
         """Serve until the process is stopped.
 
         Raises:
-            ServeAppError: the applications are no longer there, or no longer this server's.
+            ServeAppError: Ray or the applications are no longer there, or no longer this server's.
         """
         assert self._applications is not None
         while True:
             time.sleep(_WATCH_S)
-            self._applications.check()
+            if self._ray.alive():
+                self._applications.check()
 
     def whereabouts(self) -> list[str]:
         """Lines on where everything is, for people."""
@@ -178,7 +179,7 @@ class Server:
     def stop(self) -> None:
         """Take down what this server has deployed; end Ray too where it was started here."""
         guard.set_stop(guard.Stop.UNDER_WAY)
-        if ray.is_initialized() and self._applications is not None:
+        if ray.is_initialized() and self._applications is not None and not self._ray.gone:
             # Ray's processes all end with a Ray of our own, so the applications need no farewell of their own, but
             # jobs do: the dispatcher hands its leases back when it is deleted.
             gateways = {e["name"] for e in self._file["applications"] if e["import_path"] == "serve_app.app:gateway"}

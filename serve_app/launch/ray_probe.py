@@ -129,6 +129,18 @@ def _check_for_a_while(address: Address) -> None:
         time.sleep(0.5)
 
 
+def answers(host_port: str) -> bool:
+    """Tell whether a control process answers there at the moment."""
+    channel = init_grpc_channel(host_port, [("grpc.enable_http_proxy", 0)])
+    try:
+        NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=_ANSWER_S)
+    except grpc.RpcError:
+        return False
+    finally:
+        channel.close()
+    return True
+
+
 def check(address: Address) -> None:
     """Ask whether it can be joined from this machine.
 

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace as changed
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import parameter
+from ray._private import parameter, worker
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
 from serve_app.errors import ServeAppError, one_line
 from serve_app.launch import claim, guard, ray_probe
 
 _JOIN_S = 30
+# A control process that keeps its state in Redis may come back; nodes wait for it as long by default.
+_GONE_S = 60
+_AWAY_S = 1
 _PACKAGE_FOLDER = str(Path(__file__).parents[2])
 
 
@@ -58,6 +62,8 @@ class RaySession:
         self._found: ray_probe.Address | None = None
         self._info: dict[str, Any] = {}
         self._dashboard_url: str | None = None
+        self._answered = time.monotonic()
+        self.gone = False
 
     def find(self, port: int) -> None:
         """Decide between joining and starting, and claim the Ray, or the port, before another server does.
@@ -153,6 +159,24 @@ class RaySession:
     def address(self) -> str:
         """Host and port of Ray's control process."""
         return str(self._info["gcs_address"])
+
+    def alive(self) -> bool:
+        """Tell whether Ray's control process answers, without waiting for it as Ray's own calls do.
+
+        Raises:
+            ServeAppError: it has ended.
+        """
+        if self.own:
+            # Nothing brings back what was started here.
+            dead = {kind for kind, _ in worker._global_node.dead_processes()} & {"gcs_server", "raylet"}
+            self.gone = bool(dead)
+        elif ray_probe.answers(self.address):
+            self._answered = time.monotonic()
+        elif time.monotonic() - self._answered > _GONE_S:
+            self.gone = True
+        if self.gone:
+            raise ServeAppError(f"the Ray at {self.address} has ended, and the applications with it")
+        return self.own or time.monotonic() - self._answered < _AWAY_S
 
     def end(self) -> None:
         """Leave the Ray, or end it where it was started here."""

@@ -133,6 +133,7 @@ MOMENTS = {
     "start of Ray, killed": ("starting Ray", "up", signal.SIGKILL, -9),
     "loading, killed": ("loading", "up", signal.SIGKILL, -9),
     "ready, its child killed": ("ready on", "child", signal.SIGKILL, 137),
+    "ready, Ray killed": ("ready on", "gcs_server", signal.SIGKILL, 1),
 }
 
 
@@ -143,7 +144,8 @@ def test_nothing_is_left_whenever_it_is_ended(config, tmp_path, moment, whom, ho
     up.wait_for(moment)
     time.sleep(1)
     family = up.family()
-    psutil.Process(up.process.pid if whom == "up" else family[0].pid).send_signal(how)
+    hit = {"up": up.process.pid, "child": family[0].pid}.get(whom)
+    psutil.Process(hit or next(one.pid for one in family if one.name() == whom)).send_signal(how)
     assert up.process.wait(ENDS_WITHIN_S) == status
     assert gone(family)
     assert "Traceback" not in up.said and "***" not in up.said
