@@ -31,6 +31,7 @@ def http(ray_cluster):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = {"host": "127.0.0.1", "port": port}
+    serve.shutdown()  # what another module has left listens elsewhere
     serve.start(http_options=options, proxy_location="HeadOnly")
     serve.run(Nothing.bind(), name="other", route_prefix="/other")
     yield options
