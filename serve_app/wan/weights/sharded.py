@@ -85,7 +85,7 @@ class Manifest(_Part):
             first = error.errors()[0]
             raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {AGAIN}") from None
 
-    def check(self, folder: Path, checkpoint: Checkpoint, tensor: int, dtype: str) -> None:
+    def check_fits(self, folder: Path, checkpoint: Checkpoint, tensor: int, dtype: str) -> None:
         """Whether the folder is of this model, number of ranks and dtype.
 
         Raises:
@@ -131,9 +131,9 @@ class ShardedCheckpoint:
             raise CheckpointError(
                 f"{self.folder / MANIFEST}: is missing, expected a folder that `wan-serve prepare` wrote"
             ) from None
-        self.manifest.check(self.folder, checkpoint, tensor, dtype)
+        self.manifest.check_fits(self.folder, checkpoint, tensor, dtype)
 
-    def check(self, expert: Expert, rank: int) -> Path:
+    def check_shard(self, expert: Expert, rank: int) -> Path:
         """Whether the file of a rank is there and complete: its size and its header. The rest is seen on reading.
 
         Returns:
@@ -164,7 +164,7 @@ class ShardedCheckpoint:
         """
         from serve_app.wan.weights.reader import Weights  # only now: who checks a folder needs no torch
 
-        path = self.check(expert, rank)
+        path = self.check_shard(expert, rank)
         checksums = self.manifest.files[shard_name(expert, rank, self.tensor)].tensors
         weights = Weights(path, checksums=checksums)
         if weights.names() != set(checksums):

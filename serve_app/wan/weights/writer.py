@@ -109,7 +109,7 @@ def prepare(
                     sources={},
                     files={},
                 )
-            manifest.check(out, checkpoint, tensor, dtype)
+            manifest.check_fits(out, checkpoint, tensor, dtype)
             return _Preparation(checkpoint, out, manifest, jobs, verify, watch).run()
     except OSError as error:
         raise ConfigError(f"{error.filename or out}: {error.strerror}") from error

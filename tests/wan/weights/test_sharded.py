@@ -146,12 +146,12 @@ def test_one_expert_only(checkpoint: Path, tmp_path: Path) -> None:
     folder = Checkpoint(checkpoint)
     assert prepare(folder, tmp_path, 1, "bfloat16", experts=("transformer_2",)).written == 1
     sharded = ShardedCheckpoint(tmp_path, folder, 1, "bfloat16")
-    sharded.check("transformer_2", 0)
+    sharded.check_shard("transformer_2", 0)
     with pytest.raises(CheckpointError, match=r"transformer/rank-0-of-1\.safetensors: is not in manifest\.json"):
-        sharded.check("transformer", 0)
+        sharded.check_shard("transformer", 0)
     done = prepare(folder, tmp_path, 1, "bfloat16")
     assert (done.written, done.kept) == (1, 1)
-    ShardedCheckpoint(tmp_path, folder, 1, "bfloat16").check("transformer", 0)
+    ShardedCheckpoint(tmp_path, folder, 1, "bfloat16").check_shard("transformer", 0)
 
 
 @pytest.mark.parametrize(
@@ -264,9 +264,9 @@ def test_who_checks_needs_no_torch(checkpoint: Path, alone_bf16: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from serve_app.wan.weights.checkpoint import Checkpoint\n"
-        "from serve_app.wan.weights.sharded import Prepared\n"
+        "from serve_app.wan.weights.sharded import ShardedCheckpoint\n"
         f"checkpoint = Checkpoint(Path({str(checkpoint)!r}))\n"
-        f"Prepared(Path({str(alone_bf16)!r}), checkpoint, 1, 'bfloat16').check('transformer', 0)\n"
+        f"ShardedCheckpoint(Path({str(alone_bf16)!r}), checkpoint, 1, 'bfloat16').check_shard('transformer', 0)\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
