@@ -24,9 +24,9 @@ T = TypeVar("T")
 _READERS = 4
 """Number of threads that read the weights of an expert."""
 
-# A rank's part of a column-parallel layer makes the outputs of the rank's heads; their norms are cut in the same way. Its
-# part of a row-parallel layer takes some of the inputs, and the ranks' results are summed: the bias is added after that
-# and is whole. In cross-attention only keys and values are cut, see `CrossAttention`.
+# A rank's part of a column-parallel layer makes the outputs of the rank's heads; their norms are cut in the same way.
+# Its part of a row-parallel layer takes some of the inputs, and the ranks' results are summed: the bias is added after
+# that and is whole. In cross-attention only keys and values are cut, see `CrossAttention`.
 _CUT = re.compile(
     r"blocks\.\d+\.(?:"
     r"(?P<outputs>(?:attn1\.(?:to_q|norm_q)|attn[12]\.(?:to_[kv]|norm_k)|ffn\.net\.0\.proj)\.(?:weight|bias))"
