@@ -30,7 +30,7 @@ from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 from serve_app.wan.weights.random_weights import RandomWeights
 from serve_app.wan.weights.reader import Weights
 from serve_app.wan.weights.shard_spec import ShardSlice, cut_dim, empty_expert, read_in_file_order, shard_slices
-from serve_app.wan.weights.sharded import AGAIN, ShardedCheckpoint
+from serve_app.wan.weights.sharded import REMEDY, ShardedCheckpoint
 
 logger = get_logger(__name__)
 
@@ -194,7 +194,7 @@ def _check_dtypes(parts: list[ShardSlice], weights: Weights) -> None:
         if weights.dtype(part.name) != part.dtype:
             raise CheckpointError(
                 f"{weights.where}: the tensor {part.name!r} is {weights.dtype(part.name)}, expected {part.dtype}; "
-                f"{AGAIN}"
+                f"{REMEDY}"
             )
 
 
