@@ -42,6 +42,7 @@ def write_mp4(
 
     Args:
         frames: `[frames, height, width, 3]`, uint8 RGB, even sides.
+        path: file to write; one that is there is replaced.
         fps: frames per second.
         metadata: JSON-able; stored as the comment of the file, see `read_metadata`.
         wait: called with the index of each frame before it is read, to wait until it is there, and with the last index

@@ -74,7 +74,10 @@ class BlockStore(Protocol):
         """Take a block into the store.
 
         Args:
-            slices: of `weights`, one for each parameter of the block.
+            key: expert and layer.
+            layout: positions of the block's parameters in memory.
+            slices: one for each parameter of the block.
+            weights: reader of the slices.
 
         Raises:
             CheckpointError: the weights are damaged.

@@ -88,7 +88,10 @@ class BlockSwap:
         """Put the blocks of an expert under block swap: they find their weights in a slot when they are called.
 
         Args:
-            slices: of `weights`, one for each parameter of the blocks, by its name in the expert.
+            expert: name of the expert.
+            blocks: the expert's blocks, in order; their parameters are replaced.
+            slices: one for each parameter of the blocks, by its name in the expert.
+            weights: reader of the slices.
 
         Raises:
             CheckpointError: the weights are damaged.

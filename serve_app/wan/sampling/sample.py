@@ -65,7 +65,13 @@ class Sample:
         values are those of `WanPipeline` with `torch.Generator("cpu").manual_seed(seed)`.
 
         Args:
-            dtype: dtype of the embeddings, which is that of the model's activations; latents are always float32.
+            params: the generation parameters.
+            checkpoint: gives noise schedule and sizes.
+            positive: embedding of the prompt.
+            negative: embedding of the negative prompt; not used without guidance.
+            device: device of the model.
+            dtype: dtype of the model's activations, used for the embeddings; latents are always float32.
+            name: appears in error messages.
 
         Raises:
             ValueError: `params` asks for guidance and there is no negative embedding.

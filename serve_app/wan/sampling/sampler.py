@@ -82,7 +82,9 @@ def denoise(
 
     Args:
         models: the experts, by name.
+        sample: moves to its last step.
         on_step: called after every step.
+        fuse_guidance_tokens: see `advance`.
 
     Returns:
         The final latents, `[1, channels, frames, height, width]`, float32.
@@ -109,7 +111,8 @@ def predict(
         model: see `advance`.
         latents: `[samples, channels, frames, height, width]` in the model's dtype.
         timesteps: `[samples]`.
-        positive, negative: text embeddings of each sample, `[1, tokens, dim]`; negative is None without guidance.
+        positive: embedding of each sample's prompt, `[1, tokens, dim]`.
+        negative: embedding of each sample's negative prompt; None without guidance.
         scales: guidance scale of each sample.
         fuse: both halves of guidance are one forward pass if it then has at most so many samples.
     """

@@ -48,6 +48,7 @@ def to_bytes(sample: Sample, revision: str) -> bytes:
     The state has no random generator: the noise is drawn once, at the start, and the sampler is deterministic.
 
     Args:
+        sample: is not changed.
         revision: `Checkpoint.revision` of the checkpoint that the sample was started with.
 
     Returns:
@@ -83,6 +84,7 @@ def from_bytes(data: bytes, checkpoint: Checkpoint, device: torch.device, dtype:
     """Return a sample that continues where `to_bytes` was called, to the same bits as without interruption.
 
     Args:
+        data: the result of `to_bytes`.
         checkpoint: has the revision that `to_bytes` was given.
         device: device of the model.
         dtype: dtype of the model's activations; must be that of the first steps, since another gives another video.

@@ -34,6 +34,7 @@ def warm_up(
 
     Args:
         model: as `load_expert` returns it.
+        checkpoint: the checkpoint of the expert.
         params: the common size of videos.
         batch: most samples in a forward pass.
         fuse_guidance_tokens: see `advance`.

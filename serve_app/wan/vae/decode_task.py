@@ -75,10 +75,12 @@ class DecodeTask:
         """Decode one tile.
 
         Args:
-            features: of whole pictures, as `ChunkDecoder.features` yields them.
+            decoder: runs on the device that decodes the tile.
+            tile: is one of those planned.
+            features: features of whole pictures, as `ChunkDecoder.features` yields them.
 
         Raises:
-            NoVideoWanted: see there.
+            NoVideoWanted: no video of the batch is wanted any more.
         """
         self.check_wanted()
         spans = self.picture.spans(tile)

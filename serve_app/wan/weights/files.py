@@ -120,7 +120,8 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     """Return all tensors of one component by name.
 
     Args:
-        folder, stem: see `weight_files`.
+        folder: see `weight_files`.
+        stem: see `weight_files`.
 
     Raises:
         CheckpointError: a file is missing or damaged, two files hold the same tensor, or the index disagrees with them.
@@ -149,6 +150,7 @@ def check_loading(
     """Check a library's report on loading weights: it draws tensors that it lacks, and ignores those it has no use for.
 
     Args:
+        folder: appears in error messages.
         loading: the report that `from_pretrained` returns with `output_loading_info`.
         is_ignored: returns whether a tensor may be left over.
 

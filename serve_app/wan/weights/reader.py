@@ -120,7 +120,11 @@ class Weights:
         Only the bytes of the slice are read: in one run along dimension 0, row by row along a later one.
 
         Args:
-            dtype: of the result; the file's if not given.
+            name: name of the tensor.
+            dim: dimension along which to slice.
+            start: first index of the slice.
+            stop: index after the last of the slice; the size of the dimension if not given.
+            dtype: dtype of the result; the file's if not given.
             out: memory for the result; contiguous, of the result's shape and dtype.
             check: compare the checksum, where there is one.
 

@@ -84,8 +84,10 @@ def shard_slices(
 
     Args:
         shapes: shapes of the rank's parameters by name.
-        rank: index of the rank, less than `size`, the number of ranks that share the weights.
-        dtype: of the parameters; those of modules that diffusers keeps in float32 are float32.
+        weights: the tensors to slice.
+        rank: index of the rank.
+        size: number of ranks that share the weights.
+        dtype: dtype of the parameters; those of modules that diffusers keeps in float32 are float32.
 
     Raises:
         CheckpointError: the weights are not those of such a model.

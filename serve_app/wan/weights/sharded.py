@@ -89,7 +89,10 @@ class Manifest(_ManifestPart):
         """Check that the folder was made from this model, for this number of ranks and dtype.
 
         Args:
+            folder: folder of the manifest.
+            checkpoint: the model.
             tensor: number of ranks that share the weights.
+            dtype: `float32` or `bfloat16`.
 
         Raises:
             CheckpointError: the folder does not fit.

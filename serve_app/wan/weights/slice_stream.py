@@ -40,9 +40,12 @@ class ByteRuns:
         A whole tensor is a single run; a slice has one run for each index of the dimensions before `dim`.
 
         Args:
-            shape: of the whole tensor, which lies in C order.
+            shape: shape of the whole tensor, which lies in C order.
             itemsize: bytes of a number.
             offset: byte of the file at which the tensor begins.
+            dim: dimension along which to slice.
+            start: first index of the slice.
+            stop: index after the last of the slice.
         """
         inner = math.prod(shape[dim + 1 :]) * itemsize
         if stop - start == shape[dim]:

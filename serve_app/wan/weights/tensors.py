@@ -117,7 +117,7 @@ class TextConfig(Weighted):
 
     @property
     def gated(self) -> bool:
-        """Whether the feed-forward layers are gated."""
+        """True if the feed-forward layers are gated."""
         return self.feed_forward_proj.startswith("gated-")
 
     def tensors(self) -> Shapes:

@@ -76,6 +76,7 @@ def prepare(
     The memory of the process grows by the largest tensor of a shard and little more.
 
     Args:
+        checkpoint: the model.
         out: folder of the sharded checkpoint.
         tensor: number of ranks that share the weights.
         dtype: `float32` or `bfloat16`.

@@ -1,4 +1,4 @@
-"""Drawn weights of real shapes: what benchmarks at A14B's size stand on."""
+"""Random weights of real shapes, which benchmarks at A14B's size use."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_every_rank_draws_its_part_of_the_same(folder: Path, tmp_path: Path) -> 
     shards = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, dim in (("blocks.1.attn1.to_q.weight", 0), ("blocks.0.ffn.net.2.weight", 1)):
         assert torch.equal(torch.cat([shard[name] for shard in shards], dim), whole.get_parameter(name))
-    # The patch embedding is all there.
+    # The patch embedding is not cut.
     assert torch.equal(shards[1]["patch_embedding.weight"], whole.get_parameter("patch_embedding.weight"))
 
 
