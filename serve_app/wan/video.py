@@ -51,43 +51,52 @@ def write_mp4(
     Raises:
         ValueError: frames of another shape or type.
     """
-    import av  # here, because loading its libraries takes a moment and only the decoder stage writes videos
-    from av.video.reformatter import Colorspace
-
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.shape[0]:
-        raise ValueError(f"frames are {frames.dtype} {frames.shape}, expected uint8 [frames, height, width, 3]")
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise ValueError(f"frames are {width}x{height}, expected even sides: yuv420p halves the colour resolution")
+    _check_frames(frames)
     path = Path(path)
     handle, name = tempfile.mkstemp(suffix=".mp4", prefix=f".{path.stem}-", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
-        with av.open(name, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
-            stream = container.add_stream("libx264", rate=fps, options=_X264)
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            # By default x264 cuts each frame into as many slices as there are cores, and files differ by machine.
-            stream.codec_context.thread_type, stream.codec_context.thread_count = "FRAME", _THREADS
-            # Without these, players guess the matrix from the size, and colours differ between preview and full size.
-            context = stream.codec_context
-            context.colorspace = context.color_primaries = context.color_trc = _BT709
-            context.color_range = _TV_RANGE
-            for index, array in enumerate(frames):
-                wait(index)
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
-            # Packet by packet, because finishing takes seconds, and meanwhile the video may not be wanted any more.
-            for packet in context.encode_lazy():
-                wait(len(frames) - 1)
-                packet.stream = stream
-                container.mux(packet)
+        _encode(frames, name, fps, metadata, wait)
         temporary.chmod(0o644)  # mkstemp's 0600 would keep a web server's user out
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _check_frames(frames: np.ndarray) -> None:
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or not frames.shape[0]:
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}, expected uint8 [frames, height, width, 3]")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"frames are {width}x{height}, expected even sides: yuv420p halves the colour resolution")
+
+
+def _encode(frames: np.ndarray, file: str, fps: int, metadata: dict[str, Any], wait: Callable[[int], None]) -> None:
+    import av  # here, because loading its libraries takes a moment and only the decoder stage writes videos
+    from av.video.reformatter import Colorspace
+
+    with av.open(file, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+        stream = container.add_stream("libx264", rate=fps, options=_X264)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        # By default x264 cuts each frame into as many slices as there are cores, and files differ by machine.
+        context.thread_type, context.thread_count = "FRAME", _THREADS
+        # Without these, players guess the matrix from the size, and colours differ between preview and full size.
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _TV_RANGE
+        for index, array in enumerate(frames):
+            wait(index)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+        # Packet by packet, because finishing takes seconds, and meanwhile the video may not be wanted any more.
+        for packet in context.encode_lazy():
+            wait(len(frames) - 1)
+            packet.stream = stream
+            container.mux(packet)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -93,6 +93,27 @@ def from_bytes(data: bytes, checkpoint: Checkpoint, device: torch.device, dtype:
         StateError: the bytes are damaged, not a sample's state, of another version of the format, of another
             checkpoint or dtype, hold NaN or infinity, or do not fit together.
     """
+    tensors, state = _unpack(data)
+    header = _parse_header(state)
+    _expect("checkpoint revision", header.revision, checkpoint.revision)
+    _expect("dtype", header.dtype, _dtype_name(dtype))
+    texts = {name: tensors.pop(name) for name in ("positive", "negative") if name in tensors}
+    _check_texts(texts, header, checkpoint, dtype)
+    embeddings = {name: Embedding(text, text.shape[0], truncated=False) for name, text in texts.items()}
+    # Everything that follows from parameters and checkpoint is computed anew. Drawing the noise is wasted work, but it
+    # costs only a fraction of a step and saves a second way to create a sample.
+    sample = Sample.start(
+        header.params, checkpoint, embeddings["positive"], embeddings.get("negative"), device, dtype, header.name
+    )
+    _check_tensors(tensors, header, sample)
+    _check_finite(texts | tensors)
+    # Copied, because tensors of safetensors are not aligned like torch's own, and kernels may round by alignment.
+    _restore(sample, header, {name: tensor.to(device, copy=True) for name, tensor in tensors.items()})
+    return sample
+
+
+def _unpack(data: bytes) -> tuple[dict[str, torch.Tensor], str]:
+    """Return the tensors and the JSON of the state, after checking format version and checksum."""
     try:
         tensors = load(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
@@ -101,49 +122,53 @@ def from_bytes(data: bytes, checkpoint: Checkpoint, device: torch.device, dtype:
     _expect("format version", metadata.get("version"), str(VERSION))
     state = metadata.get("state", "")
     _expect("sha256", metadata.get("sha256"), _digest(state, tensors))
+    return tensors, state
+
+
+def _parse_header(state: str) -> _Header:
     try:
-        header = _Header.model_validate_json(state)
+        return _Header.model_validate_json(state)
     except ValidationError as error:  # of a release with other `Params`
         first = error.errors()[0]
         found = ".".join(map(str, first["loc"]))
         raise StateError(f"saved sample: {found}: {first['msg']}, expected the fields of this release") from None
-    _expect("checkpoint revision", header.revision, checkpoint.revision)
-    _expect("dtype", header.dtype, _dtype_name(dtype))
 
+
+def _check_texts(texts: dict[str, torch.Tensor], header: _Header, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     width = checkpoint.expert_config("transformer")["text_dim"]
-    texts = {name: tensors.pop(name) for name in ("positive", "negative") if name in tensors}
     _expect("embeddings", sorted(texts), ["negative", "positive"] if header.params.guided else ["positive"])
     for name, text in texts.items():
         tokens = min(text.shape[0], MAX_TOKENS) if text.ndim else 0
         _expect(name, _dtype_and_shape(text), f"{_dtype_name(dtype)} {[tokens, width]}")
-    embeddings = {name: Embedding(text, text.shape[0], truncated=False) for name, text in texts.items()}
-    # Everything that follows from parameters and checkpoint is computed anew. Drawing the noise is wasted work, but it
-    # costs only a fraction of a step and saves a second way to create a sample.
-    sample = Sample.start(
-        header.params, checkpoint, embeddings["positive"], embeddings.get("negative"), device, dtype, header.name
-    )
-    scheduler = sample.scheduler
+
+
+def _check_tensors(tensors: dict[str, torch.Tensor], header: _Header, sample: Sample) -> None:
+    """Check that latents and the scheduler's tensors are those of a sample after `header.step` steps."""
     if not 0 <= header.step <= sample.steps:
         raise StateError(f"saved sample: step is {header.step}, expected 0 to {sample.steps}")
-    order = len(scheduler.model_outputs)
+    order = len(sample.scheduler.model_outputs)
     filled = [f"model_outputs.{slot}" for slot in range(max(0, order - header.step), order)]
     _expect("tensors", sorted(tensors), [*(["last_sample"] if filled else []), "latents", *filled])
     for name, tensor in tensors.items():
         _expect(name, _dtype_and_shape(tensor), f"float32 {list(sample.latents.shape)}")
-    for name, tensor in (texts | tensors).items():
+
+
+def _check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise StateError(f"saved sample: {name} holds NaN or infinity, expected finite numbers")
-    # Copied, because tensors of safetensors are not aligned like torch's own, and kernels may round by alignment.
-    tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
+
+def _restore(sample: Sample, header: _Header, tensors: dict[str, torch.Tensor]) -> None:
+    """Set the fields of a new sample that change from step to step."""
+    scheduler = sample.scheduler
     sample.step = header.step
     sample.latents = tensors["latents"]
     scheduler.last_sample = tensors.get("last_sample")
-    scheduler.model_outputs = [tensors.get(f"model_outputs.{slot}") for slot in range(order)]
+    scheduler.model_outputs = [tensors.get(f"model_outputs.{slot}") for slot in range(len(scheduler.model_outputs))]
     scheduler.timestep_list = [None if t is None else scheduler.timesteps.new_tensor(t) for t in header.timestep_list]
     for name, value in header.scalars.items():
         setattr(scheduler, name, value)
-    return sample
 
 
 def _trim(text: torch.Tensor) -> torch.Tensor:

@@ -134,7 +134,7 @@ def test_a_decode_that_nobody_wants_stops_between_chunks_on_every_device(devices
     chunks = Chunks(decoder)
     with pytest.raises(Abandoned):
         decoder.decode(latents(), frame_buffers=[Leaving()])
-    # On each device the chunk that was told of and the one under way; another device may have begun one more.
+    # On each device the chunk that was announced and the one under way; another device may have begun one more.
     assert chunks.count <= 2 * devices + (devices - 1)
     assert not decoder.tiles
     assert decoder.decode(latents()).any()

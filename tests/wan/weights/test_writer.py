@@ -46,17 +46,17 @@ def inodes(out: Path) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], int]:
     """Contents of a folder for two ranks, and the number of bytes that the progress callback was given."""
-    out, told = tmp_path_factory.mktemp("undisturbed"), [0]
+    out, counted = tmp_path_factory.mktemp("undisturbed"), [0]
 
     def watch(what: str, count: int, total: int) -> None:
-        told[0] += count
-        assert told[0] <= total
+        counted[0] += count
+        assert counted[0] <= total
 
     done = prepare(Checkpoint(checkpoint), out, 2, "bfloat16", watch=watch)
     found = contents(out)
     assert done.written == 4 == len(found) - 1
     assert done.bytes == sum(len(content) for name, content in found.items() if name != MANIFEST)
-    return found, told[0]
+    return found, counted[0]
 
 
 @pytest.mark.parametrize(
