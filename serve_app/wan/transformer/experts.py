@@ -43,7 +43,7 @@ class Experts:
     def use(self, name: Expert) -> nn.Module:
         """An expert, whose blocks are on the device by the time they run."""
         if self._slots is not None:
-            self._slots.use(name)
+            self._slots.prefetch(name)
         return self._models[name]
 
     def forget_texts(self) -> None:

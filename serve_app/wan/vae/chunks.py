@@ -1,9 +1,8 @@
-"""A video decoder in two parts, each chunk by chunk: up to the middle block, which needs whole pictures, and from there
-on, where a tile is enough.
+"""Chunked decoding: a VAE's decoder in two parts, both of which work chunk by chunk.
 
-A chunk is one latent frame. What the causal convolutions have to remember of the chunks before lies with the call, not
-with the model, so that several calls may be under way. The sums are those of `AutoencoderKLWan.decode`, in the same
-order.
+The first part, up to the middle block, needs whole pictures. For the second part a tile is enough. A chunk is one
+latent frame. The frames that causal convolutions remember are kept by the call, not by the model, so that several calls
+may be under way. The sums are those of `AutoencoderKLWan.decode`, in the same order.
 """
 
 from __future__ import annotations
@@ -18,16 +17,18 @@ from diffusers import AutoencoderKLWan
 
 from serve_app.wan.vae.tiles import Level, Tile, levels
 
-# Frames that a causal convolution looks back.
-_BACK = 2
+_BACK = 2  # frames that a causal convolution looks back
 _Memory = defaultdict[int, Any]
 
 
-class Stream:
+class ChunkDecoder:
     """The decoder half of a VAE on one device.
 
     Args:
-        vae: not changed.
+        vae: is not changed.
+
+    Attributes:
+        levels: levels of the decoder, see `Level`.
     """
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
@@ -37,12 +38,16 @@ class Stream:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device that the weights are on."""
         device: torch.device = self._decoder.conv_out.weight.device
         return device
 
     def features(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-        """What the middle block makes of each latent frame, `[samples, channels, 1, height, width]`."""
+        """Yield the middle block's output for each latent frame, `[samples, channels, 1, height, width]`.
+
+        Args:
+            latents: `[samples, channels, frames, height, width]`, scaled.
+        """
         decoder, memory = self._decoder, _empty()
         for frame in self._vae.post_quant_conv(latents).split(1, dim=2):
             place = [0]
@@ -50,11 +55,11 @@ class Stream:
             yield decoder.mid_block(x, feat_cache=memory, feat_idx=place)
 
     def frames(self, features: Iterable[torch.Tensor], spans: Sequence[Tile]) -> Iterator[torch.Tensor]:
-        """A tile's pixels chunk by chunk, `[samples, 3, frames, rows, columns]`: one frame first, then four each.
+        """Yield a tile's pixels chunk by chunk, `[samples, 3, frames, rows, columns]`: one frame first, then four each.
 
         Args:
-            features: of whole pictures, as above.
-            spans: what each level is given, as `Picture.spans` has it.
+            features: of whole pictures, as `features` yields them.
+            spans: input of each level, as `Picture.spans` returns it.
         """
         decoder, memory, device = self._decoder, _empty(), self.device
         for index, feature in enumerate(features):
@@ -74,7 +79,7 @@ def _empty() -> _Memory:
 
 
 def _causal(convolution: torch.nn.Module, x: torch.Tensor, memory: _Memory, place: list[int]) -> torch.Tensor:
-    """A causal convolution outside of diffusers' blocks, which do the same for those inside."""
+    """Apply a causal convolution that is outside of diffusers' blocks. Those do the same for the ones inside."""
     before = memory[place[0]]
     recent = x[:, :, -_BACK:] if before is None else torch.cat([before, x[:, :, -_BACK:]], dim=2)[:, :, -_BACK:]
     memory[place[0]] = recent.clone()
@@ -84,6 +89,6 @@ def _causal(convolution: torch.nn.Module, x: torch.Tensor, memory: _Memory, plac
 
 
 def _cut(x: torch.Tensor, wanted: Tile, given: Tile | None = None, scale: int = 1) -> torch.Tensor:
-    """A part of pictures that begin at `given`, enlarged by `scale`; the picture's corner if not given."""
+    """Cut the tile `wanted` out of pictures whose corner is that of `given`, enlarged by `scale`, or 0, 0."""
     top, left = (given.rows[0] * scale, given.columns[0] * scale) if given else (0, 0)
     return x[..., wanted.rows[0] - top : wanted.rows[1] - top, wanted.columns[0] - left : wanted.columns[1] - left]
