@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.engine.sample_request import Denoised, Moved, SampleRequest
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Event, Progress
+from serve_app.job_spec import JobSpec
 from serve_app.logs import get_logger
 from serve_app.replica import this_process
 from serve_app.request import Params
@@ -66,16 +67,13 @@ class Pipeline:
         self._decoder = decoder.options()
         self._store_wait_s = store_wait_s
         self._decode_s_per_pixel = 0.0
-        self._callers = ClientLiveness()
+        self._client_liveness = ClientLiveness()
 
-    async def generate(self, job: dict[str, Any]) -> AsyncIterator[Event]:
+    async def generate(self, job: JobSpec, caller: Any = None) -> AsyncIterator[Event]:
         """Make a job's video.
 
         Args:
-            job: `id`, `attempt`, `params` (of `Params`) and `prefix` (the storage prefix of its files); where a
-                dispatcher drives it also `priority`, `created_at` and `state_prefix` (see `SampleRequest`). An attempt
-                beyond the first goes on from the last state that was saved. `losses` beyond 0 has its steps done alone.
-                When the process dies whose handle is `caller`, the work ends.
+            caller: handle of the process that asks, from `this_process`. The work ends when that process dies.
 
         Yields:
             Progress of each stage, and Done at the end. Ending the iteration early cancels the work at its next step.
@@ -83,21 +81,21 @@ class Pipeline:
         Raises:
             JobFailed: a stage refused or failed it.
         """
-        with self._callers.serving(job.get("caller")):
+        with self._client_liveness.serving(caller):
             async with aclosing(self._generate(job)) as events:
                 async for event in events:
                     yield event
 
-    async def _generate(self, job: dict[str, Any]) -> AsyncGenerator[Event, None]:
-        params = Params(**job["params"])
+    async def _generate(self, job: JobSpec) -> AsyncGenerator[Event, None]:
+        params = job.params
         # The attempt is part of the name: a second attempt may arrive while the first is still being cancelled.
-        ticket = SampleRequest(
-            id=f"{job['id']}.{job['attempt']}",
+        request = SampleRequest(
+            id=f"{job.id}.{job.attempt}",
             params=params,
-            priority=job.get("priority", "standard"),
-            created_at=job.get("created_at", time.time()),
-            state_prefix=job.get("state_prefix"),
-            alone=job.get("losses", 0) > 0,
+            priority=job.priority,
+            created_at=job.created_at,
+            state_prefix=job.state_prefix,
+            alone=job.losses > 0,
         )
         decode_s = self._decode_s_per_pixel * params.width * params.height * params.num_frames
 
@@ -109,8 +107,8 @@ class Pipeline:
         state, denoiser, denoise_s = None, self._denoiser, 0.0
         while isinstance(denoised, Moved):
             denoised = None
-            resume = state is None and job["attempt"] > 1
-            stream = denoiser.denoise.remote(ticket, encoded, state, resume, this_process())
+            resume = state is None and job.attempt > 1
+            stream = denoiser.denoise.remote(request, encoded, state, resume, this_process())
             try:
                 async for event in stream:
                     if isinstance(event, Started):
@@ -134,7 +132,7 @@ class Pipeline:
                 if denoised is None:
                     _cancel(encoded)  # a text that waits to be encoded need not be
             if isinstance(denoised, Moved):
-                logger.info("moved", extra={"job": job["id"], "with_state": denoised.state is not None})
+                logger.info("moved", extra={"job": job.id, "with_state": denoised.state is not None})
                 state = denoised.state or state
                 if denoised.high_noise is not None:
                     denoiser = self._denoiser if denoised.high_noise else self._low_noise_denoiser
@@ -165,7 +163,7 @@ class Pipeline:
             revision=decoded.revision,
         )
 
-    async def _decode(self, latents: Any, params: Params, job: dict[str, Any]) -> Decoded:
+    async def _decode(self, latents: Any, params: Params, job: JobSpec) -> Decoded:
         """Decode and store, again and again while the storage is away or full, and a few times if memory is short.
 
         The latents stay here meanwhile, in memory: where a video cannot be stored, no saved state could be either.
@@ -174,7 +172,7 @@ class Pipeline:
         pause_s, again = _STORE_AGAIN_S[0], False
         pauses = iter(_DECODE_AGAIN_S)
         while True:
-            decoding = self._decoder.decode.remote(latents, params, job["prefix"], job["id"], again, this_process())
+            decoding = self._decoder.decode.remote(latents, params, job.prefix, job.id, again, this_process())
             try:
                 decoded: Decoded = await decoding
                 return decoded
@@ -188,12 +186,12 @@ class Pipeline:
                     short_s = next(pauses, None)
                     if short_s is None:
                         raise
-                    logger.warning("not decoded, tried again", extra={"job": job["id"], "error": failed.message})
+                    logger.warning("not decoded, tried again", extra={"job": job.id, "error": failed.message})
                     await asyncio.sleep(short_s)
                     continue
                 if failed.code != "store_failed" or time.monotonic() + pause_s > until:
                     raise
-                logger.warning("not stored, tried again", extra={"job": job["id"], "error": failed.message})
+                logger.warning("not stored, tried again", extra={"job": job.id, "error": failed.message})
             finally:
                 _cancel(decoding)  # as with the denoiser's stream
             await asyncio.sleep(pause_s)

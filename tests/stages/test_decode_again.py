@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 
 from benchmarks.model.parity import CASES
 from serve_app.errors import JobFailed
+from serve_app.job_spec import JobSpec
 from serve_app.stages import pipeline
 from serve_app.stages.decoder import Decoded
 
@@ -58,7 +59,7 @@ class FakeDecoder:
 
 async def decode(decoder: FakeDecoder, latents: np.ndarray) -> Decoded:
     made = pipeline.Pipeline.func_or_class(FakeHandle(), FakeHandle(), decoder)
-    decoded: Decoded = await made._decode(latents, PARAMS, {"id": "a", "prefix": "videos/a/1"})
+    decoded: Decoded = await made._decode(latents, PARAMS, JobSpec("a", PARAMS, "videos/a/1"))
     return decoded
 
 

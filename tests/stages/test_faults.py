@@ -17,6 +17,7 @@ from ray import serve
 from serve_app.engine.group import _called
 from serve_app.engine.sample_request import SampleRequest
 from serve_app.events import Done, Progress
+from serve_app.job_spec import JobSpec
 from serve_app.replica import this_process
 from tests.stages.conftest import Wan, processes, until
 
@@ -140,9 +141,9 @@ class Driver:
     def pid(self) -> int:
         return os.getpid()
 
-    async def drive(self, job: dict) -> None:
+    async def drive(self, job: JobSpec) -> None:
         pipeline = serve.get_app_handle("wan").options(stream=True)
-        async for _ in pipeline.generate.remote({**job, "caller": this_process()}):
+        async for _ in pipeline.generate.remote(job, this_process()):
             pass
 
 

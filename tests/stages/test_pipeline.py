@@ -55,7 +55,7 @@ def test_events_are_true_and_in_order_and_the_files_are_there(app):
     assert done.size_bytes == app.path(done.outputs["video"]).stat().st_size
     assert frames(app.path(done.outputs["video"])).shape == (9, 48, 64, 3)
     metadata = read_metadata(app.path(done.outputs["video"]))
-    assert metadata["prompt"] == "一个红色的圆" and metadata["seed"] == 3 and metadata["id"] == job["id"]
+    assert metadata["prompt"] == "一个红色的圆" and metadata["seed"] == 3 and metadata["id"] == job.id
     assert done.timings["total"] >= done.timings["denoise"] > 0
 
 
