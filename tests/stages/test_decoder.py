@@ -267,7 +267,7 @@ async def test_a_call_that_ends_while_a_file_is_stored_leaves_nothing_there(
 
 
 async def test_the_death_of_who_called_ends_the_decode(decoder: Any, tmp_path: Path) -> None:
-    """As `stages.callers` tells of it: by cancelling the task."""
+    """`client_liveness` cancels the task."""
     chunks, tasks = Counted(decoder), []
 
     @contextmanager
@@ -276,7 +276,7 @@ async def test_the_death_of_who_called_ends_the_decode(decoder: Any, tmp_path: P
         assert caller == "the pipeline"
         yield
 
-    decoder._callers.serving = serving
+    decoder._client_liveness.serving = serving
     call = asyncio.create_task(decoder.decode(noise(LONG), LONG, "videos/a/1", "a", caller="the pipeline"))
     await asyncio.to_thread(chunks.begun.wait, 30)
     tasks[0].cancel()

@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray import serve
 
-from serve_app.engine.group import _called
+from serve_app.engine.group import call_ranks
 from serve_app.engine.sample_request import SampleRequest
 from serve_app.events import Done, Progress
 from serve_app.job_spec import JobSpec
@@ -114,7 +114,7 @@ class Coordinator:
     """Calls a rank on behalf of a request."""
 
     async def request(self, rank) -> None:
-        self._answers = [*_called([rank], "work", 2.0), *_called([rank], "work", 0.0)]
+        self._answers = [*call_ranks([rank], "work", 2.0), *call_ranks([rank], "work", 0.0)]
         await asyncio.Event().wait()
 
     async def called(self) -> bool:
@@ -163,7 +163,7 @@ def test_when_the_caller_dies_its_work_ends_on_every_rank(app, victim):
 
 
 @pytest.mark.slow
-def test_more_samples_than_seats_all_finish_and_who_leaves_while_waiting_is_forgotten(deploy):
+def test_more_samples_than_places_all_finish_and_who_leaves_while_waiting_is_forgotten(deploy):
     app = deploy(denoiser={"resident_samples": 1, "batch": {"size": 4, "wait_s": 0.3}})
     denoiser = app.handle("Denoiser")
     with ThreadPoolExecutor(5) as pool:
