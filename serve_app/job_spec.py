@@ -28,4 +28,4 @@ class JobSpec:
     created_at: float = field(default_factory=time.time)
     """When the job began to wait, in seconds since the epoch."""
     losses: int = 0
-    """How often a group of ranks was lost during the same step of this job. Beyond 0 its steps are done alone."""
+    """Number of groups of ranks that were lost during the same step of this job. Above 0 its steps are made alone."""

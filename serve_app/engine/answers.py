@@ -1,4 +1,4 @@
-"""What the ranks of a group answered to one call, and what that says of the group."""
+"""Answers of a group's ranks to one call, and what they say of the group."""
 
 from __future__ import annotations
 

@@ -71,12 +71,12 @@ class Engine:
 
     @property
     def counters(self) -> Counters:
-        """What the engine has done so far."""
+        """Counts of what the engine has done so far."""
         return self._passes.counters
 
     @property
     def resident(self) -> int:
-        """How many samples are inside."""
+        """Number of samples inside."""
         return len(self._flights)
 
     @asynccontextmanager

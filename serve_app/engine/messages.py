@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Admitted:
-    """What the scheduler needs to know of a new sample; `Entry` says what each field is.
+    """A new sample as the scheduler needs to know it; `Entry` says what each field is.
 
     `refused` says why a saved state was not used and the sample begins at step 0. It is None if the state was used, or
     none was given.
@@ -72,7 +72,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a mesh is picked by.
+    """Facts about model and device, by which a mesh is picked.
 
     Attributes:
         shape: configuration of an expert.

@@ -22,7 +22,7 @@ _LATEST = 100
 
 @dataclass
 class Counters:
-    """What an engine has done so far.
+    """Counts of what an engine has done so far.
 
     Attributes:
         steps: forward passes.

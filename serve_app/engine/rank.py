@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 
 
 class Rank:
-    """What the actor does. Calls run one after the other in one thread, except `status`: it has a thread of its own, so
-    that a health check is never queued behind a step.
+    """The actor of a rank.
+
+    Calls run one after the other in one thread, except `status`: it has a thread of its own, so that a health check
+    never waits behind a step.
 
     Args:
         config: the deployment's configuration.
@@ -106,7 +108,7 @@ class Rank:
 
         Args:
             sample_id: its name in later calls.
-            params: what it is to become.
+            params: all that determines its pixels.
             positive: embedding of the prompt, [tokens, dim].
             negative: embedding of the negative prompt, [tokens, dim]; None without guidance.
             state: where to go on, as `save` returned it. If it cannot be used, the answer says why and the

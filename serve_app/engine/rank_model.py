@@ -1,4 +1,4 @@
-"""What a rank holds of the model: its device, its process groups, and its shard of the experts.
+"""A rank's share of the model: its device, its process groups, and its shard of the experts.
 
 Imports torch where it is used, as `rank` does.
 """

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out of it. Plain and picklable."""
+"""Requests to an engine, and how a sample ends there. Plain and picklable."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _Stored: TypeAlias = tuple[_Storing, float]
 """The task that stores a video, and the seconds that decoding took."""
 
 SPRITES = (4, 16)
-"""How many columns a spritesheet has, and how many tiles."""
+"""Columns and tiles of a spritesheet."""
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def engine_of(group: FakeGroup) -> Engine:
 
 
 async def one(engine: Engine, name: str, **fields: Any) -> Denoised | Exception:
-    """A sample through the engine."""
+    """Put a sample through the engine, and return its last event."""
     settings = {"negative_prompt": "", "fps": 16, "seed": 0, "guidance_scale": 4, "guidance_scale_2": 3}
     sizes = {"width": 64, "height": 64, "num_frames": 9, "num_inference_steps": STEPS}
     params = Params(prompt="x", flow_shift=5, boundary_ratio=0.5, **settings, **sizes)  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ async def one(engine: Engine, name: str, **fields: Any) -> Denoised | Exception:
 
 
 async def run(group: FakeGroup, names: str) -> dict[str, Denoised | Exception]:
-    """Every sample through one engine, all admitted before the first step."""
+    """Put every sample through one engine, all admitted before the first step."""
     engine = engine_of(group)
     async with asyncio.timeout(10):
         ends = await asyncio.gather(*(one(engine, name) for name in names))

@@ -1,4 +1,4 @@
-"""Tables of what a rank's steps consist of."""
+"""Profiles of a rank's steps."""
 
 from __future__ import annotations
 

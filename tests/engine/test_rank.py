@@ -1,4 +1,4 @@
-"""What a rank says of errors in a step."""
+"""Errors in a step, as a rank translates them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States in storage: the newest stays, failures cost no job anything."""
+"""States in storage: the newest stays, and failures cost no job anything."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def test_the_furthest_is_found_among_what_several_processes_left(tmp_path:
 
 
 async def test_one_that_was_denoised_again_from_an_older_state_does_not_remove_a_newer(tmp_path: Path) -> None:
-    """Whoever was presumed dead and is not may still save: what is further stays."""
+    """A group that was wrongly presumed dead may still save; the state with more steps stays."""
     storage = Storage(str(tmp_path))
     await storage.put("samples/a/00030-aa.safetensors", b"30")
     Saver(storage).save("samples/a", 10, lambda: b"10")

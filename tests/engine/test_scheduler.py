@@ -18,7 +18,7 @@ AGEING = (5.0, 40.0, 200.0)
 
 @dataclass
 class Arrival:
-    """A sample, when its job was created, and how long it was then kept waiting outside."""
+    """A sample that arrives: when its job was created, and how long it then waited outside."""
 
     entry: Entry
     created: float
@@ -61,7 +61,7 @@ schedulers = st.builds(
 
 
 def simulate(scheduler: Scheduler, those: list[Arrival], fixed: float = 0.0) -> list[tuple[float, list[Entry]]]:
-    """Every step, with its time, until all have finished. A pass is measured to take `fixed` beside its work."""
+    """Return every step with its time, until all have finished. A pass takes `fixed` seconds beside its work."""
     steps, now, outside = [], 0.0, list(those)
     while outside or len(scheduler):
         for arrival in [a for a in outside if a.created + a.delay <= now]:
@@ -233,7 +233,7 @@ def equal(name: str, step: int, **changes) -> Entry:
 
 
 def taught(scheduler: Scheduler, fixed: float) -> Scheduler:
-    """It has seen passes over one and over three samples."""
+    """Show a scheduler passes over one and over three samples."""
     for count in (1, 3):
         scheduler.stepped([equal("seen", 0)] * count, fixed + count)
     return scheduler

@@ -44,7 +44,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         one_by_one = asyncio.Semaphore(1)
 
         async def alone(item: Any) -> Any:
-            """Batches are Serve's, of replicas only. One goes on when who called is cancelled."""
+            """Stand in for Serve's batches, which replicas alone have. A batch goes on when its caller is cancelled."""
 
             async def run() -> Any:
                 async with one_by_one:
@@ -91,10 +91,10 @@ async def test_a_decode_that_nobody_waits_for_any_more_stores_nothing(decoder: A
     begun, go_on = threading.Event(), threading.Event()
     decode = decoder._decoder.decode
 
-    def held(latents: Any, arrivals: list[FrameBuffer]) -> Any:
+    def held(latents: Any, frame_buffers: list[FrameBuffer]) -> Any:
         begun.set()
         assert go_on.wait(30)
-        return decode(latents, arrivals)
+        return decode(latents, frame_buffers)
 
     decoder._decoder.decode = held
     call = asyncio.create_task(decoder.decode(latents(), PARAMS, "videos/a/1", "a"))
@@ -115,7 +115,7 @@ async def test_a_decode_that_nobody_waits_for_any_more_stores_nothing(decoder: A
 
 @pytest.fixture
 def encoding(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
-    """When all frames are with the encoder, and when it may end."""
+    """Events: all frames are with the encoder, and it may end."""
     fed, go_on = threading.Event(), threading.Event()
     write = video.write_mp4
 
@@ -181,7 +181,7 @@ async def test_a_decode_that_breaks_off_ends_its_file(
 
 
 class Counted:
-    """Chunks of a decoder as they are begun, by their size; each waits to be let go while `held`."""
+    """Records the widths of the chunks that a decoder begins; while `held`, each waits to be let go."""
 
     def __init__(self, decoder: Any) -> None:
         self.widths: list[int] = []

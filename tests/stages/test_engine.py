@@ -1,4 +1,4 @@
-"""What the step engine promises: samples overtake, leave, move, are saved and resumed, and no pixel shows it."""
+"""Promises of the step engine: samples overtake, leave, move, are saved and resumed, and no pixel changes."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def app(deploy: Any) -> Iterator[Wan]:
 
 @pytest.fixture(scope="module")
 def alone(app: Wan) -> np.ndarray:
-    """The latents that `long` has undisturbed."""
+    """Latents of `long` when it runs alone."""
     return Run(app, app.params(seed=1, **LONG), "alone").result()
 
 

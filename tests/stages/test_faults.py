@@ -1,4 +1,4 @@
-"""What dies or hangs is replaced by itself, what is slow is left alone, and who leaves frees the ranks."""
+"""Faults: a dead or hung rank or replica is replaced, a slow one is left alone, and who leaves frees the ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def make(app: Wan, **fields) -> Done:
 
 
 def make_soon(app: Wan, timeout_s: float = 240) -> Done:
-    """A video as soon as the denoiser is back; before, requests may fail."""
+    """Make a video as soon as the denoiser is back; until then requests may fail."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -102,7 +102,7 @@ def test_who_leaves_frees_the_ranks_at_the_next_step(app):
 
 @ray.remote(num_cpus=0)
 class Busy:
-    """A rank in a step: what it is asked for has to wait."""
+    """A rank in a step: other calls have to wait."""
 
     def work(self, seconds: float) -> float:
         time.sleep(seconds)
