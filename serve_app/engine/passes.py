@@ -106,7 +106,7 @@ class Passes:
         if short:
             self.counters.out_of_memory += 1
             if len(entries) > 1:
-                self._scheduler.out_of_memory(entries)
+                self._scheduler.lower_token_bound(entries)
         elif len(entries) == 1:
             self._fail_by(entries[0], error)
             return 0.0
@@ -130,7 +130,7 @@ class Passes:
         """Note what a pass did to each of its samples. Returns the seconds that it took."""
         self.counters.steps += 1
         self.counters.advanced += len(entries)
-        self._scheduler.stepped(entries, result.seconds)
+        self._scheduler.note_pass(entries, result.seconds)
         for entry in entries:
             if entry.id in result.failed:
                 self._fail(entry, "not_finite", result.failed[entry.id])

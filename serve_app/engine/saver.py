@@ -26,7 +26,7 @@ def _step(key: str) -> int:
     return int(match[1]) if match else -1
 
 
-async def latest(storage: Storage, prefix: str) -> bytes | None:
+async def latest_state(storage: Storage, prefix: str) -> bytes | None:
     """Return the furthest state that was saved under `prefix`; None if there is none."""
     for key in sorted(await storage.list(prefix), key=_step, reverse=True):
         if _step(key) >= 0:

@@ -138,7 +138,7 @@ class Scheduler:
         self._last_high_noise = chosen[0].high_noise
         return chosen
 
-    def stepped(self, entries: list[Entry], seconds: float) -> None:
+    def note_pass(self, entries: list[Entry], seconds: float) -> None:
         """Note how many seconds a pass of these samples took."""
         self._pass_time.learn(sum(entry.work for entry in entries), seconds)
 
@@ -209,7 +209,7 @@ class Scheduler:
                 used += entry.state_mib
         return away
 
-    def out_of_memory(self, chosen: list[Entry]) -> None:
+    def lower_token_bound(self, chosen: list[Entry]) -> None:
         """Allow fewer tokens in a pass from now on, because these samples did not fit into one."""
         self._tokens_per_step = min(self._tokens_per_step, sum(entry.tokens for entry in chosen) - 1)
 

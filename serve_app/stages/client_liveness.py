@@ -30,7 +30,7 @@ class ClientLiveness:
         self._watchers: dict[str, asyncio.Task[None]] = {}
 
     @contextmanager
-    def serving(self, caller: Any) -> Iterator[None]:
+    def watching(self, caller: Any) -> Iterator[None]:
         """Cancel the current task if its caller dies before the context ends.
 
         Args:

@@ -6,8 +6,6 @@ import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,17 +18,15 @@ from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
 from serve_app.request import Params
 from serve_app.stages.client_liveness import ClientLiveness
-from serve_app.storage import Storage, download_name
+from serve_app.stages.video_files import StoredVideo, VideoFiles, warm_up
+from serve_app.storage import Storage
 from serve_app.wan.vae.frame_buffer import Abandoned, FrameBuffer, PixelsNotFinite
 
 logger = get_logger(__name__)
 
-_Storing: TypeAlias = asyncio.Task[tuple[dict[str, str], int, float]]
+_Storing: TypeAlias = asyncio.Task[StoredVideo]
 _Stored: TypeAlias = tuple[_Storing, float]
 """The task that stores a video, and the seconds that decoding took."""
-
-SPRITES = (4, 16)
-"""Columns and tiles of a spritesheet."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +149,13 @@ class Decoder:
                 which is retryable where the storage was away or full.
         """
         item = _Item(latents, params, prefix, job_id, again)
-        with self._client_liveness.serving(caller):
+        with self._client_liveness.watching(caller):
             try:
                 result = await self._decode_batch(item)
                 if isinstance(result, JobFailed):
                     raise result
                 storing, seconds = result
-                outputs, size, stored = await storing
+                stored = await storing
             except asyncio.CancelledError:
                 item.abandoned = True
                 await item.end()
@@ -170,7 +166,8 @@ class Decoder:
             except Exception as error:
                 logger.exception("storing failed", extra={"job": job_id})
                 raise JobFailed("store_failed", one_line(error), retryable=isinstance(error, OSError)) from None
-        return Decoded(outputs, size, {"vae": seconds, "store": stored}, self._revision, item.warnings)
+        timings = {"vae": seconds, "store": stored.seconds}
+        return Decoded(stored.outputs, stored.size_bytes, timings, self._revision, item.warnings)
 
     async def describe(self) -> dict[str, int]:
         """Return how many decodes began (`videos`), were `stopped` before their end, and `repeated` in float32."""
@@ -207,7 +204,7 @@ class Decoder:
         started = time.monotonic()
         for item in items:
             item.frame_buffer, item.decoded = FrameBuffer(), asyncio.get_running_loop().create_future()
-            item.storing = asyncio.create_task(self._store(item, item.frame_buffer, item.decoded))
+            item.storing = asyncio.create_task(self._files(item).store(item.frame_buffer, item.decoded))
         try:
             latents = np.concatenate([item.latents for item in items])
             await self._math.run(self._decode_frames, latents, [item.frame_buffer for item in items], in_float32)
@@ -259,81 +256,15 @@ class Decoder:
         decoder = self._decoder.in_float32() if in_float32 else self._decoder
         return decoder.decode(torch.from_numpy(latents), frame_buffers)
 
-    async def _store(
-        self, item: _Item, frame_buffer: FrameBuffer, decoded: asyncio.Future[float]
-    ) -> tuple[dict[str, str], int, float]:
-        """Write one video's files while its frames come, and put them where they belong.
-
-        Args:
-            item: the call.
-            frame_buffer: its frames in this pass.
-            decoded: done when all frames are there; the moment, on the monotonic clock.
-
-        Returns:
-            The keys of the files, the size of the mp4 in bytes, and the seconds that storing took after decoding.
-        """
-        from serve_app.wan.video import spritesheet, thumbnail, write_mp4
-
+    def _files(self, item: _Item) -> VideoFiles:
         metadata: dict[str, Any] = {"id": item.job_id, "model": self._model_name, "revision": self._revision}
         metadata.update(item.params.model_dump())
-
-        def write(path: Path) -> None:
-            write_mp4(frame_buffer.frames(), path, item.params.fps, metadata, frame_buffer.wait)
-
-        with TemporaryDirectory(prefix="wan-serve-") as folder:
-            path = Path(folder) / "video.mp4"
-            writing = asyncio.create_task(asyncio.to_thread(write, path))
-            try:
-                began = await decoded
-                if item.again:
-                    await self._storage.delete_prefix(item.prefix)
-                outputs: dict[str, str] = {}
-                frames = frame_buffer.frames()  # the encoder is still at work on the last of them
-                small = await asyncio.to_thread(lambda: (thumbnail(frames), spritesheet(frames, *SPRITES)))
-                await self._put(item, "thumbnail.jpg", small[0], outputs)
-                await self._put(item, "spritesheet.jpg", small[1], outputs)
-                await asyncio.shield(writing)
-                # The video comes last, so that the rest is there once the video is.
-                await self._put(item, "video.mp4", path, outputs)
-            except BaseException as error:
-                frame_buffer.fail(Abandoned())  # the encoder need not go on
-                if isinstance(error, asyncio.CancelledError) and decoded.done() and not decoded.cancelled():
-                    await self._remove(item)
-                raise
-            finally:
-                # The thread cannot be stopped at any moment, and needs its folder until it ends.
-                await asyncio.gather(writing, return_exceptions=True)
-            return outputs, path.stat().st_size, time.monotonic() - began
-
-    async def _put(self, item: _Item, name: str, content: bytes | Path, outputs: dict[str, str]) -> None:
-        """Store one of a video's files, and add its key to `outputs`."""
-        key = f"{item.prefix}/{name}"
-        putting = asyncio.ensure_future(self._storage.put(key, content, download_name(item.job_id, key)))
-        try:
-            await asyncio.shield(putting)
-        except asyncio.CancelledError:
-            # It goes on in its thread, and only a file that is there can be removed.
-            await asyncio.gather(putting, return_exceptions=True)
-            raise
-        outputs[name.partition(".")[0]] = key
-
-    async def _remove(self, item: _Item) -> None:
-        """Remove the files of a video that was abandoned."""
-        try:
-            await self._storage.delete_prefix(item.prefix)
-        except OSError as error:  # the dispatcher has them removed later as well
-            logger.warning("files not removed yet", extra={"job": item.job_id, "error": one_line(error)})
+        return VideoFiles(self._storage, item.prefix, item.job_id, item.params.fps, metadata, item.again)
 
     def _warm_up(self, latents: np.ndarray, params: Params) -> None:
-        from serve_app.wan.video import spritesheet, thumbnail, write_mp4
-
         frame_buffer = FrameBuffer()
         try:
             self._decode_frames(latents, [frame_buffer])
         except PixelsNotFinite as error:  # that may be due to the zeros, so the replica starts all the same
             logger.error("the warm-up's pixels are not finite: this VAE may be damaged", extra={"error": str(error)})
-        frames = frame_buffer.frames()
-        with TemporaryDirectory(prefix="wan-serve-") as folder:
-            write_mp4(frames, Path(folder) / "video.mp4", params.fps, {})
-        thumbnail(frames)
-        spritesheet(frames, *SPRITES)
+        warm_up(frame_buffer.frames(), params.fps)

@@ -20,7 +20,7 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.errors import GroupLost, NotAdmitting
 from serve_app.engine.group import Group
 from serve_app.engine.sample_request import Denoised, EncodedRequest, Moved, SampleRequest
-from serve_app.engine.saver import latest
+from serve_app.engine.saver import latest_state
 from serve_app.errors import one_line
 from serve_app.events import Progress
 from serve_app.logs import get_logger
@@ -75,7 +75,7 @@ class Denoiser:
         self._client_liveness = ClientLiveness()
         self._tasks = [
             asyncio.create_task(self._leave_when_lost(), name="leave-when-lost"),
-            asyncio.create_task(watch_routing(self._routed), name="watch-routing"),
+            asyncio.create_task(watch_routing(self._on_routing), name="watch-routing"),
         ]
         self._admit.set_max_batch_size(config.denoiser.batch.size)
         self._admit.set_batch_wait_timeout_s(config.denoiser.batch.wait_s)
@@ -105,7 +105,7 @@ class Denoiser:
         """
         if state is None and resume and request.state_prefix is not None:
             state = await self._saved_state(request)
-        with self._client_liveness.serving(caller):
+        with self._client_liveness.watching(caller):
             try:
                 async with self._engine.place(request):
                     error = await self._admit(EncodedRequest(request, encoded.positive, encoded.negative, state))
@@ -172,12 +172,12 @@ class Denoiser:
         """Return the state that an earlier attempt saved last; None if there is none, or the storage is away."""
         assert request.state_prefix is not None
         try:
-            return await asyncio.wait_for(latest(self._storage, request.state_prefix), _STORAGE_S)
+            return await asyncio.wait_for(latest_state(self._storage, request.state_prefix), _STORAGE_S)
         except (OSError, TimeoutError) as error:
             logger.warning("saved state not read", extra={"job": request.id, "error": one_line(error)})
             return None
 
-    def _routed(self, routed: bool) -> None:
+    def _on_routing(self, routed: bool) -> None:
         logger.info(
             "samples stay" if routed else "draining: samples move away", extra={"resident": self._engine.resident}
         )

@@ -98,7 +98,7 @@ class Pipeline:
         Raises:
             JobFailed: a stage refused or failed it.
         """
-        with self._client_liveness.serving(caller):
+        with self._client_liveness.watching(caller):
             async with aclosing(self._generate(job)) as events:
                 async for event in events:
                     yield event

@@ -71,7 +71,7 @@ def simulate(scheduler: Scheduler, those: list[Arrival], fixed: float = 0.0) -> 
         if batch:
             steps.append((now, batch))
             next(a for a in those if a.entry is batch[0]).led.append(now)
-            scheduler.stepped(batch, fixed + sum(entry.work for entry in batch))
+            scheduler.note_pass(batch, fixed + sum(entry.work for entry in batch))
         for entry in batch:
             entry.step += 1
             if entry.finished:
@@ -224,7 +224,7 @@ def test_after_memory_ran_out_fewer_tokens_share_a_pass():
     for entry in those:
         scheduler.add(entry)
     assert len(scheduler.pick(0)) == 4
-    scheduler.out_of_memory(those)
+    scheduler.lower_token_bound(those)
     assert len(scheduler.pick(0)) == 3
 
 
@@ -235,7 +235,7 @@ def equal(name: str, step: int, **changes) -> Entry:
 def taught(scheduler: Scheduler, fixed: float) -> Scheduler:
     """Show a scheduler passes over one and over three samples."""
     for count in (1, 3):
-        scheduler.stepped([equal("seen", 0)] * count, fixed + count)
+        scheduler.note_pass([equal("seen", 0)] * count, fixed + count)
     return scheduler
 
 

@@ -232,8 +232,7 @@ async def test_of_a_batch_only_who_was_cancelled_is_dropped(decoder: Any, tmp_pa
     await leaving.end()
     chunks.go_on.set()
     _, (storing, _) = await batch
-    outputs, _, _ = await storing
-    assert outputs["video"].startswith("videos/b/")
+    assert (await storing).outputs["video"].startswith("videos/b/")
     assert {path.parent.parent.name for path in stored(tmp_path / "videos").values()} == {"b"}
 
 
@@ -271,12 +270,12 @@ async def test_the_death_of_who_called_ends_the_decode(decoder: Any, tmp_path: P
     chunks, tasks = Counted(decoder), []
 
     @contextmanager
-    def serving(caller: Any) -> Iterator[None]:
+    def watching(caller: Any) -> Iterator[None]:
         tasks.append(asyncio.current_task())
         assert caller == "the pipeline"
         yield
 
-    decoder._client_liveness.serving = serving
+    decoder._client_liveness.watching = watching
     call = asyncio.create_task(decoder.decode(noise(LONG), LONG, "videos/a/1", "a", caller="the pipeline"))
     await asyncio.to_thread(chunks.begun.wait, 30)
     tasks[0].cancel()
@@ -345,8 +344,7 @@ async def test_of_a_batch_only_who_is_not_finite_fails(decoder: Any) -> None:
     items = [_Item(one, PARAMS, f"videos/{name}/1", name, False) for one, name in ((latents(), "a"), (bad, "b"))]
     (storing, _), failed = await decoder.batch(items)
     assert failed.code == "not_finite"
-    outputs, _, _ = await storing
-    assert outputs["video"] == "videos/a/1/video.mp4"
+    assert (await storing).outputs["video"] == "videos/a/1/video.mp4"
 
 
 def test_a_warm_up_does_not_judge(decoder: Any) -> None:
