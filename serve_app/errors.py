@@ -1,4 +1,4 @@
-"""The few exception types that cross modules. Every message is one line that a user can act on, without passwords."""
+"""Exceptions that cross rooms. Every message is one line that a user can act on, without passwords."""
 
 import re
 
@@ -15,7 +15,7 @@ class InvalidRequest(ServeAppError):
     """A request that is refused before any work.
 
     Args:
-        param: name of the field at fault, as the API spells it.
+        param: name of the field at fault, as the API spells it; None if no single field is.
         message: one sentence with the value and what was expected.
     """
 
@@ -41,14 +41,16 @@ class StateError(ServeAppError):
 
 
 def without_password(url: str) -> str:
-    """A URL for people, with `***` for whatever may be a password: in front of the host, also where it holds signs that
-    it should not and ends elsewhere for a parser, and in the query."""
+    """Return a URL for people, with `***` for whatever may be a password, in front of the host or in the query.
+
+    A password may hold characters that it should not, so that a parser would see it end elsewhere; it is hidden whole.
+    """
     shown = re.sub(r"(//[^:/]*):.*@" if "//" in url else r"^([^:@]*):.*@", r"\1:***@", url, flags=re.DOTALL)
     return re.sub(r"([?&]pass\w*=)[^&]*", r"\1***", shown, flags=re.IGNORECASE)
 
 
 def one_line(error: BaseException) -> str:
-    """An exception for people: its kind and its first line."""
+    """Return an exception for people: its type and its first line, at most 300 characters."""
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first}"[:300]
 
@@ -57,11 +59,11 @@ class JobFailed(ServeAppError):
     """A job ended without a video.
 
     Args:
-        code: a stable word for programs (``out_of_memory``, ``cancelled``, ...).
+        code: a stable word for programs, `out_of_memory` or `cancelled` for example.
         message: one sentence for people.
-        retryable: whether another attempt could succeed (a lost rank) or not (a request that cannot fit).
-        step: the denoising step, counted from 1, during which a group of ranks was lost with this job in it: the job
-            may be the reason. None in all other cases.
+        retryable: whether another attempt could succeed (after a lost rank) or not (a request that cannot fit).
+        step: the denoising step, counted from 1, during which a group of ranks was lost with this job in it, so that
+            the job may be the reason. None in all other cases.
     """
 
     def __init__(self, code: str, message: str, retryable: bool = False, step: int | None = None) -> None:

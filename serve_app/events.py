@@ -1,4 +1,4 @@
-"""What a running job reports, from the engine up to the client. Plain, picklable, free of model code."""
+"""Events of a running job, from the engine up to the client. Plain, picklable, free of model code."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ StageName = Literal["encode", "denoise", "decode"]
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of a stage is done.
+    """A stage has begun, or one of its steps is done.
 
-    `step` counts from 0 (the stage has begun) to `steps` (it has ended). `seconds_left` estimates the time until the
-    video is there, and is None while nothing is known.
+    Attributes:
+        stage: which one.
+        step: steps that are done, from 0 (the stage has begun) to `steps` (it has ended).
+        steps: how many the stage has.
+        seconds_left: estimated seconds until the video is there; None while nothing is known.
     """
 
     stage: StageName
@@ -26,8 +29,12 @@ class Progress:
 class Done:
     """The video is stored.
 
-    `outputs` maps `video`, `thumbnail` and `spritesheet` to storage keys; `timings` maps a stage to its seconds;
-    `warnings` holds sentences for the user (a truncated prompt, say); `revision` names the weights that made it.
+    Attributes:
+        outputs: storage keys of `video`, `thumbnail` and `spritesheet`.
+        timings: seconds by stage.
+        size_bytes: size of the video's file.
+        warnings: sentences for the user, of a truncated prompt for example.
+        revision: names the weights that made the video.
     """
 
     outputs: dict[str, str]

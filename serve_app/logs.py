@@ -6,14 +6,15 @@ import json
 import logging
 from datetime import UTC, datetime
 
-# Attributes that every LogRecord has; whatever else is on a record came in by `extra`.
+# Attributes that every LogRecord has; all others came in by `extra`.
 _STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line: time, level, logger, message, the fields of `extra`, and a traceback if there is one."""
+    """Formats a record as one line: time, level, logger, message, the fields of `extra`, and a traceback if any."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one JSON object."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -27,7 +28,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def get_logger(name: str) -> logging.Logger:
-    """A logger below `serve_app`, e.g. `get_logger(__name__).info("claimed", extra={"job": id})`."""
+    """Return a logger below `serve_app`, for example for `logger.info("claimed", extra={"job": id})`."""
     package = logging.getLogger("serve_app")
     if not package.handlers:
         handler = logging.StreamHandler()

@@ -1,6 +1,6 @@
-"""The Ray actor that this code runs in, and the cluster around it: what every deployment of ours asks at its start.
+"""Questions of every deployment at its start: which Ray actor this is, and which cluster it runs in.
 
-Knows neither jobs nor the model.
+Imports neither jobs nor the model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 
 def this_process() -> Any:
-    """Return a handle of the actor that this code runs in, for the actors that it calls; None outside of actors."""
+    """Return a handle of the actor that runs this code, to hand to actors that it calls; None outside of an actor."""
     if not ray.is_initialized():  # asking for a context would start a Ray
         return None
     try:
@@ -34,10 +34,14 @@ def alive_hosts() -> int:
 
 
 def check_hosts(config: Config, hosts: int) -> None:
-    """Check that the job store can serve a cluster of so many hosts.
+    """Check that the job store can serve a cluster of several hosts.
+
+    Args:
+        config: the deployment's configuration.
+        hosts: how many the cluster has.
 
     Raises:
-        ConfigError: the store is a file that other hosts do not see.
+        ConfigError: the store is a file that the other hosts cannot read.
     """
     if hosts > 1 and not config.store.shared_disk and config.store_url.startswith("sqlite"):
         raise ConfigError(
@@ -50,8 +54,8 @@ def check_hosts(config: Config, hosts: int) -> None:
 def starting() -> Iterator[None]:
     """Log a ConfigError of a replica's constructor as one line.
 
-    Serve prints an exception of a constructor with all its causes, a hundred lines for each try, among which nobody
-    finds the line that helps.
+    Serve prints an exception of a constructor with all its causes, a hundred lines for each try, in which the line that
+    helps is hard to find.
     """
     try:
         yield

@@ -29,6 +29,7 @@ from serve_app.dispatch.rabbitmq import broker
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Event
 from serve_app.gateway.app import create_app
+from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.notify.notifier import Notifier
 from serve_app.server import Server
@@ -58,7 +59,7 @@ class Pipeline(FakePipeline):
     def __init__(self, storage: Storage) -> None:
         super().__init__(storage, step_s=0.1, saving=True)
 
-    async def __call__(self, job: dict[str, Any]) -> AsyncGenerator[Event, None]:
+    async def __call__(self, job: JobSpec) -> AsyncGenerator[Event, None]:
         try:
             async with aclosing(super().__call__(job)) as events:
                 async for event in events:

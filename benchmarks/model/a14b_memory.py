@@ -35,6 +35,7 @@ from benchmarks.machine import describe
 from benchmarks.model import dummy_checkpoint as dummy_checkpoint
 from benchmarks.model.parity import run_ranks
 from serve_app.config import Config
+from serve_app.engine.messages import StepRequest, StepResult
 from serve_app.engine.rank import Rank
 from serve_app.request import Params
 from serve_app.wan.parallel.mesh import AXES, Mesh
@@ -190,7 +191,6 @@ def _measure(
 def _denoised(ours: Rank, params: Params, first: bool, gap_ms: float) -> dict[str, Any]:
     """What the steps of one sample take. First-time work of the process is done before, that of a later size is in its
     first step, which is in `all steps s` alone."""
-    assert ours._experts is not None
     started = time.perf_counter()
     if first:
         ours.warm_up(params)
@@ -207,20 +207,20 @@ def _denoised(ours: Rank, params: Params, first: bool, gap_ms: float) -> dict[st
     seconds = []
     for _ in range(steps):
         time.sleep(gap_ms / 1e3)
-        seconds.append(ours.step([[name], [], {}])[0])
+        seconds.append(StepResult.from_wire(ours.step(StepRequest([name]).to_wire())).seconds)
     gc.callbacks.pop()
     ours.drop([name])
     usual = statistics.median(seconds)
     slow = {step: round(one, 3) for step, one in enumerate(seconds, 1) if one > 1.05 * usual}
     middle = admitted.boundary if 0 < admitted.boundary < steps else 0
-    slots = ours._experts._slots
+    slots = ours.model.experts._slots
     free, total = torch.cuda.mem_get_info() if cuda else (0, 1)
     return {
         "warm": warm,
         "step": statistics.median([one for step, one in enumerate(seconds) if step not in (0, middle)] or seconds),
         "first": seconds[middle],
-        "weights": ours._experts.device_bytes,
-        "layers": int(ours._checkpoint.expert_config("transformer")["num_layers"]),
+        "weights": ours.model.experts.device_bytes,
+        "layers": int(ours.model.checkpoint.expert_config("transformer")["num_layers"]),
         "slots": None if slots is None else len(slots._slots),
         "peak": torch.cuda.max_memory_allocated() if cuda else 0,
         "reserved": torch.cuda.max_memory_reserved() if cuda else 0,

@@ -76,8 +76,8 @@ class Holder:
             self._count += 1
             params = self._app.params(self._count, num_inference_steps=STEPS, **fields)
             prefix = None if save_under is None else f"{save_under}/{self._count}"
-            ticket = SampleRequest(f"sample{self._count}", params, state_prefix=prefix)
-            responses.append(self._denoiser.denoise.remote(ticket, self._encoded))
+            request = SampleRequest(f"sample{self._count}", params, state_prefix=prefix)
+            responses.append(self._denoiser.denoise.remote(request, self._encoded))
             threads.append(threading.Thread(target=_listen, args=(responses[-1],), daemon=True))
             threads[-1].start()
         self.until(lambda told: told["resident"] == len(samples))

@@ -37,6 +37,7 @@ from benchmarks.serving.serving_tax import load
 from serve_app.app import wan
 from serve_app.config import Config, validate
 from serve_app.events import Done
+from serve_app.job_spec import JobSpec
 from serve_app.request import Params, VideoRequest, resolve
 from serve_app.wan.video import write_mp4
 
@@ -72,7 +73,7 @@ class Application:
         """One job through all stages."""
         self._jobs += 1
         name = f"video_{self._jobs}"
-        job = {"id": name, "attempt": 1, "params": params.model_dump(), "prefix": f"videos/{name}/1"}
+        job = JobSpec(name, params, f"videos/{name}/1")
         events = list(self.pipeline.generate.remote(job))
         assert isinstance(events[-1], Done), events
         return events[-1]

@@ -19,7 +19,7 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.machine import describe
-from serve_app.stages.decoder import SPRITES
+from serve_app.stages.video_files import SPRITES
 from serve_app.wan import video
 
 _FPS = 16

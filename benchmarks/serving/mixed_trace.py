@@ -62,15 +62,15 @@ class Asker:
     def ask(self, kind: str, heard: Heard, created_at: float = 0.0) -> threading.Thread:
         """Ask for one sample; its latency is in `heard` when the thread has ended."""
         self._count += 1
-        ticket = SampleRequest(f"{kind}{self._count}", self._params[kind], created_at=created_at)
-        thread = threading.Thread(target=self._follow, args=(ticket, kind, heard), daemon=True)
+        request = SampleRequest(f"{kind}{self._count}", self._params[kind], created_at=created_at)
+        thread = threading.Thread(target=self._follow, args=(request, kind, heard), daemon=True)
         thread.start()
         return thread
 
-    def _follow(self, ticket: SampleRequest, kind: str, heard: Heard) -> None:
+    def _follow(self, request: SampleRequest, kind: str, heard: Heard) -> None:
         asked = time.monotonic()
         try:
-            events = list(self._denoiser.denoise.remote(ticket, self._encoded[kind]))
+            events = list(self._denoiser.denoise.remote(request, self._encoded[kind]))
             assert isinstance(events[0], Started) and isinstance(events[-1], Denoised), events
             heard.seconds[kind].append(time.monotonic() - asked)
         except Exception as error:

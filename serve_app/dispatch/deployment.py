@@ -36,6 +36,7 @@ from serve_app.dispatch.rabbitmq import broker
 from serve_app.dispatch.run import PipelineUnavailable
 from serve_app.errors import JobFailed
 from serve_app.events import Event
+from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.notify.notifier import Notifier
 from serve_app.replica import alive_hosts, check_hosts, starting, this_process
@@ -71,18 +72,18 @@ class ServePipeline:
     """A `Runner` over the pipeline of a Serve application.
 
     Args:
-        application: the application's name; its ingress has `generate(job)`, which yields events.
+        application: the application's name; its ingress has `generate(job, caller)`, which yields events.
     """
 
     def __init__(self, application: str) -> None:
         self._application = application
         self._handle: Any = None
 
-    async def __call__(self, job: dict[str, Any]) -> AsyncGenerator[Event, None]:
+    async def __call__(self, job: JobSpec) -> AsyncGenerator[Event, None]:
         handle = await self._connected()
         response = None
         try:
-            response = handle.generate.remote({**job, "caller": this_process()})
+            response = handle.generate.remote(job, this_process())
             async for event in response:
                 yield event
         except asyncio.CancelledError:

@@ -9,21 +9,24 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
-from typing import Any, Literal
+from typing import Literal, cast
 
 from serve_app import config
+from serve_app.config import Priority
 from serve_app.db.database import STORE_AWAY
 from serve_app.db.tables import CANCELLED, Job
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Done, Event, Progress
+from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
+from serve_app.request import Params
 from serve_app.storage import Storage
 
 logger = get_logger(__name__)
 
-Runner = Callable[[dict[str, Any]], AsyncGenerator[Event, None]]
-"""Makes the video of a job (see `spec`), telling its events. Closing the generator cancels it."""
+Runner = Callable[[JobSpec], AsyncGenerator[Event, None]]
+"""Makes the video of a job and yields its events. Closing the generator cancels it."""
 
 Verdict = Literal["cancelled", "deadline", "lost", "stopping"]
 
@@ -40,25 +43,18 @@ class PipelineUnavailable(Exception):
     """The pipeline cannot be reached at all, which is no job's fault: jobs wait and lose no attempt."""
 
 
-def spec(job: Job) -> dict[str, Any]:
-    """What the pipeline is told of a job.
-
-    Returns:
-        `id`; `attempt`, counted from 1; `params`, of `serve_app.request.Params`; `prefix`, the storage folder of this
-        attempt's files; `state_prefix`, that of the sample's saved states, which outlive the attempt; `priority`;
-        `created_at`, from when on it waits, in seconds since the epoch; `losses`, how often a group was lost during one
-        and the same step.
-    """
-    return {
-        "id": job.id,
-        "attempt": job.attempt,
-        "params": job.params,
-        "prefix": job.prefix,
-        "state_prefix": job.state_prefix,
-        "priority": job.priority,
-        "created_at": job.waits_since,
-        "losses": job.losses,
-    }
+def spec_of(job: Job) -> JobSpec:
+    """Return what the pipeline needs to know of a claimed job."""
+    return JobSpec(
+        id=job.id,
+        params=Params(**job.params),
+        prefix=job.prefix,
+        attempt=job.attempt,
+        state_prefix=job.state_prefix,
+        priority=cast(Priority, job.priority),
+        created_at=job.waits_since,
+        losses=job.losses,
+    )
 
 
 class Run:
@@ -160,7 +156,7 @@ class Run:
     async def _follow(self) -> Done:
         """The pipeline's events up to the video, or to the deadline."""
         with self._deadline() as disarm:
-            async with aclosing(self._runner(spec(self.job))) as events:
+            async with aclosing(self._runner(spec_of(self.job))) as events:
                 async for event in events:
                     if isinstance(event, Done):
                         # What is there in time is recorded, however long that takes.

@@ -1,4 +1,4 @@
-"""One denoiser group: which samples step next, and the ranks that do the step.
+"""The engine of one denoiser group: which samples step next, and the ranks that make the step.
 
-Knows Ray actors and the model, but neither Serve, HTTP nor jobs.
+Imports Ray actors and the model, but neither Serve, HTTP nor the job store.
 """

@@ -1,4 +1,4 @@
-"""Room for a bounded number of samples, given to whoever is most urgent."""
+"""Places for a bounded number of samples, given to the most urgent of those that wait."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-from serve_app.errors import JobFailed, ServeAppError
-
-
-class Leaving(ServeAppError):
-    """No seat is given any more: the engine's samples move elsewhere."""
+from serve_app.engine.errors import NotAdmitting
+from serve_app.errors import JobFailed
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Who asks for room, and the class (0 is the most urgent) and turn that decide, as in `Entry`."""
+    """A sample that asks for a place.
+
+    Attributes:
+        id: the sample's.
+        priority: of its class; 0 is the most urgent.
+        effective_deadline: as in `Entry`.
+    """
 
     id: str
     priority: int
     effective_deadline: float
 
     def key(self, now: float) -> tuple[float, float, float]:
-        """The smaller, the sooner."""
+        """Return a key to sort by; the smallest goes first."""
         return (
             (0, 0, self.effective_deadline)
             if self.effective_deadline <= now
@@ -31,40 +34,40 @@ class Claim:
 
 
 class AdmissionQueue:
-    """Seats in an engine.
+    """The places of an engine, and the samples that wait for one.
 
     Args:
-        count: how many there are.
+        places: how many samples may be inside at once.
     """
 
-    def __init__(self, count: int) -> None:
-        self._free = count
+    def __init__(self, places: int) -> None:
+        self._free = places
         self._closed = False
-        self._taken: set[str] = set()
+        self._inside: set[str] = set()
         self._waiting: dict[str, tuple[Claim, asyncio.Future[None]]] = {}
 
     def __contains__(self, sample_id: str) -> bool:
-        return sample_id in self._taken
+        return sample_id in self._inside
 
-    def next(self) -> Claim | None:
-        """Who would get the next seat."""
+    def next_claim(self) -> Claim | None:
+        """Return the claim that would get the next place; None if no sample waits."""
         now = time.time()
         return min((claim for claim, _ in self._waiting.values()), key=lambda claim: claim.key(now), default=None)
 
-    async def take(self, claim: Claim) -> None:
-        """Wait for a seat.
+    async def wait_for_place(self, claim: Claim) -> None:
+        """Take a place as soon as there is one.
 
         Raises:
-            JobFailed: the sample has a seat, or waits for one, already.
-            Leaving: `close` was called.
+            JobFailed: the sample has a place, or waits for one, already.
+            NotAdmitting: `close` was called.
         """
         if self._closed:
-            raise Leaving("this group takes no more samples")
-        if claim.id in self._taken or claim.id in self._waiting:
+            raise NotAdmitting("this group takes no more samples")
+        if claim.id in self._inside or claim.id in self._waiting:
             raise JobFailed("duplicate", f"sample {claim.id} is being denoised already")
         if self._free:
             self._free -= 1
-            self._taken.add(claim.id)
+            self._inside.add(claim.id)
             return
         given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[claim.id] = claim, given
@@ -72,31 +75,28 @@ class AdmissionQueue:
             await given
         except asyncio.CancelledError:
             self._waiting.pop(claim.id, None)
-            if claim.id in self._taken:  # it was given in the very moment that nobody wanted it any more
-                self.leave(claim.id)
+            if claim.id in self._inside:  # the place was given in the very moment in which the wait was cancelled
+                self.free_place(claim.id)
             raise
 
-    def leave(self, sample_id: str) -> None:
-        """Free a seat."""
-        self._taken.remove(sample_id)
-        self._hand_on()
-
-    def close(self) -> None:
-        """Give no more seats; who waits for one hears it."""
-        self._closed = True
-        for _, given in self._waiting.values():
-            if not given.done():
-                given.set_exception(Leaving("this group takes no more samples"))
-        self._waiting.clear()
-
-    def open(self) -> None:
-        """Give seats again."""
-        self._closed = False
-
-    def _hand_on(self) -> None:
-        claim = self.next()
+    def free_place(self, sample_id: str) -> None:
+        """Give a sample's place to the next one."""
+        self._inside.remove(sample_id)
+        claim = self.next_claim()
         if claim is None:
             self._free += 1
         else:
-            self._taken.add(claim.id)
+            self._inside.add(claim.id)
             self._waiting.pop(claim.id)[1].set_result(None)
+
+    def close(self) -> None:
+        """Give no more places, and send away the samples that wait."""
+        self._closed = True
+        for _, given in self._waiting.values():
+            if not given.done():
+                given.set_exception(NotAdmitting("this group takes no more samples"))
+        self._waiting.clear()
+
+    def open(self) -> None:
+        """Give places again."""
+        self._closed = False

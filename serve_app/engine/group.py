@@ -1,8 +1,7 @@
-"""The ranks of one denoiser replica, seen from its coordinator: start them, have them step, notice when one is gone."""
+"""The ranks of one denoiser replica, as their coordinator handles them: start, step, notice when one is gone."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import contextvars
 import functools
@@ -13,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from serve_app.compute import SEE_ALL_GPUS
 from serve_app.config import Config
-from serve_app.engine.messages import Admitted, DeviceBroken, RankStatus, StepRequest, StepResult, Survey
+from serve_app.engine.answers import Answers
+from serve_app.engine.errors import GroupLost
+from serve_app.engine.messages import Admitted, Loaded, RankStatus, StepRequest, StepResult, Survey
 from serve_app.engine.rank import RankActor
-from serve_app.errors import ServeAppError
 from serve_app.logs import get_logger
 from serve_app.request import Params
 from serve_app.wan.cost import activation_bytes
@@ -32,25 +31,9 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# A call that failed on one rank leaves the others waiting in a collective for ever; this is how long they may lag.
-_STRAGGLER_S = 5.0
-
-
-class GroupLost(ServeAppError):
-    """A rank died or hangs: the whole group must be replaced, for the others wait for it in a collective.
-
-    Args:
-        message: what happened.
-        host: whether it was the rank's host that went, which no sample can be the reason of.
-    """
-
-    def __init__(self, message: str, host: bool = False) -> None:
-        super().__init__(message)
-        self.host = host
-
 
 class Group:
-    """A started group. Every method is called on all ranks alike, in the same order: that keeps them in step.
+    """A started group. Most methods call all ranks alike, in the same order: that keeps them in step.
 
     Args:
         ranks: the actors, by rank.
@@ -75,10 +58,13 @@ class Group:
         first_bundle: int,
         experts: tuple[Expert, ...] | None = None,
     ) -> Group:
-        """Start the ranks on the bundles from `first_bundle` on, one each, load the shards and run them once.
+        """Start one rank on each bundle from `first_bundle` on, load their shards and run each expert once.
 
         Args:
-            experts: which ones the ranks hold; None is all.
+            config: the deployment's configuration.
+            placement_group: where the ranks run.
+            first_bundle: the bundle of rank 0.
+            experts: which experts the ranks hold; None is all.
 
         Raises:
             GroupLost: a rank died or did not load within `denoiser.start_timeout_s`.
@@ -95,27 +81,16 @@ class Group:
             for index in range(parallel.size)
         ]
         group = cls(ranks, config)
-        timeout = config.denoiser.start_timeout_s
+        timeout_s = config.denoiser.start_timeout_s
+        started = time.monotonic()
         try:
-            started = time.monotonic()
             if Mesh.of(parallel) is None:
-                seen: Survey = (await group._within(timeout, ranks[0].survey.remote()))[0]
-                work = functools.partial(
-                    activation_bytes,
-                    seen.shape,
-                    config.most_tokens,
-                    config.model.itemsize,
-                    compiled=config.denoiser.compile,
-                )
-                group.mesh, why = default_mesh(
-                    parallel.size, seen.shape, seen.weight_bytes.__getitem__, seen.device_bytes, work
-                )
-                logger.info("mesh picked", extra={"mesh": str(group.mesh), "reason": why})
-            address, port = (await group._within(timeout, ranks[0].rendezvous.remote()))[0]
-            loaded = await group._all("load", address, port, group.mesh, timeout_s=timeout)
-            group._statuses = await group._all("status", timeout_s=timeout)
+                group.mesh = await group._pick_mesh(timeout_s)
+            address, port = await group._first("rendezvous", timeout_s=timeout_s)
+            loaded: list[Loaded] = await group._all("load", address, port, group.mesh, timeout_s=timeout_s)
+            group._statuses = await group._all("status", timeout_s=timeout_s)
             if config.denoiser.warmup:
-                await group._all("warm_up", group.warm_up_params(), timeout_s=timeout)
+                await group._all("warm_up", group.warm_up_params(), timeout_s=timeout_s)
         except BaseException:
             group.kill()
             raise
@@ -125,14 +100,27 @@ class Group:
                 "ranks": len(ranks),
                 "mesh": str(group.mesh),
                 "seconds": round(time.monotonic() - started, 2),
-                "load_seconds": [round(rank["seconds"], 2) for rank in loaded],
-                "peak_rss_mib": [round(rank["peak_rss_mib"]) for rank in loaded],
+                "load_seconds": [round(rank.seconds, 2) for rank in loaded],
+                "peak_rss_mib": [round(rank.peak_rss_mib) for rank in loaded],
             },
         )
         return group
 
+    async def _pick_mesh(self, timeout_s: float) -> Mesh:
+        """Pick the mesh by the model and the device that rank 0 sees."""
+        config = self._config
+        seen: Survey = await self._first("survey", timeout_s=timeout_s)
+        work = functools.partial(
+            activation_bytes, seen.shape, config.most_tokens, config.model.itemsize, compiled=config.denoiser.compile
+        )
+        mesh, why = default_mesh(
+            config.denoiser.parallel.size, seen.shape, seen.weight_bytes.__getitem__, seen.device_bytes, work
+        )
+        logger.info("mesh picked", extra={"mesh": str(mesh), "reason": why})
+        return mesh
+
     def warm_up_params(self) -> Params:
-        """The default request of this deployment."""
+        """Return the default request of this deployment."""
         return Params(**self._config.defaults.model_dump(), prompt="warm-up", seed=0)
 
     async def admit(
@@ -143,12 +131,12 @@ class Group:
         negative: np.ndarray | None,
         state: bytes | None = None,
     ) -> Admitted:
-        """Give every rank the sample. What is large travels once per host, not once per rank."""
+        """Have every rank take in a sample. Arrays and states travel once per host, not once per rank."""
         shared = [None if one is None else ray.put(one) for one in (positive, negative, state)]
         return (await self._all("admit", sample_id, params, *shared))[0]
 
-    async def step(self, order: StepRequest) -> StepResult:
-        """One denoising step on all ranks.
+    async def step(self, request: StepRequest) -> StepResult:
+        """Make one denoising step on all ranks.
 
         Raises:
             GroupLost: a rank died or the step exceeded `denoiser.step_timeout_s`.
@@ -156,25 +144,24 @@ class Group:
             Exception: what the step raised on every rank; the group is still in step.
         """
         # Every rank has the same latents to the bit, so what one says of them holds for all.
-        seconds, failed = (await self._all("step", [order.advance, order.park, order.save]))[0]
-        return StepResult(seconds, failed)
+        return StepResult.from_wire((await self._all("step", request.to_wire()))[0])
 
     async def save(self, sample_id: str) -> bytes:
-        """A sample's state, for another group to continue."""
-        state: bytes = (await self._within(self._step_timeout_s, self._ranks[0].save.remote(sample_id)))[0]
+        """Return a sample's state, from which another group can continue it."""
+        state: bytes = await self._first("save", sample_id)
         return state
 
     async def latents(self, sample_id: str) -> np.ndarray:
-        """The sample's latents, float32 [1, channels, frames, height, width]."""
-        latents: np.ndarray = (await self._within(self._step_timeout_s, self._ranks[0].latents.remote(sample_id)))[0]
+        """Return a sample's latents, float32 [1, channels, frames, height, width]."""
+        latents: np.ndarray = await self._first("latents", sample_id)
         return latents
 
     async def drop(self, sample_ids: list[str]) -> None:
         """Forget samples on every rank."""
         await self._all("drop", sample_ids)
 
-    async def check(self, timeout_s: float) -> list[RankStatus]:
-        """Ask every rank for a sign of life.
+    async def check_ranks(self, timeout_s: float) -> list[RankStatus]:
+        """Return the status of every rank, in their order.
 
         Raises:
             GroupLost: a rank is dead, does not answer within `timeout_s`, or is stuck in a step.
@@ -198,40 +185,20 @@ class Group:
             ray.kill(rank, no_restart=True)
 
     async def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
-        return await self._within(timeout_s or self._step_timeout_s, *_called(self._ranks, method, *args))
+        """Call a method of every rank, and return the results in the order of the ranks."""
+        calls = call_ranks(self._ranks, method, *args)
+        return (await Answers.gather(timeout_s or self._step_timeout_s, calls)).results()
 
-    async def _within(self, timeout_s: float, *references: Any) -> list[Any]:
-        """Results of a call on every rank; an error counts as the group's own unless a rank is gone."""
-        answers = [asyncio.wrap_future(reference.future()) for reference in references]
-        done, late = await asyncio.wait(answers, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        # Where a rank has died the others' answers decide nothing: they may be waiting for it in a collective.
-        failed = [error for answer in done if (error := answer.exception())]
-        if late and failed and not any(isinstance(_cause(error), RayActorError | DeviceBroken) for error in failed):
-            more, late = await asyncio.wait(late, timeout=_STRAGGLER_S)
-            done |= more
-        for answer in late:
-            answer.cancel()
-        errors = [_cause(error) for answer in answers if answer in done and (error := answer.exception())]
-        for error in errors:
-            if isinstance(error, RayActorError):
-                raise GroupLost(f"a rank died: {_first_line(error)}", host=_host_died(error)) from error
-            if isinstance(error, DeviceBroken):
-                raise GroupLost(f"a rank's device failed: {error}") from error
-        # On a device a rank runs ahead: what it has begun alone the others would take for the first of the next step.
-        apart = len({getattr(error, "exchanged", 0) for error in errors}) > 1
-        if errors and (late or apart or len(errors) < len(answers)):
-            raise GroupLost(f"the ranks are out of step: {_first_line(errors[0])}") from errors[0]
-        if errors:
-            raise errors[0]
-        if late:
-            raise GroupLost(f"{len(late)} of {len(answers)} ranks did not answer within {timeout_s:.0f} s")
-        return [answer.result() for answer in answers]
+    async def _first(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
+        """Call a method of rank 0 alone; it must not be one in which ranks exchange anything."""
+        call = getattr(self._ranks[0], method).remote(*args)
+        return (await Answers.gather(timeout_s or self._step_timeout_s, [call])).results()[0]
 
 
 def rank_actor(config: Config) -> dict[str, Any]:
-    """Ray's options for a rank."""
+    """Return Ray's options for a rank."""
     stage, need, mesh = config.denoiser, config.denoiser.rank, Mesh.of(config.denoiser.parallel)
-    # Those that share weights show each other their devices' memory, see `symmetric_memory`.
+    # Ranks that share weights read each other's devices, see `symmetric_memory`.
     shared = stage.symmetric_memory and need.num_gpus > 0 and (mesh.tensor > 1 if mesh else stage.parallel.size > 1)
     return {
         "num_cpus": need.num_cpus,
@@ -241,26 +208,14 @@ def rank_actor(config: Config) -> dict[str, Any]:
     }
 
 
-def _called(ranks: list[Any], method: str, *args: Any) -> list[Any]:
-    """A call on each of these ranks, on nobody's behalf.
+def call_ranks(ranks: list[Any], method: str, *args: Any) -> list[Any]:
+    """Call a method of each of these ranks, outside of the context of any request.
 
-    With a request Ray cancels the calls that were made for it, which it knows by the context. A rank that then left out
-    what the others did would be out of step, and a request that is cancelled may not cost the others their group.
+    Ray cancels the calls that were made for a request when the request is cancelled, and finds them by the context. A
+    rank that left out what the others did would be out of step, so one cancelled request would cost all others their
+    group.
+
+    Returns:
+        Ray's references to the answers, by rank.
     """
     return contextvars.Context().run(lambda: [getattr(rank, method).remote(*args) for rank in ranks])
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What was raised on the rank; Ray's wrapper only adds where."""
-    if isinstance(error, RayTaskError) and isinstance(error.cause, ServeAppError):
-        return error.cause
-    return GroupLost(str(error)) if isinstance(error, GetTimeoutError) else error
-
-
-def _host_died(error: RayActorError) -> bool:
-    """Whether the actor went with its host, or the link to it. Ray says the former in words only."""
-    return isinstance(error, ActorUnavailableError) or "its node has died" in str(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]

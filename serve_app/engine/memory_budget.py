@@ -1,4 +1,4 @@
-"""What a rank takes of its device, from the configuration and the headers of the weights, before anything is loaded.
+"""Memory that a rank needs on its device, from the configuration and the weights' headers, before anything is loaded.
 
 Imports torch where it is used, as `rank` does.
 """
@@ -24,17 +24,20 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class _Held:
-    """Bytes of an expert's weights on one rank: of its blocks, and of all else."""
+    """Bytes of an expert's weights on one rank: in its blocks, and outside of them."""
 
     blocks: float
     outside: float
 
 
 class MemoryBudget:
-    """What one rank of a mesh needs.
+    """Memory that one rank of a mesh needs.
 
     Args:
-        experts: those that it holds.
+        config: the deployment's configuration.
+        checkpoint: the model's folder.
+        experts: which experts the rank holds.
+        mesh: how the group's ranks share a step.
 
     Raises:
         CheckpointError: the folder is not a complete model.
@@ -48,19 +51,18 @@ class MemoryBudget:
 
     @property
     def weight_bytes(self) -> float:
-        """Of all weights that are on the device at once, if no block passes through."""
+        """Bytes of all weights that are on the device at once without offload."""
         blocks = [one.blocks for one in self._held]
-        taken = max(blocks) if self._config.denoiser.experts == "swap" else sum(blocks)
-        return taken + sum(one.outside for one in self._held)
+        resident = max(blocks) if self._config.denoiser.experts == "swap" else sum(blocks)
+        return resident + sum(one.outside for one in self._held)
 
-    def check(self, limit: float) -> None:
-        """Whether the weights and a step of the default size fit, with the keys and values of its texts.
+    def check_fits(self, limit: float) -> None:
+        """Check that the weights and a step of the default size fit, with the text K/V cache.
 
-        Of A14B this is within 3 % of what the allocator was seen to hold
-        (benchmarks/results/2026-11-25-a14b-2xh100.md).
+        For A14B the estimate is within 3 % of what the allocator held (benchmarks/results/2026-11-25-a14b-2xh100.md).
 
         Args:
-            limit: bytes of the device that the rank may take.
+            limit: bytes of the device that the rank may use.
 
         Raises:
             ConfigError: they do not.
@@ -69,7 +71,7 @@ class MemoryBudget:
         step = self._step_bytes(max(defaults.tokens, self._config.denoiser.fuse_guidance_tokens))
         stage = self._config.denoiser
         texts = text_bytes(self._shape, self._config.model.itemsize, self._mesh)
-        # Of each expert: those of the first are still there when the second one steps.
+        # Each expert has its own: those of the first are still there when the second one steps.
         need = self.weight_bytes + step + len(self._held) * min(texts, stage.text_cache_mib * 2**20)
         if need > limit:
             raise ConfigError(
@@ -79,26 +81,30 @@ class MemoryBudget:
                 ".parallel.tensor make it less"
             )
 
-    def slots(self, limit: float, device: torch.device) -> BlockSwap | None:
-        """Where blocks take turns on the device; None where all of them stay there.
+    def block_swap(self, limit: float, device: torch.device) -> BlockSwap | None:
+        """Return where blocks take turns on the device; None where all of them stay there.
+
+        Args:
+            limit: bytes of the device that the rank may use.
+            device: where the rank computes.
 
         Raises:
-            ConfigError: not even the blocks in use fit, or where no block passes through, see `check`.
+            ConfigError: not even the blocks in use fit, or without offload see `check_fits`.
         """
         from serve_app.wan.offload.block_store import FileBlocks, HostBlocks
         from serve_app.wan.offload.block_swap import BlockSwap
 
         stage = self._config.denoiser
         if stage.offload == "none":
-            self.check(limit)
-            # Both experts of a CPU are in host memory anyway.
+            self.check_fits(limit)
+            # On a CPU both experts are in host memory anyway.
             swap = stage.experts == "swap" and device.type != "cpu"
             return BlockSwap(device, HostBlocks(device)) if swap else None
         texts = stage.text_cache_mib * len(self._held)
         others = sum(one.outside for one in self._held) + (stage.parked_memory_mib + texts) * 2**20
-        room = limit - others - self._step_bytes(self._config.most_tokens)
+        left = limit - others - self._step_bytes(self._config.most_tokens)
         store = FileBlocks(device) if stage.offload == "disk" else HostBlocks(device)
-        return BlockSwap(device, store, stage.resident_blocks, room)
+        return BlockSwap(device, store, stage.resident_blocks, left)
 
     def _step_bytes(self, tokens: int) -> int:
         config = self._config

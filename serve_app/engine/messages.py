@@ -1,38 +1,17 @@
-"""What a group's coordinator and its ranks tell one another."""
+"""Requests of a group's coordinator to its ranks, and their answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve_app.errors import ServeAppError
-
-
-class OutOfMemory(ServeAppError):
-    """A step did not fit into memory. No sample has changed.
-
-    Args:
-        message: what was refused.
-        exchanged: messages between ranks that the step had begun until then.
-    """
-
-    def __init__(self, message: str, exchanged: int = 0) -> None:
-        super().__init__(message, exchanged)
-        self.exchanged = exchanged
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-class DeviceBroken(ServeAppError):
-    """The device failed in a way that this process cannot go on from."""
-
 
 @dataclass(frozen=True)
 class Admitted:
-    """What the scheduler needs of a new sample; `Entry` says what each field is.
+    """A new sample as the scheduler needs to know it; `Entry` says what each field is.
 
-    `refused` says why a saved state was not used, the sample then being at step 0; None if it was, or none was given.
+    `refused` says why a saved state was not used and the sample begins at step 0. It is None if the state was used, or
+    none was given.
     """
 
     tokens: int
@@ -47,25 +26,59 @@ class Admitted:
 
 @dataclass(frozen=True)
 class StepRequest:
-    """One step: who advances, whose state leaves the device before, and whose is saved after (id to storage prefix)."""
+    """One denoising step of some samples, all of one cohort.
+
+    Attributes:
+        advance: ids of the samples that make the step.
+        park: ids of samples whose state leaves the device before it.
+        save: samples whose state is saved after it, from id to storage prefix.
+    """
 
     advance: list[str]
     park: list[str] = field(default_factory=list)
     save: dict[str, str] = field(default_factory=dict)
 
+    def to_wire(self) -> list[Any]:
+        """Return lists and mappings alone: pickling classes both ways was a tenth of what is added to every step."""
+        return [self.advance, self.park, self.save]
+
+    @classmethod
+    def from_wire(cls, wire: list[Any]) -> StepRequest:
+        """Return the request that `to_wire` was called on."""
+        return cls(*wire)
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step is done: its seconds, and for samples that did not survive it, why."""
+    """A step that is done.
+
+    Attributes:
+        seconds: how long it took on the rank.
+        failed: samples that did not survive it, from id to reason.
+    """
 
     seconds: float
     failed: dict[str, str]
 
+    def to_wire(self) -> list[Any]:
+        """Return lists and mappings alone, as `StepRequest.to_wire` does."""
+        return [self.seconds, self.failed]
+
+    @classmethod
+    def from_wire(cls, wire: list[Any]) -> StepResult:
+        """Return the result that `to_wire` was called on."""
+        return cls(*wire)
+
 
 @dataclass(frozen=True)
 class Survey:
-    """What a mesh is picked by: an expert's configuration; bytes of the weights that a rank would hold, by the
-    size of tensor parallelism, and of its device's memory, as much as it may take."""
+    """Facts about model and device, by which a mesh is picked.
+
+    Attributes:
+        shape: configuration of an expert.
+        weight_bytes: bytes of the weights that a rank would hold, by the size of tensor parallelism.
+        device_bytes: bytes of its device's memory that the rank may take.
+    """
 
     shape: dict[str, Any]
     weight_bytes: dict[int, float]
@@ -73,13 +86,32 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class RankStatus:
-    """A sign of life.
+class Loaded:
+    """A rank that has loaded its shard.
 
-    `busy_s` says for how many seconds the present step has been running (None: idle); `samples` how many are held;
-    `rss_mib` and `device_mib` the memory of the process and of its tensors on a GPU; `weights_mib` that of the experts'
-    parameters on the device; `retries` how often memory of a GPU was given back and asked for anew, since what was held
-    did not do: steps wait for that, and a share of the device that is a little larger avoids it.
+    Attributes:
+        seconds: how long that took.
+        peak_rss_mib: the most memory that its process held.
+    """
+
+    seconds: float
+    peak_rss_mib: float
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """A rank's answer to a health check.
+
+    Attributes:
+        node_id: Ray's id of its host.
+        pid: its process there.
+        busy_s: for how many seconds the present step has been running; None if no step is.
+        samples: how many it holds.
+        rss_mib: memory of its process.
+        device_mib: memory of its tensors on a GPU.
+        weights_mib: memory of the experts' parameters on the device.
+        retries: how often a GPU's memory was given back and asked for anew because what was held did not do. Steps wait
+            for that; a slightly larger share of the device avoids it.
     """
 
     node_id: str

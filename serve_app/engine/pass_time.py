@@ -1,22 +1,22 @@
-"""What a forward pass costs whatever is in it, and what each unit of work adds: learnt from the passes that were made.
+"""Fixed and variable cost of a forward pass, learnt from the passes that were made.
 
-Pure: knows neither samples nor what a unit is.
+Pure: knows neither samples nor what a unit of work is.
 """
 
 from __future__ import annotations
 
-# Weight that a pass loses with each newer one: some fifty of them count, so the estimate follows other shapes.
+# Weight of a pass after each newer one: about fifty passes count, so the estimate follows a change of shapes.
 _DECAY = 0.98
 
 
 class PassTime:
-    """A straight line through the times of passes over their work, by least squares; older passes weigh less."""
+    """A straight line, by least squares, through the times of passes over their work; older passes weigh less."""
 
     def __init__(self) -> None:
         self._n = self._x = self._t = self._xx = self._xt = 0.0
 
     def learn(self, work: float, seconds: float) -> None:
-        """A pass over so much work took so long."""
+        """Add a pass: its work, and the seconds that it took."""
         self._n, self._x, self._t, self._xx, self._xt = (
             _DECAY * old + new
             for old, new in (
@@ -30,8 +30,10 @@ class PassTime:
 
     @property
     def per_pass(self) -> float:
-        """Work that could be done in the time that a pass takes without any: what sharing one saves. 0 while unknown,
-        which it is until passes of different work were seen."""
+        """Fixed cost of a pass in units of work, which is what sharing a pass saves.
+
+        0 while it is unknown, until passes of different work were seen.
+        """
         spread = self._n * self._xx - self._x**2
         if spread <= 1e-9 * self._n * self._xx:
             return 0.0

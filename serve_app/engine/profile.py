@@ -1,4 +1,4 @@
-"""What a rank's steps consist of: a table of kernels for each, written as files.
+"""Profiles of a rank's steps: a table of kernels for each step, written to a file.
 
 Imports torch where it is used, as `rank` does.
 """
@@ -20,8 +20,9 @@ _ROWS = 60
 
 
 class StepProfile:
-    """Writes `<folder>/<sample>/step<number>-rank<rank>-<seconds>s.txt` after each step: kernels by the time that they
-    took all together; on a CPU, operators.
+    """Writes `<folder>/<sample>/step<number>-rank<rank>-<seconds>s.txt` after each step.
+
+    The table lists kernels, on a CPU operators, by the time that all calls of each took together.
 
     Args:
         folder: its absolute path on the rank's host; made if it is not there.
@@ -45,12 +46,13 @@ class StepProfile:
 
     @contextmanager
     def step(self, sample: str, number: int) -> Iterator[None]:
-        """Measure what runs inside, which has to wait for the device itself. If it raises, nothing is written; nor if
-        that fails, since a step is worth more than its profile.
+        """Measure what runs in the context; it has to wait for the device itself.
+
+        If it raises, nothing is written. If writing fails, that is logged: a step is worth more than its profile.
 
         Args:
-            sample: the id of the first in the batch.
-            number: of its step, from 1.
+            sample: id of the first sample in the batch.
+            number: its step, from 1.
         """
         from torch.profiler import ProfilerActivity, profile
 

@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out of it. Plain and picklable."""
+"""Requests to an engine, and how a sample ends there. Plain and picklable."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from serve_app.request import Params
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What a sample is and how urgent; the same wherever and however often it is denoised.
+    """A sample and its urgency; the same wherever and however often it is denoised.
 
-    `created_at` is when its job was created (seconds since the epoch), from which its waiting counts. Its states are
-    saved under `state_prefix`, or not at all if that is None. `alone` keeps it out of other samples' forward passes:
-    a group was lost with it, and if it is the reason, they shall not go down with it again.
+    Attributes:
+        id: its name, unique among all samples that run at the same time.
+        params: all that determines its pixels.
+        priority: the job's class.
+        created_at: when the job began to wait, in seconds since the epoch.
+        state_prefix: storage folder of its saved states; None if none are saved.
+        alone: whether to keep it out of other samples' forward passes. Set where a group was lost with it: if it is the
+            reason, no other sample shall be lost with it again.
     """
 
     id: str
@@ -29,12 +34,16 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class EncodedRequest:
-    """A sample that asks to be denoised.
+    """A sample that is ready to be denoised.
 
-    Embeddings are float arrays [tokens, dim]; `negative` is None unguided. `state` is where to go on, None to begin.
+    Attributes:
+        request: the sample.
+        positive: embedding of the prompt, float [tokens, dim].
+        negative: embedding of the negative prompt, float [tokens, dim]; None without guidance.
+        state: where to go on; None to begin.
     """
 
-    ticket: SampleRequest
+    request: SampleRequest
     positive: np.ndarray
     negative: np.ndarray | None
     state: bytes | None = None
@@ -42,7 +51,12 @@ class EncodedRequest:
 
 @dataclass(frozen=True)
 class Denoised:
-    """The end of a sample: latents, float32 [1, channels, frames, height, width], and the seconds it was here."""
+    """The end of a sample.
+
+    Attributes:
+        latents: float32 [1, channels, frames, height, width].
+        seconds: how long it was in this engine.
+    """
 
     latents: np.ndarray
     seconds: float
@@ -50,10 +64,12 @@ class Denoised:
 
 @dataclass(frozen=True)
 class Moved:
-    """The sample is to go on in another group.
+    """A sample that is to go on in another group.
 
-    `state` is where, None if nothing was done here: then with whatever it came with. `high_noise` says which expert
-    does the next step, None if that is not known here. `seconds` is how long it was here.
+    Attributes:
+        state: where to go on; None if no step was made here, so that it goes on from the state it came with.
+        high_noise: whether the high-noise expert does the next step; None if that is not known here.
+        seconds: how long it was in this engine.
     """
 
     state: bytes | None = None

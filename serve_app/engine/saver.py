@@ -1,6 +1,6 @@
-"""Saves samples to storage behind the steps, and finds what was saved.
+"""Saves samples to storage while steps go on, and finds the latest saved state.
 
-Knows nothing of what a sample is: it is handed something to call for the bytes.
+Knows nothing of samples: it is given a function that returns the bytes.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def _step(key: str) -> int:
     return int(match[1]) if match else -1
 
 
-async def latest(storage: Storage, prefix: str) -> bytes | None:
-    """The furthest state that was saved under `prefix`, or None."""
+async def latest_state(storage: Storage, prefix: str) -> bytes | None:
+    """Return the furthest state that was saved under `prefix`; None if there is none."""
     for key in sorted(await storage.list(prefix), key=_step, reverse=True):
         if _step(key) >= 0:
             try:
                 return await storage.get(key)
-            except FileNotFoundError:  # superseded meanwhile
+            except FileNotFoundError:  # replaced meanwhile
                 continue
     return None
 
@@ -40,8 +40,11 @@ async def latest(storage: Storage, prefix: str) -> bytes | None:
 class Saver:
     """Writes states in a thread of its own, one after the other.
 
-    A state is a new object under `<prefix>/<step>-<random>.safetensors`; those of earlier steps are removed once it is
-    there, so that at any moment at least one is whole.
+    A state is a new object `<prefix>/<step>-<random>.safetensors`. States of earlier steps are removed once it is
+    there, so that at any moment at least one is complete.
+
+    Args:
+        storage: where they go.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -51,11 +54,15 @@ class Saver:
         self._busy: set[str] = set()
 
     def save(self, prefix: str, step: int, state: Callable[[], bytes]) -> None:
-        """Save a state, and return at once. One that comes while the last of the same prefix is still being written is
-        left out: a storage that is slow must not fill the memory.
+        """Save a state, and return at once.
+
+        A state is left out if the last one of the same prefix is still being written: a slow storage must not fill the
+        memory.
 
         Args:
-            state: called in the thread.
+            prefix: storage folder of the sample's states.
+            step: steps that the sample has behind it.
+            state: returns the bytes; called in the thread.
         """
         with self._lock:
             if prefix in self._busy:
@@ -67,7 +74,7 @@ class Saver:
     def _write(self, prefix: str, step: int, state: Callable[[], bytes]) -> None:
         try:
             asyncio.run(self._put(prefix, step, state()))
-        except Exception as error:  # the job goes on: it only has more to repeat if its group is lost
+        except Exception as error:  # the job goes on: it only has more steps to repeat if its group is lost
             logger.warning("state not saved", extra={"prefix": prefix, "step": step, "error": one_line(error)})
         finally:
             with self._lock:

@@ -1,4 +1,4 @@
-"""Which samples advance in the next step. Pure: knows neither Ray nor torch, so that its rules can be tested alone."""
+"""Decides which samples advance in the next step. Pure, without Ray or torch, so that its rules can be tested alone."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from serve_app.engine.pass_time import PassTime
 
 @dataclass
 class Entry:
-    """What the scheduler knows of a sample.
+    """A sample as the scheduler knows it.
 
     Attributes:
+        id: the sample's.
+        latent_shape: frames, height and width of its latents.
+        guided: whether a step has two branches, with and without the prompt.
         tokens: length of its token sequence.
+        steps: how many it has.
         boundary: the first step that the low-noise expert does.
+        step: how many are done.
         priority: of its class; 0 is the most urgent.
-        turn: the moment from which on no sample that was created later goes first; on the clock of `Scheduler.pick`.
-        work: of one step, in any unit that is the same for all.
+        effective_deadline: the moment from which on no sample that was created later goes first, because this one has
+            aged enough; on the clock of `Scheduler.pick`.
+        work: of one step, in any unit that is the same for all samples.
         step_mib: working memory that its part of a forward pass takes.
-        state_mib: memory of what is kept between its steps.
+        state_mib: memory of the state that it keeps between steps.
         alone: whether it must not share a forward pass.
         held: passes that it would have led, had it not waited for others to catch up.
     """
@@ -41,12 +47,12 @@ class Entry:
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left."""
+        """True if no step is left."""
         return self.step >= self.steps
 
     @property
     def high_noise(self) -> bool:
-        """Whether the high-noise expert does the next step."""
+        """True if the high-noise expert does the next step."""
         return self.step < self.boundary
 
     @property
@@ -56,30 +62,30 @@ class Entry:
 
     @property
     def cohort(self) -> Hashable:
-        """Samples of equal cohort can share a forward pass: same latent shape, expert and guidance mode."""
+        """Latent shape, expert and guidance mode: samples for which they are equal can share a forward pass."""
         return self.latent_shape, self.high_noise, self.guided
 
 
 class Scheduler:
     """Decides before every step which samples take part and which are parked.
 
-    Samples whose turn has come go first, in the order of their turns. The others go by class, and within a class the
-    one with the least remaining work goes first, which gives the shortest mean wait. So a sample is overtaken only by
-    samples that were created before its turn came, and of those only `resident_samples - 1` can be inside: whatever
-    else arrives, it leads no later than when they are done. Who leads takes along, in the same order, as many of its
-    cohort as the bounds allow.
+    Samples past their effective deadline go first, in the order of their deadlines. The others go by class. Within a
+    class the sample with the least remaining work goes first, which gives the shortest mean wait. After its effective
+    deadline a sample is overtaken only by samples that were created before it, of which at most `resident_samples - 1`
+    are inside: whatever else arrives, it leads once they are done. The leader takes along, in the same order, as many
+    samples of its cohort as the bounds allow.
 
-    One exception serves all: equal samples that are a few steps behind, with the high-noise expert still, may go first,
-    so that all share the steps of the low-noise one. This is done where what the shared passes save them is more than
-    what it costs those that wait, by the measured cost of a pass; and a sample waits so for half as many passes as it
-    has steps at most.
+    One exception serves all. Equal samples that are a few steps behind, still with the high-noise expert, may go first,
+    so that all share the steps of the low-noise expert. This is done where the shared passes save more than the wait
+    costs, by the measured cost of a pass. A sample waits like this for at most half as many passes as it has steps.
 
     Args:
-        samples_per_step, tokens_per_step, step_memory_mib: bounds of one forward pass; the leader alone may exceed the
-            latter two. No memory bound if 0.
-        parked_memory_mib: state on the device of samples that do not take part.
+        samples_per_step: most samples in one forward pass.
+        tokens_per_step: most tokens in one forward pass; the leader alone may exceed it.
+        step_memory_mib: most working memory of one forward pass; the leader alone may exceed it. No bound if 0.
+        parked_memory_mib: most state on the device of samples that do not take part.
         costly_switch: whether a change of expert costs as much as steps do. Then, within a class, samples of the expert
-            that is in use go first.
+            in use go first.
     """
 
     def __init__(
@@ -114,12 +120,12 @@ class Scheduler:
         self._entries.pop(sample_id, None)
 
     def order(self, now: float) -> list[Entry]:
-        """All samples with steps left, the most urgent first."""
-        # Sorting is stable, so equals go in the order of their admission.
+        """Return all samples with steps left, the most urgent first."""
+        # Sorting is stable, so equally urgent samples go in the order of their admission.
         return sorted((e for e in self._entries.values() if not e.finished), key=lambda entry: self._key(entry, now))
 
     def pick(self, now: float) -> list[Entry]:
-        """The samples of the next step, all of one cohort; empty when nothing is left to do."""
+        """Return the samples of the next step, all of one cohort; none if nothing is left to do."""
         order = self.order(now)
         if not order:
             return []
@@ -132,12 +138,12 @@ class Scheduler:
         self._last_high_noise = chosen[0].high_noise
         return chosen
 
-    def stepped(self, entries: list[Entry], seconds: float) -> None:
-        """A pass of these samples took so long."""
+    def note_pass(self, entries: list[Entry], seconds: float) -> None:
+        """Note how many seconds a pass of these samples took."""
         self._pass_time.learn(sum(entry.work for entry in entries), seconds)
 
     def _with_cohort(self, order: list[Entry], taken: Sequence[Entry] = ()) -> list[Entry]:
-        """The first of `order` and those of its cohort that fit beside it, and beside `taken`."""
+        """Return the first of `order` and the samples of its cohort that fit beside it and `taken`."""
         leader = order[0]
         chosen = [leader]
         everybody = [*taken, leader]
@@ -155,11 +161,11 @@ class Scheduler:
         return chosen
 
     def _worth_waiting_for(self, ahead: list[Entry], order: list[Entry], now: float) -> list[Entry]:
-        """Samples that go before `ahead`, the next ones by rank, so that they share the rest of the way; mostly none.
+        """Return samples that go before `ahead`, so that all share the rest of the steps; mostly none.
 
-        If `ahead` goes on alone and the others follow, these wait for the passes of `ahead` and then make the same ones
-        again. If they catch up first, each of them saves the fixed cost of every shared pass, and each of `ahead` waits
-        for the passes of catching up, and for the others' work in the shared ones.
+        If `ahead`, the most urgent samples, go on, the others wait for their passes and then make the same ones again.
+        If the others catch up first, each of them saves the fixed cost of every shared pass. Then each sample of
+        `ahead` waits for the passes of catching up, and for the others' work in the shared passes.
         """
         leader = ahead[0]
         fixed = self._pass_time.per_pass
@@ -191,7 +197,7 @@ class Scheduler:
         return behind if saved > cost else []
 
     def parked_off_device(self, chosen: list[Entry], now: float) -> list[str]:
-        """Samples whose state must leave the device while `chosen` step: the least urgent beyond the memory for it."""
+        """Return ids of the samples whose state leaves the device while `chosen` step: the least urgent ones."""
         stepping = {entry.id for entry in chosen}
         used, away = 0.0, []
         for entry in self.order(now):
@@ -203,8 +209,8 @@ class Scheduler:
                 used += entry.state_mib
         return away
 
-    def out_of_memory(self, chosen: list[Entry]) -> None:
-        """These samples did not fit into one forward pass: from now on fewer tokens share one."""
+    def lower_token_bound(self, chosen: list[Entry]) -> None:
+        """Allow fewer tokens in a pass from now on, because these samples did not fit into one."""
         self._tokens_per_step = min(self._tokens_per_step, sum(entry.tokens for entry in chosen) - 1)
 
     def _key(self, entry: Entry, now: float) -> tuple[float, ...]:

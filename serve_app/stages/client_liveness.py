@@ -1,7 +1,7 @@
-"""Ends the work of callers that have died.
+"""Ends the work for callers that have died.
 
-Ray tells a stream's producer nothing when the consumer's process is killed (measured, Ray 2.60: it goes on to its end),
-so a dispatcher that died would leave its videos being denoised beside their own second attempts.
+Ray does not tell a stream's producer when the consumer's process is killed (measured, Ray 2.60: it goes on to its end).
+So the videos of a dispatcher that died would be denoised to their end, beside their own second attempts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ class ClientLiveness:
         self._watchers: dict[str, asyncio.Task[None]] = {}
 
     @contextmanager
-    def serving(self, caller: Any) -> Iterator[None]:
-        """Cancels the current task when `caller`, of `this_process`, dies. Does nothing for None."""
+    def watching(self, caller: Any) -> Iterator[None]:
+        """Cancel the current task if its caller dies before the context ends.
+
+        Args:
+            caller: handle of its process, from `this_process`; None is not watched.
+        """
         task = asyncio.current_task()
         if caller is None or task is None:
             yield

@@ -6,8 +6,6 @@ import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,23 +18,28 @@ from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
 from serve_app.request import Params
 from serve_app.stages.client_liveness import ClientLiveness
-from serve_app.storage import Storage, download_name
+from serve_app.stages.video_files import StoredVideo, VideoFiles, warm_up
+from serve_app.storage import Storage
 from serve_app.wan.vae.frame_buffer import Abandoned, FrameBuffer, PixelsNotFinite
 
 logger = get_logger(__name__)
 
-_Storing: TypeAlias = asyncio.Task[tuple[dict[str, str], int, float]]
+_Storing: TypeAlias = asyncio.Task[StoredVideo]
 _Stored: TypeAlias = tuple[_Storing, float]
-"""What stores a video, and the seconds that decoding it took."""
-
-SPRITES = (4, 16)
-"""Columns of a spritesheet, and tiles."""
+"""The task that stores a video, and the seconds that decoding took."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Where a video was stored: keys by `video`, `thumbnail`, `spritesheet`; the mp4's size; seconds by part; the
-    revision of the checkpoint; and sentences for the user."""
+    """A video that was decoded and stored.
+
+    Attributes:
+        outputs: storage keys of `video`, `thumbnail` and `spritesheet`.
+        size_bytes: size of the mp4.
+        timings: seconds by part.
+        revision: the checkpoint's.
+        warnings: sentences for the user.
+    """
 
     outputs: dict[str, str]
     size_bytes: int
@@ -47,10 +50,16 @@ class Decoded:
 
 @dataclass
 class _Item:
-    """A call of `decode`.
+    """A call of `decode`, while it lasts.
 
-    `again`: an earlier call may have left some of its files under `prefix`. `arrival`, `decoded` and `storing` belong
-    to the latest pass of the VAE that it was in; `result` is what the call gets of it.
+    Attributes:
+        again: whether an earlier call may have left files under `prefix`.
+        abandoned: whether the call was cancelled.
+        frame_buffer: the frames that its latest pass of the VAE makes.
+        decoded: done when all frames of that pass are there; the moment, on the monotonic clock.
+        storing: what stores the frames of that pass.
+        result: what `_decode_batch` returns for it.
+        warnings: sentences for the user.
     """
 
     latents: np.ndarray
@@ -59,16 +68,15 @@ class _Item:
     job_id: str
     again: bool
     abandoned: bool = False
-    arrival: FrameBuffer = field(default_factory=FrameBuffer)
+    frame_buffer: FrameBuffer = field(default_factory=FrameBuffer)
     decoded: asyncio.Future[float] | None = None
-    """When its frames were all there."""
     storing: _Storing | None = None
     result: _Stored | JobFailed | None = None
     warnings: list[str] = field(default_factory=list)
 
     async def end(self) -> None:
-        """Stop storing it, and have the decode hear of it before its next chunk. Returns when nothing works on it."""
-        self.arrival.fail(Abandoned())
+        """End the decode before its next chunk, stop storing, and wait until nothing works on the video any more."""
+        self.frame_buffer.fail(Abandoned())
         if self.storing is not None:
             self.storing.cancel()
             await asyncio.wait([self.storing])
@@ -96,13 +104,13 @@ class Decoder:
         self._math = MathThread(stage.threads)
         own = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         device, *others = pick_devices(stage.device, stage.devices, own)
-        for one in (device, *others):
-            limit_memory(one, stage.memory_fraction)
+        for each in (device, *others):
+            limit_memory(each, stage.memory_fraction)
         dtype, tile_bytes = getattr(torch, config.model.vae_dtype), stage.tile_memory_mib * 2**20
         self._dtype = config.model.vae_dtype
         self._decoder = self._math.call(VideoDecoder, checkpoint, device, dtype, others, tile_bytes)
         self._storage = Storage(config.storage_options)
-        self._callers = ClientLiveness()
+        self._client_liveness = ClientLiveness()
         self._videos = self._stopped = self._repeated = 0
         if stage.warmup:
             params = Params(**config.defaults.model_dump(), prompt="warm-up", seed=0)
@@ -128,22 +136,26 @@ class Decoder:
         leaves nothing under `prefix`.
 
         Args:
-            again: an earlier call may have left some of its files there.
-            caller: see `stages.callers`.
+            latents: float32.
+            params: what they were made from.
+            prefix: storage folder of the files.
+            job_id: the job, for metadata and logs.
+            again: whether an earlier call may have left files under `prefix`; they are removed.
+            caller: handle of the process that asks, see `client_liveness`.
 
         Raises:
-            JobFailed: `decode_failed`; `not_finite` if the latents or the pixels made of them are; `out_of_memory` if
-                not even the smallest tile fits, which another replica may have room for, or this one later; or
-                `store_failed`, which is retryable where the storage was away or full.
+            JobFailed: `decode_failed`; `not_finite` if latents or pixels hold NaN or infinity; `out_of_memory` if not
+                even the smallest tile fits, although it may fit on another replica, or here later; or `store_failed`,
+                which is retryable where the storage was away or full.
         """
         item = _Item(latents, params, prefix, job_id, again)
-        with self._callers.serving(caller):
+        with self._client_liveness.watching(caller):
             try:
                 result = await self._decode_batch(item)
                 if isinstance(result, JobFailed):
                     raise result
                 storing, seconds = result
-                outputs, size, stored = await storing
+                stored = await storing
             except asyncio.CancelledError:
                 item.abandoned = True
                 await item.end()
@@ -154,20 +166,20 @@ class Decoder:
             except Exception as error:
                 logger.exception("storing failed", extra={"job": job_id})
                 raise JobFailed("store_failed", one_line(error), retryable=isinstance(error, OSError)) from None
-        return Decoded(outputs, size, {"vae": seconds, "store": stored}, self._revision, item.warnings)
+        timings = {"vae": seconds, "store": stored.seconds}
+        return Decoded(stored.outputs, stored.size_bytes, timings, self._revision, item.warnings)
 
     async def describe(self) -> dict[str, int]:
-        """Count what was done so far: `videos` whose decode began, those of them that were `stopped` before their end,
-        and those that were `repeated` in float32."""
+        """Return how many decodes began (`videos`), were `stopped` before their end, and `repeated` in float32."""
         return {"videos": self._videos, "stopped": self._stopped, "repeated": self._repeated}
 
     @serve.batch
     async def _decode_batch(self, items: list[_Item]) -> list[_Stored | JobFailed]:
-        """Decode videos, and return for each what stores it and the seconds that decoding all took together.
+        """Decode videos, and return for each the task that stores it and the seconds that decoding all of them took.
 
-        Latents of equal shape share a pass of the VAE, whose sums then differ in the last bits from those of each
-        alone. A failure, or a call that is cancelled, concerns its own item only. Files are written while frames come,
-        but storing them is not waited for: the next batch is decoded meanwhile.
+        Latents of equal shape share a pass of the VAE; its sums differ in the last bits from those of a video alone. A
+        failed or cancelled call concerns its own item only. Files are written while frames come, and the next batch is
+        decoded while they are stored.
         """
         by_shape: dict[tuple[int, ...], list[_Item]] = defaultdict(list)
         for item in items:
@@ -175,15 +187,15 @@ class Decoder:
                 by_shape[item.latents.shape].append(item)
             else:
                 item.result = JobFailed("not_finite", "The latents that came to the decode stage are not finite.")
-        for those in by_shape.values():
-            await self._pass(those)
-        # Nobody hears of a video that was abandoned before its pass.
+        for alike in by_shape.values():
+            await self._pass(alike)
+        # A video that was abandoned before its pass has no result, and nobody waits for one.
         return [item.result or JobFailed("decode_failed", "not decoded") for item in items]
 
     async def _pass(self, items: list[_Item], in_float32: bool = False) -> None:
-        """Decode videos of equal shape together, and note the `result` of each that is still wanted.
+        """Decode videos of equal shape together, and set the `result` of each that is still wanted.
 
-        Those whose pixels are not finite numbers are decoded once more in float32, if this was a smaller type.
+        Videos whose pixels are not finite numbers are decoded once more in float32, if this was a smaller type.
         """
         items = [item for item in items if not item.abandoned]
         if not items:
@@ -191,36 +203,24 @@ class Decoder:
         self._videos += 0 if in_float32 else len(items)
         started = time.monotonic()
         for item in items:
-            item.arrival, item.decoded = FrameBuffer(), asyncio.get_running_loop().create_future()
-            item.storing = asyncio.create_task(self._store(item, item.arrival, item.decoded))
+            item.frame_buffer, item.decoded = FrameBuffer(), asyncio.get_running_loop().create_future()
+            item.storing = asyncio.create_task(self._files(item).store(item.frame_buffer, item.decoded))
         try:
             latents = np.concatenate([item.latents for item in items])
-            await self._math.run(self._frames, latents, [item.arrival for item in items], in_float32)
+            await self._math.run(self._decode_frames, latents, [item.frame_buffer for item in items], in_float32)
         except asyncio.CancelledError:
             for item in items:
                 await item.end()
             raise
         except (Abandoned, PixelsNotFinite):
-            pass  # which the arrival of each such video says as well; the others are there
-        except Exception as error:  # of our own type, because a process without torch cannot unpickle torch's
+            pass  # the frame buffer of each such video says so too; the other videos are there
+        except Exception as error:
             logger.exception("decoding failed", extra={"jobs": [item.job_id for item in items]})
+            # Passed on as our own type, because a process without torch cannot unpickle torch's.
             short = is_out_of_memory(error)
             for item in items:
-                item.arrival.fail(JobFailed("out_of_memory" if short else "decode_failed", one_line(error), short))
-        seconds = time.monotonic() - started
-        not_finite = []
-        for item in items:
-            assert item.decoded is not None and item.storing is not None
-            if (reason := item.arrival.error) is None:
-                item.decoded.set_result(time.monotonic())
-                item.result = item.storing, seconds
-                continue
-            await item.end()
-            self._stopped += item.abandoned
-            if isinstance(reason, PixelsNotFinite):
-                logger.error("pixels are not finite", extra={"job": item.job_id, "error": str(reason)})
-                not_finite.append(item)
-            item.result = reason if isinstance(reason, JobFailed) else JobFailed("not_finite", str(reason))
+                item.frame_buffer.fail(JobFailed("out_of_memory" if short else "decode_failed", one_line(error), short))
+        not_finite = await self._set_results(items, time.monotonic() - started)
         if self._dtype != "float32" and not in_float32:
             for item in not_finite:
                 item.warnings.append(
@@ -230,86 +230,41 @@ class Decoder:
             self._repeated += len(not_finite)
             await self._pass(not_finite, in_float32=True)
 
-    def _frames(self, latents: np.ndarray, arrivals: list[FrameBuffer], in_float32: bool = False) -> np.ndarray:
+    async def _set_results(self, items: list[_Item], seconds: float) -> list[_Item]:
+        """Set the result of each video of a pass that took so long. Returns those whose pixels are not finite."""
+        not_finite = []
+        for item in items:
+            assert item.decoded is not None and item.storing is not None
+            if (reason := item.frame_buffer.error) is None:
+                item.decoded.set_result(time.monotonic())
+                item.result = item.storing, seconds
+                continue
+            await item.end()
+            self._stopped += item.abandoned
+            if isinstance(reason, PixelsNotFinite):
+                logger.error("pixels are not finite", extra={"job": item.job_id, "error": str(reason)})
+                not_finite.append(item)
+            item.result = reason if isinstance(reason, JobFailed) else JobFailed("not_finite", str(reason))
+        return not_finite
+
+    def _decode_frames(
+        self, latents: np.ndarray, frame_buffers: list[FrameBuffer], in_float32: bool = False
+    ) -> np.ndarray:
         import torch
 
-        # Loaded for this pass alone: it is rare, and its weights would take the room of larger tiles.
+        # Loaded for this pass alone: it is rare, and its weights take memory that larger tiles could use.
         decoder = self._decoder.in_float32() if in_float32 else self._decoder
-        return decoder.decode(torch.from_numpy(latents), arrivals)
+        return decoder.decode(torch.from_numpy(latents), frame_buffers)
 
-    async def _store(
-        self, item: _Item, arrival: FrameBuffer, decoded: asyncio.Future[float]
-    ) -> tuple[dict[str, str], int, float]:
-        """Write one video's files while its frames come, and put them where they belong.
-
-        Args:
-            decoded: when all frames were there.
-
-        Returns:
-            The keys of the files, the size of the mp4, and the seconds that this took beyond decoding.
-        """
-        from serve_app.wan.video import spritesheet, thumbnail, write_mp4
-
+    def _files(self, item: _Item) -> VideoFiles:
         metadata: dict[str, Any] = {"id": item.job_id, "model": self._model_name, "revision": self._revision}
         metadata.update(item.params.model_dump())
-
-        def write(path: Path) -> None:
-            write_mp4(arrival.frames(), path, item.params.fps, metadata, arrival.wait)
-
-        with TemporaryDirectory(prefix="wan-serve-") as folder:
-            path = Path(folder) / "video.mp4"
-            writing = asyncio.create_task(asyncio.to_thread(write, path))
-            try:
-                began = await decoded
-                if item.again:
-                    await self._storage.delete_prefix(item.prefix)
-                outputs: dict[str, str] = {}
-                frames = arrival.frames()  # of which the encoder still has some to do
-                small = await asyncio.to_thread(lambda: (thumbnail(frames), spritesheet(frames, *SPRITES)))
-                await self._put(item, "thumbnail.jpg", small[0], outputs)
-                await self._put(item, "spritesheet.jpg", small[1], outputs)
-                await asyncio.shield(writing)
-                # Last, so that whoever finds the video finds the rest too.
-                await self._put(item, "video.mp4", path, outputs)
-            except BaseException as error:
-                arrival.fail(Abandoned())  # the encoder need not go on
-                if isinstance(error, asyncio.CancelledError) and decoded.done() and not decoded.cancelled():
-                    await self._remove(item)
-                raise
-            finally:
-                # A thread cannot be stopped at any moment, and wants its folder.
-                await asyncio.gather(writing, return_exceptions=True)
-            return outputs, path.stat().st_size, time.monotonic() - began
-
-    async def _put(self, item: _Item, name: str, content: bytes | Path, outputs: dict[str, str]) -> None:
-        """Store one of a video's files, and note its key."""
-        key = f"{item.prefix}/{name}"
-        putting = asyncio.ensure_future(self._storage.put(key, content, download_name(item.job_id, key)))
-        try:
-            await asyncio.shield(putting)
-        except asyncio.CancelledError:
-            # It goes on in its thread, and only what is there can be removed.
-            await asyncio.gather(putting, return_exceptions=True)
-            raise
-        outputs[name.partition(".")[0]] = key
-
-    async def _remove(self, item: _Item) -> None:
-        """Remove what was stored of a video that nobody wants any more."""
-        try:
-            await self._storage.delete_prefix(item.prefix)
-        except OSError as error:  # whoever ended the job has it removed later as well
-            logger.warning("files not removed yet", extra={"job": item.job_id, "error": one_line(error)})
+        return VideoFiles(self._storage, item.prefix, item.job_id, item.params.fps, metadata, item.again)
 
     def _warm_up(self, latents: np.ndarray, params: Params) -> None:
-        from serve_app.wan.video import spritesheet, thumbnail, write_mp4
-
-        arrival = FrameBuffer()
+        frame_buffer = FrameBuffer()
         try:
-            self._frames(latents, [arrival])
-        except PixelsNotFinite as error:  # of zeros; jobs are judged by their own
+            self._decode_frames(latents, [frame_buffer])
+        except PixelsNotFinite as error:  # that may be due to the zeros, so the replica starts all the same
             logger.error("the warm-up's pixels are not finite: this VAE may be damaged", extra={"error": str(error)})
-        frames = arrival.frames()
-        with TemporaryDirectory(prefix="wan-serve-") as folder:
-            write_mp4(frames, Path(folder) / "video.mp4", params.fps, {})
-        thumbnail(frames)
-        spritesheet(frames, *SPRITES)
+        warm_up(frame_buffer.frames(), params.fps)

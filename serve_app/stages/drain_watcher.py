@@ -1,8 +1,8 @@
-"""Tells a replica that Serve is about to stop it.
+"""Tells a replica that Serve is about to stop it, so that it can drain.
 
-Serve itself says nothing: it waits for the requests in flight, for minutes here, before it calls the destructor. But it
-takes a replica that is to go off the list that routers send requests by, and that list can be listened to. The only
-place that uses names which Ray keeps to itself.
+Serve itself says nothing: it waits for the requests in flight, for minutes here, before it calls the destructor. But
+first it removes the replica from the list by which routers send requests, and that list can be listened to. This module
+uses names that are private to Ray.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from serve_app.logs import get_logger
 
 logger = get_logger(__name__)
 
-# After the controller could not be asked: it restarts by itself.
+# Pause after the controller could not be asked; it restarts by itself.
 _RETRY_S = 1.0
 
 
-async def watch(on_change: Callable[[bool], None]) -> None:
+async def watch_routing(on_change: Callable[[bool], None]) -> None:
     """Follow, for ever, whether requests are still routed to this replica.
 
     Args:
-        on_change: called with False when Serve takes the replica off the list, and with True if it is put back (the
-            list is incomplete for a moment after the controller restarted).
+        on_change: called with False when Serve removes the replica from the list, and with True if it puts it back: the
+            list is incomplete for a moment after the controller restarted.
     """
     own: Any = serve.get_replica_context().replica_id
     key = (LongPollNamespace.DEPLOYMENT_TARGETS, own.deployment_id)
@@ -52,5 +52,5 @@ async def watch(on_change: Callable[[bool], None]) -> None:
         now = any(replica.replica_id == own for replica in updates[key].object_snapshot.running_replicas)
         if listed is not None and now != listed:
             on_change(now)
-        if now or listed is not None:  # before it is first listed it has only not been announced yet
+        if now or listed is not None:  # a replica that was never listed has not been announced yet
             listed = now

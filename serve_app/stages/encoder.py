@@ -22,12 +22,18 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Encoded:
-    """Embeddings of a request, float32 [tokens, dim] without padding; `negative` is None when guidance is off."""
+    """The embeddings of a request.
+
+    Attributes:
+        positive: embedding of the prompt, float32 [tokens, dim] without padding.
+        negative: embedding of the negative prompt, likewise; None without guidance.
+        truncated: which of `prompt` and `negative_prompt` were longer than the encoder reads.
+        seconds: how long its batch took.
+    """
 
     positive: np.ndarray
     negative: np.ndarray | None
     truncated: list[str]
-    """Which of `prompt` and `negative_prompt` were longer than the encoder reads."""
     seconds: float
 
 
@@ -76,14 +82,13 @@ class Encoder:
 
     @serve.batch
     async def _encode_batch(self, requests: list[tuple[str, str | None]]) -> list[Encoded | Exception]:
-        """All texts of a batch in one forward pass, equal ones once (most requests share the negative prompt)."""
+        """Embed all texts of a batch in one forward pass, equal ones once: most requests share the negative prompt."""
         started = time.monotonic()
         texts = list(dict.fromkeys(text for request in requests for text in request if text is not None))
         try:
             embeddings = await self._math.run(self._encoder.encode, texts)
         except Exception as error:
-            # Returned, because raising fails the whole batch alike; as our own type, because a process without torch
-            # cannot even unpickle one of torch's.
+            # Passed on as our own type, because a process without torch cannot unpickle torch's.
             logger.exception("encoding failed")
             return [JobFailed("encode_failed", one_line(error)) for _ in requests]
         by_text = dict(zip(texts, embeddings, strict=True))
@@ -113,7 +118,7 @@ class Encoder:
 
 
 def _not_finite(positive: Embedding, negative: Embedding | None) -> JobFailed | None:
-    """Return the failure of a request whose embeddings hold NaN or infinity; None if they are good."""
+    """Return the failure of a request whose embeddings hold NaN or infinity; None if all numbers are finite."""
     for name, embedding in (("prompt", positive), ("negative_prompt", negative)):
         if embedding is not None and not embedding.tensor.isfinite().all():
             kind = str(embedding.tensor.dtype).removeprefix("torch.")

@@ -17,7 +17,9 @@ from serve_app.dispatch.rabbitmq import broker
 from serve_app.dispatch.run import PipelineUnavailable
 from serve_app.errors import ConfigError, JobFailed
 from serve_app.events import Event, Progress
+from serve_app.job_spec import JobSpec
 from serve_app.replica import check_hosts
+from tests.support.fakes import PARAMS
 
 
 def wrapped(cause: Exception) -> Exception:
@@ -114,12 +116,12 @@ class Response:
 
 def pipeline(response: Response) -> ServePipeline:
     pipeline = ServePipeline("wan")
-    pipeline._handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda job: response))
+    pipeline._handle = SimpleNamespace(generate=SimpleNamespace(remote=lambda job, caller: response))
     return pipeline
 
 
 async def events(run: ServePipeline) -> list[Event]:
-    return [event async for event in run({"id": "video_1"})]
+    return [event async for event in run(JobSpec("video_1", PARAMS, "videos/video_1/1"))]
 
 
 async def test_a_call_that_is_cancelled_at_its_far_end_is_a_lost_worker() -> None:

@@ -11,6 +11,7 @@ from sqlalchemy.exc import OperationalError
 from serve_app.db.tables import id_time
 from serve_app.dispatch.dispatcher import Dispatcher
 from serve_app.dispatch.run import PipelineUnavailable
+from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.logs import JsonFormatter
 from serve_app.storage import Storage
@@ -28,17 +29,17 @@ async def test_drives_jobs_to_the_end(store: JobStore, storage: Storage, start: 
         assert (job.progress, job.stage, job.attempt, job.failures) == (100, "decode", 1, 0)
         assert job.timings == {"encode": 0.1, "denoise": 2.0, "decode": 0.3}
         assert job.warnings == ["The prompt is short."]
-    assert [job["id"] for job in pipeline.jobs] == ids
-    assert pipeline.jobs[0] == {
-        "id": ids[0],
-        "attempt": 1,
-        "params": PARAMS.model_dump(),
-        "prefix": f"videos/{ids[0]}/1",
-        "state_prefix": f"samples/{ids[0]}",
-        "priority": "standard",
-        "created_at": id_time(ids[0]),
-        "losses": 0,
-    }
+    assert [job.id for job in pipeline.jobs] == ids
+    assert pipeline.jobs[0] == JobSpec(
+        id=ids[0],
+        params=PARAMS,
+        prefix=f"videos/{ids[0]}/1",
+        attempt=1,
+        state_prefix=f"samples/{ids[0]}",
+        priority="standard",
+        created_at=id_time(ids[0]),
+        losses=0,
+    )
 
 
 async def test_runs_no_more_than_it_may(store: JobStore, storage: Storage, start: Start) -> None:
@@ -80,7 +81,7 @@ async def test_a_deadline_passes_in_the_queue(store: JobStore, storage: Storage,
     await until(lambda: running(store, busy))
     video_id = await create(store, deadline_s=0.2)
     assert (await ended(store, video_id, "failed")).error_code == "deadline_exceeded"
-    assert [job["id"] for job in pipeline.jobs] == [busy]
+    assert [job.id for job in pipeline.jobs] == [busy]
 
 
 async def test_urgent_jobs_go_first(store: JobStore, storage: Storage, start: Start) -> None:
@@ -89,8 +90,8 @@ async def test_urgent_jobs_go_first(store: JobStore, storage: Storage, start: St
     start(pipeline, running_jobs=1)
     for video_id in ids:
         await ended(store, video_id, "completed")
-    assert [job["id"] for job in pipeline.jobs] == ids[::-1]
-    assert [job["priority"] for job in pipeline.jobs] == ["interactive", "standard", "batch"]
+    assert [job.id for job in pipeline.jobs] == ids[::-1]
+    assert [job.priority for job in pipeline.jobs] == ["interactive", "standard", "batch"]
 
 
 async def test_pipeline_unavailable_costs_no_attempt(
@@ -217,7 +218,7 @@ async def test_an_outage_costs_nobody_a_lease(store: JobStore, store_url: str, s
     new = await create(other)
     quick.wake()
     await until(lambda: running(other, new))  # it has looked around
-    assert [job["id"] for job in second.jobs] == [new]
+    assert [job.id for job in second.jobs] == [new]
     del store._db.write, store._db.read
     slow.wake()
     gate.set()
@@ -253,7 +254,7 @@ async def test_two_dispatchers_share(store: JobStore, storage: Storage, start: S
     start(second)
     for video_id in ids:
         assert (await ended(store, video_id, "completed")).attempt == 1
-    ran = [job["id"] for job in first.jobs + second.jobs]
+    ran = [job.id for job in first.jobs + second.jobs]
     assert sorted(ran) == sorted(ids)
     assert first.jobs and second.jobs
 

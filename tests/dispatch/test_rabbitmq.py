@@ -100,7 +100,7 @@ async def test_a_message_brings_the_job_to_the_dispatcher(
     ids = [await create(store) for _ in range(10)]
     for video_id in ids:
         assert (await ended(store, video_id, "completed")).attempt == 1
-    assert sorted(job["id"] for job in pipeline.jobs) == sorted(ids)
+    assert sorted(job.id for job in pipeline.jobs) == sorted(ids)
     await until(lambda: empty(queue_options.name))
 
 
@@ -135,7 +135,7 @@ async def test_the_store_decides_who_is_next(
     gate.set()
     for video_id in ids:
         await ended(store, video_id, "completed")
-    assert [job["id"] for job in pipeline.jobs] == [busy, *ids[::-1]]
+    assert [job.id for job in pipeline.jobs] == [busy, *ids[::-1]]
 
 
 async def test_two_dispatchers_share(store: JobStore, storage: Storage, listen: Listen, announcing: RabbitMQ) -> None:
@@ -145,7 +145,7 @@ async def test_two_dispatchers_share(store: JobStore, storage: Storage, listen: 
     ids = [await create(store) for _ in range(20)]
     for video_id in ids:
         assert (await ended(store, video_id, "completed")).attempt == 1
-    assert sorted(job["id"] for job in first.jobs + second.jobs) == sorted(ids)
+    assert sorted(job.id for job in first.jobs + second.jobs) == sorted(ids)
     assert first.jobs and second.jobs
 
 

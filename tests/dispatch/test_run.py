@@ -11,6 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Event, Progress
+from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.logs import JsonFormatter
 from serve_app.storage import Storage
@@ -80,7 +81,7 @@ async def test_attempts_that_get_further_are_not_counted(store: JobStore, storag
     """A group is lost after every step; each attempt begins where the one before was."""
     begun: list[int] = []
 
-    async def run(job: dict[str, Any]) -> AsyncGenerator[Event, None]:
+    async def run(job: JobSpec) -> AsyncGenerator[Event, None]:
         step = len(begun)
         begun.append(step)
         yield Progress("encode", 0, 1)
@@ -137,7 +138,7 @@ async def test_the_beginning_is_told_although_the_store_was_away(
 
     store.progress = refusing  # type: ignore[method-assign]
 
-    async def run(job: dict[str, Any]) -> AsyncGenerator[Event, None]:
+    async def run(job: JobSpec) -> AsyncGenerator[Event, None]:
         yield Progress("denoise", 5, 8)
         raise lost()
 

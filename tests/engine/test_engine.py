@@ -10,8 +10,8 @@ import pytest
 
 from serve_app.config import Config, DenoiserConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.group import GroupLost
-from serve_app.engine.messages import Admitted, OutOfMemory, StepRequest, StepResult
+from serve_app.engine.errors import GroupLost, OutOfMemory
+from serve_app.engine.messages import Admitted, StepRequest, StepResult
 from serve_app.engine.sample_request import Denoised, EncodedRequest, SampleRequest
 from serve_app.errors import JobFailed
 from serve_app.request import Params
@@ -33,14 +33,14 @@ class FakeGroup:
         self.stepped[sample_id] = 0
         return Admitted(10, 0, STEPS, 2, 1.0, 1.0, 1.0, None)
 
-    async def step(self, order: StepRequest) -> StepResult:
+    async def step(self, request: StepRequest) -> StepResult:
         await asyncio.sleep(0)
-        if len(order.advance) > self.most:
+        if len(request.advance) > self.most:
             raise OutOfMemory("too many")
-        if self.guilty in order.advance:
+        if self.guilty in request.advance:
             raise ValueError("guilty")
-        self.passes.append(order.advance)
-        for name in order.advance:
+        self.passes.append(request.advance)
+        for name in request.advance:
             self.stepped[name] += 1
         return StepResult(0.0, {})
 
@@ -67,12 +67,12 @@ class BusyGroup(FakeGroup):
         await asyncio.sleep(0.01)
         return admitted
 
-    async def step(self, order: StepRequest) -> StepResult:
+    async def step(self, request: StepRequest) -> StepResult:
         async with self.one_at_a_time:
-            stepped = await super().step(order)
+            result = await super().step(request)
             self.in_step.set()
             await asyncio.sleep(0.02)
-        return stepped
+        return result
 
 
 def engine_of(group: FakeGroup) -> Engine:
@@ -80,21 +80,21 @@ def engine_of(group: FakeGroup) -> Engine:
 
 
 async def one(engine: Engine, name: str, **fields: Any) -> Denoised | Exception:
-    """A sample through the engine."""
+    """Put a sample through the engine, and return its last event."""
     settings = {"negative_prompt": "", "fps": 16, "seed": 0, "guidance_scale": 4, "guidance_scale_2": 3}
     sizes = {"width": 64, "height": 64, "num_frames": 9, "num_inference_steps": STEPS}
     params = Params(prompt="x", flow_shift=5, boundary_ratio=0.5, **settings, **sizes)  # type: ignore[arg-type]
-    ticket = SampleRequest(name, params, **fields)
+    request = SampleRequest(name, params, **fields)
     try:
-        async with engine.seat(ticket):
-            await engine.admit(EncodedRequest(ticket, np.zeros((1, 1)), np.zeros((1, 1))))
+        async with engine.place(request):
+            await engine.admit(EncodedRequest(request, np.zeros((1, 1)), np.zeros((1, 1))))
             return [event async for event in engine.events(name)][-1]  # type: ignore[return-value]
     except JobFailed as error:
         return error
 
 
 async def run(group: FakeGroup, names: str) -> dict[str, Denoised | Exception]:
-    """Every sample through one engine, all admitted before the first step."""
+    """Put every sample through one engine, all admitted before the first step."""
     engine = engine_of(group)
     async with asyncio.timeout(10):
         ends = await asyncio.gather(*(one(engine, name) for name in names))

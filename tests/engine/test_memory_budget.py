@@ -21,13 +21,13 @@ GB = 1e9
 
 @pytest.fixture(scope="module")
 def a14b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return dummy_checkpoint.write(tmp_path_factory.mktemp("hollow") / "a14b")
+    return dummy_checkpoint.write(tmp_path_factory.mktemp("dummy") / "a14b")
 
 
 ONE = Mesh()
 
 
-def room(folder: Path, mesh: Mesh = ONE, width: int = 832, height: int = 480, **denoiser: Any) -> MemoryBudget:
+def budget(folder: Path, mesh: Mesh = ONE, width: int = 832, height: int = 480, **denoiser: Any) -> MemoryBudget:
     size = {"width": width, "height": height}
     config = Config.model_validate(
         {"model": {"path": str(folder), "sharded": "/x"}, "defaults": size, "denoiser": denoiser}
@@ -39,29 +39,29 @@ def room(folder: Path, mesh: Mesh = ONE, width: int = 832, height: int = 480, **
 
 def test_weights_of_a14b(a14b: Path) -> None:
     """14.29 billion parameters in bfloat16 each, of which 0.24 billion are not in blocks."""
-    assert room(a14b).weight_bytes == pytest.approx(57.2 * GB, rel=0.01)
-    assert room(a14b, experts="split").weight_bytes == pytest.approx(28.6 * GB, rel=0.01)
-    assert room(a14b, experts="swap").weight_bytes == pytest.approx(29.1 * GB, rel=0.01)
+    assert budget(a14b).weight_bytes == pytest.approx(57.2 * GB, rel=0.01)
+    assert budget(a14b, experts="split").weight_bytes == pytest.approx(28.6 * GB, rel=0.01)
+    assert budget(a14b, experts="swap").weight_bytes == pytest.approx(29.1 * GB, rel=0.01)
     whole = 2 * (40 * 2 * 5120**2 * 2) + 1.0 * GB  # of cross-attention two layers, and what is outside of blocks
     for tensor in (2, 4):
-        each = room(a14b, Mesh(tensor=tensor)).weight_bytes
+        each = budget(a14b, Mesh(tensor=tensor)).weight_bytes
         assert each == pytest.approx((57.2 * GB - whole) / tensor + whole, rel=0.01)
-    assert room(a14b, Mesh(guidance=2, sequence=2)).weight_bytes == room(a14b).weight_bytes
+    assert budget(a14b, Mesh(guidance=2, sequence=2)).weight_bytes == budget(a14b).weight_bytes
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(a14b: Path) -> None:
-    everything = room(a14b)
-    everything.check(64 * GB)
+    everything = budget(a14b)
+    everything.check_fits(64 * GB)
     with pytest.raises(
         ConfigError,
         match=r"^denoiser\.memory_fraction has value 0\.9, 46\.6 GiB of this GPU, expected 5\d\.\d GiB for weights "
         r"\(53\.\d\) and a step of 832x480, 81 frames; denoiser\.experts, \.offload and \.parallel\.tensor",
     ):
-        everything.slots(50 * GB, GPU)
-    room(a14b, Mesh(tensor=2)).check(50 * GB)
-    room(a14b, experts="swap").check(50 * GB)
+        everything.block_swap(50 * GB, GPU)
+    budget(a14b, Mesh(tensor=2)).check_fits(50 * GB)
+    budget(a14b, experts="swap").check_fits(50 * GB)
     with pytest.raises(ConfigError, match=r"18\.6 GiB of this GPU, expected 32\.4"):
-        room(a14b, experts="swap").check(20 * GB)
+        budget(a14b, experts="swap").check_fits(20 * GB)
 
 
 @pytest.mark.parametrize(
@@ -76,33 +76,33 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(a14b: Path) -> N
 def test_what_is_said_to_fit_is_what_was_seen_to(
     a14b: Path, experts: str, tensor: int, at_480p: float, at_720p: float
 ) -> None:
-    """The gigabytes that the allocator held on GPUs of A14B, compiled, 81 frames.
+    """Gigabytes that the allocator held on GPUs for A14B, compiled, 81 frames.
 
     benchmarks/results/2026-11-25-a14b-2xh100.md, 2026-11-26-a14b-2xh200.md, 2026-11-28-a14b-cross-attention-2xh200.md.
     """
     for (width, height), seen in (((832, 480), at_480p), ((1280, 720), at_720p)):
-        needed = room(a14b, Mesh(tensor=tensor), width, height, experts=experts, compile=True)
+        needed = budget(a14b, Mesh(tensor=tensor), width, height, experts=experts, compile=True)
         with pytest.raises(ConfigError):
-            needed.check(0.97 * seen * GB)
-        needed.check(1.03 * seen * GB)
+            needed.check_fits(0.97 * seen * GB)
+        needed.check_fits(1.03 * seen * GB)
 
 
 def test_texts_count_as_far_as_they_are_kept(a14b: Path) -> None:
     """Two texts of 2 x 40 layers x 512 tokens x 5120 features x 2 bytes for each expert, on all of its ranks."""
     for mesh, texts in ((ONE, 4), (Mesh(guidance=2), 2), (Mesh(tensor=2), 4)):
-        more = _least(room(a14b, mesh)) - _least(room(a14b, mesh, text_cache_mib=0))
+        more = _least(budget(a14b, mesh)) - _least(budget(a14b, mesh, text_cache_mib=0))
         assert more == pytest.approx(texts * 0.419 * GB, rel=0.01)
-    more = _least(room(a14b, text_cache_mib=100)) - _least(room(a14b, text_cache_mib=0))
+    more = _least(budget(a14b, text_cache_mib=100)) - _least(budget(a14b, text_cache_mib=0))
     assert more == pytest.approx(2 * 100 * 2**20, rel=0.01)
 
 
-def _least(room: MemoryBudget) -> float:
-    """Bytes that `check` wants."""
+def _least(budget: MemoryBudget) -> float:
+    """Return the bytes that `check_fits` wants."""
     low, high = 0.0, 100 * GB
     while high - low > 1e5:
         middle = (low + high) / 2
         try:
-            room.check(middle)
+            budget.check_fits(middle)
             high = middle
         except ConfigError:
             low = middle
@@ -110,12 +110,12 @@ def _least(room: MemoryBudget) -> float:
 
 
 def test_where_blocks_wait(a14b: Path) -> None:
-    assert room(a14b).slots(float("inf"), GPU) is None
-    assert room(a14b, experts="split").slots(float("inf"), GPU) is None
-    assert room(a14b, experts="swap").slots(float("inf"), CPU) is None
+    assert budget(a14b).block_swap(float("inf"), GPU) is None
+    assert budget(a14b, experts="split").block_swap(float("inf"), GPU) is None
+    assert budget(a14b, experts="swap").block_swap(float("inf"), CPU) is None
     for offload, store in (("cpu", HostBlocks), ("disk", FileBlocks)):
-        slots = room(a14b, experts="swap", offload=offload, compile=True).slots(40 * GB, CPU)
-        assert isinstance(slots, BlockSwap) and isinstance(slots._store, store)
+        block_swap = budget(a14b, experts="swap", offload=offload, compile=True).block_swap(40 * GB, CPU)
+        assert isinstance(block_swap, BlockSwap) and isinstance(block_swap._store, store)
         # Of 40 GB: less the largest request (720p, 161 frames), texts, waiting samples and what is not in blocks.
         left = 40 - 13.2 - 2 * 1.07 - 4.29 - 0.97
-        assert slots._budget_bytes / GB == pytest.approx(left, abs=0.3)
+        assert block_swap._budget_bytes / GB == pytest.approx(left, abs=0.3)

@@ -1,4 +1,4 @@
-"""Tables of what a rank's steps consist of."""
+"""Profiles of a rank's steps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from serve_app.config import validate
+from serve_app.engine.messages import StepRequest
 from serve_app.engine.profile import StepProfile
 from serve_app.engine.rank import Rank
 from serve_app.errors import ConfigError
@@ -27,10 +28,10 @@ def test_a_rank_writes_a_table_for_every_step_and_makes_the_steps_of_one_that_do
         rank = Rank(config, 0)
         rank.load("", 0, Mesh())
         params = Params(**{**config.defaults.model_dump(), **SMALL, "prompt": "a cat", "seed": 0})
-        text = np.ones((3, int(rank._checkpoint.expert_config("transformer")["text_dim"])), dtype=np.float32)
+        text = np.ones((3, int(rank.model.checkpoint.expert_config("transformer")["text_dim"])), dtype=np.float32)
         rank.admit("a/job", params, text, text)
         for _ in range(SMALL["num_inference_steps"]):
-            rank.step([["a/job"], [], {}])
+            rank.step(StepRequest(["a/job"]).to_wire())
         latents.append(rank.latents("a/job"))
     assert np.array_equal(*latents)
     files = sorted((tmp_path / "some" / "profiles" / "a_job").iterdir())

@@ -1,4 +1,4 @@
-"""What a rank says of errors in a step."""
+"""Errors in a step, as a rank translates them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from serve_app.config import Config
-from serve_app.engine.messages import DeviceBroken, OutOfMemory
+from serve_app.engine.errors import DeviceBroken, OutOfMemory
+from serve_app.engine.messages import StepRequest
 from serve_app.engine.rank import Rank
 from serve_app.wan.parallel.symmetric_memory import OutOfStep
 from serve_app.wan.sampling import sampler
@@ -29,18 +30,17 @@ def test_what_is_raised_in_a_step_is_told_as_what_it_means(
     error: Exception, said: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        world.exchanged += 7
+        groups.exchanged += 7
         raise error
 
     monkeypatch.setattr(sampler, "advance", fail)
-    world = SimpleNamespace(exchanged=100)
+    groups = SimpleNamespace(exchanged=100)
+    experts = SimpleNamespace(use=lambda name: None, forget_texts=lambda: None)
     rank = Rank(Config(), 0)
-    rank._world = world  # type: ignore[assignment]
-    rank._device = torch.device("cpu")
-    rank._experts = SimpleNamespace(use=lambda name: None, forget_texts=lambda: None)  # type: ignore[assignment]
+    rank._loaded = SimpleNamespace(groups=groups, experts=experts, device=torch.device("cpu"))  # type: ignore[assignment]
     rank._samples["a"] = SimpleNamespace(latents=torch.zeros(1), expert="transformer")  # type: ignore[assignment]
     with pytest.raises(said) as raised:
-        rank.step([["a"], [], {}])
+        rank.step(StepRequest(["a"]).to_wire())
     assert type(raised.value) is said
     if isinstance(raised.value, OutOfMemory):
         assert raised.value.exchanged == 7 and str(error) in str(raised.value)

@@ -1,4 +1,4 @@
-"""States in storage: the newest stays, failures cost no job anything."""
+"""States in storage: the newest stays, and failures cost no job anything."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 import time
 from pathlib import Path
 
-from serve_app.engine.saver import Saver, latest
+from serve_app.engine.saver import Saver, latest_state
 from serve_app.storage import Storage
 
 
@@ -24,12 +24,12 @@ def states(folder: Path) -> list[str]:
 async def test_a_newer_state_replaces_the_older_and_is_found(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     saver = Saver(storage)
-    assert await latest(storage, "samples/a") is None
+    assert await latest_state(storage, "samples/a") is None
     for step in (3, 12):
         saver.save("samples/a", step, lambda step=step: str(step).encode())
         wait(lambda: not saver._busy)  # the file is there a little sooner, and what comes until then is left out
         assert states(tmp_path) == [f"{step:05d}"]
-    assert await latest(storage, "samples/a") == b"12"
+    assert await latest_state(storage, "samples/a") == b"12"
 
 
 async def test_the_furthest_is_found_among_what_several_processes_left(tmp_path: Path) -> None:
@@ -37,16 +37,16 @@ async def test_the_furthest_is_found_among_what_several_processes_left(tmp_path:
     for name in ("00009-aa", "00100-bb", "00020-cc"):
         await storage.put(f"samples/a/{name}.safetensors", name.encode())
     await storage.put("samples/a/notes.txt", b"something else")
-    assert await latest(storage, "samples/a") == b"00100-bb"
+    assert await latest_state(storage, "samples/a") == b"00100-bb"
 
 
 async def test_one_that_was_denoised_again_from_an_older_state_does_not_remove_a_newer(tmp_path: Path) -> None:
-    """Whoever was presumed dead and is not may still save: what is further stays."""
+    """A group that was wrongly presumed dead may still save; the state with more steps stays."""
     storage = Storage(str(tmp_path))
     await storage.put("samples/a/00030-aa.safetensors", b"30")
     Saver(storage).save("samples/a", 10, lambda: b"10")
     wait(lambda: states(tmp_path) == ["00010", "00030"])
-    assert await latest(storage, "samples/a") == b"30"
+    assert await latest_state(storage, "samples/a") == b"30"
 
 
 async def test_one_save_at_a_time_and_saving_waits_for_nobody(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from serve_app.engine.pass_time import PassTime
 from serve_app.engine.scheduler import Entry, Scheduler
 
 SHAPES = [(3, 8, 8), (9, 16, 16)]
-PATIENCE = (5.0, 40.0, 200.0)
-"""Of each class, in steps: the simulations below count a step as one unit of time."""
+AGEING = (5.0, 40.0, 200.0)
+"""Seconds of ageing by class. The simulations below count a step as one second."""
 
 
 @dataclass
-class FrameBuffer:
-    """A sample, when its job was created, and how long it was then kept waiting outside."""
+class Arrival:
+    """A sample that arrives: when its job was created, and how long it then waited outside."""
 
     entry: Entry
     created: float
@@ -27,7 +27,7 @@ class FrameBuffer:
 
 
 @st.composite
-def arrivals(draw: st.DrawFn, most: int = 12) -> list[FrameBuffer]:
+def arrivals(draw: st.DrawFn, most: int = 12) -> list[Arrival]:
     made = []
     for index in range(draw(st.integers(1, most))):
         created = draw(st.integers(0, 60))
@@ -40,13 +40,13 @@ def arrivals(draw: st.DrawFn, most: int = 12) -> list[FrameBuffer]:
             steps=draw(st.integers(1, 12)),
             boundary=draw(st.integers(0, 12)),
             priority=priority,
-            effective_deadline=created + PATIENCE[priority],
+            effective_deadline=created + AGEING[priority],
             work=draw(st.floats(0.1, 100)),
             step_mib=draw(st.floats(0, 500)),
             state_mib=draw(st.floats(0, 100)),
             alone=draw(st.booleans()),
         )
-        made.append(FrameBuffer(entry, created, draw(st.integers(0, 30))))
+        made.append(Arrival(entry, created, draw(st.integers(0, 30))))
     return made
 
 
@@ -60,8 +60,8 @@ schedulers = st.builds(
 )
 
 
-def simulate(scheduler: Scheduler, those: list[FrameBuffer], fixed: float = 0.0) -> list[tuple[float, list[Entry]]]:
-    """Every step, with its time, until all have finished. A pass is measured to take `fixed` beside its work."""
+def simulate(scheduler: Scheduler, those: list[Arrival], fixed: float = 0.0) -> list[tuple[float, list[Entry]]]:
+    """Return every step with its time, until all have finished. A pass takes `fixed` seconds beside its work."""
     steps, now, outside = [], 0.0, list(those)
     while outside or len(scheduler):
         for arrival in [a for a in outside if a.created + a.delay <= now]:
@@ -71,7 +71,7 @@ def simulate(scheduler: Scheduler, those: list[FrameBuffer], fixed: float = 0.0)
         if batch:
             steps.append((now, batch))
             next(a for a in those if a.entry is batch[0]).led.append(now)
-            scheduler.stepped(batch, fixed + sum(entry.work for entry in batch))
+            scheduler.note_pass(batch, fixed + sum(entry.work for entry in batch))
         for entry in batch:
             entry.step += 1
             if entry.finished:
@@ -112,8 +112,8 @@ def test_everybody_finishes_and_every_batch_is_one_cohort_within_bounds(schedule
 
 
 @given(schedulers, arrivals(), FIXED)
-def test_once_its_turn_has_come_nobody_created_later_goes_first(scheduler, those, fixed):
-    """The bound on waiting: after its turn, a sample waits only for such whose turn came before."""
+def test_after_its_effective_deadline_nobody_created_later_goes_first(scheduler, those, fixed):
+    """The bound on waiting: after its effective deadline a sample waits only for samples whose deadline came before."""
     simulate(scheduler, those, fixed)
     for one in those:
         finished = max(one.led, default=None)
@@ -126,8 +126,8 @@ def test_once_its_turn_has_come_nobody_created_later_goes_first(scheduler, those
                     for t in other.led
                     if one.entry.effective_deadline <= t and one.created + one.delay <= t < finished
                 ]
-                assert not between, f"{other.entry.id} went before {one.entry.id}, whose turn had come"
-        # So it is done within its own steps and those of the samples whose turn came before.
+                assert not between, f"{other.entry.id} went before {one.entry.id}, whose effective deadline had passed"
+        # So it is done within its own steps and those of the samples whose deadline came before.
         ahead = sum(o.entry.steps for o in those if o.entry.effective_deadline <= one.entry.effective_deadline)
         late = max(
             (o.created + o.delay for o in those if o.entry.effective_deadline <= one.entry.effective_deadline),
@@ -137,7 +137,7 @@ def test_once_its_turn_has_come_nobody_created_later_goes_first(scheduler, those
 
 
 @given(arrivals(), st.integers(1, 5), st.integers(1, 2000))
-def test_before_anybodys_turn_the_class_decides_and_then_the_least_remaining_work(those, samples, tokens):
+def test_before_any_effective_deadline_the_class_decides_and_then_the_least_remaining_work(those, samples, tokens):
     scheduler = Scheduler(samples, tokens)
     inside = [a.entry for a in those]
     for entry in inside:
@@ -224,7 +224,7 @@ def test_after_memory_ran_out_fewer_tokens_share_a_pass():
     for entry in those:
         scheduler.add(entry)
     assert len(scheduler.pick(0)) == 4
-    scheduler.out_of_memory(those)
+    scheduler.lower_token_bound(those)
     assert len(scheduler.pick(0)) == 3
 
 
@@ -233,14 +233,14 @@ def equal(name: str, step: int, **changes) -> Entry:
 
 
 def taught(scheduler: Scheduler, fixed: float) -> Scheduler:
-    """It has seen passes over one and over three samples."""
+    """Show a scheduler passes over one and over three samples."""
     for count in (1, 3):
-        scheduler.stepped([equal("seen", 0)] * count, fixed + count)
+        scheduler.note_pass([equal("seen", 0)] * count, fixed + count)
     return scheduler
 
 
 def passes(fixed: float, *entries: Entry) -> int:
-    return len(simulate(taught(Scheduler(8, 10_000), fixed), [FrameBuffer(entry, 0) for entry in entries], fixed))
+    return len(simulate(taught(Scheduler(8, 10_000), fixed), [Arrival(entry, 0) for entry in entries], fixed))
 
 
 def test_equal_samples_catch_up_where_a_pass_costs_much_whatever_is_in_it():

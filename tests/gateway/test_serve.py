@@ -19,6 +19,7 @@ import pytest
 import serve_app
 from serve_app.errors import InvalidRequest, JobFailed, Unavailable
 from serve_app.events import Event
+from serve_app.job_spec import JobSpec
 from tests.stages.conftest import until
 
 serve = pytest.importorskip("ray.serve")
@@ -38,18 +39,18 @@ class Pipeline:
         self._storage = Storage(storage_url)
         self._make = FakePipeline
 
-    async def generate(self, job: dict[str, Any]) -> AsyncIterator[Event]:
+    async def generate(self, job: JobSpec, caller: Any = None) -> AsyncIterator[Event]:
         import os
 
-        prompt = job["params"]["prompt"]
+        prompt = job.params.prompt
         errors: list[Exception] = []
         if prompt == "refuse":
             errors = [JobFailed("too_large", "It cannot fit.")]
-        elif prompt == "lose a rank" and job["attempt"] == 1:
+        elif prompt == "lose a rank" and job.attempt == 1:
             errors = [JobFailed("rank_lost", "A rank was lost.", retryable=True)]
         elif prompt == "crash":
             errors = [ZeroDivisionError("in a stage")]
-        elif prompt == "die" and job["attempt"] == 1:
+        elif prompt == "die" and job.attempt == 1:
             os._exit(1)
         gate = asyncio.Event() if prompt == "wait" else None
         async for event in self._make(self._storage, step_s=0.05, errors=errors, gate=gate)(job):

@@ -14,6 +14,7 @@ from ray import serve
 
 from serve_app.app import wan
 from serve_app.config import Config, validate
+from serve_app.job_spec import JobSpec
 from serve_app.request import Params, VideoRequest, resolve
 
 
@@ -40,11 +41,10 @@ class Wan:
     def params(self, prompt: str = "a red circle", **fields: Any) -> Params:
         return resolve(VideoRequest(prompt=prompt, **fields), self.config)
 
-    def job(self, prompt: str = "a red circle", **fields: Any) -> dict[str, Any]:
+    def job(self, prompt: str = "a red circle", **fields: Any) -> JobSpec:
         self._jobs += 1
         job_id = f"video_{self._jobs}"
-        params = self.params(prompt, **fields)
-        return {"id": job_id, "attempt": 1, "params": params.model_dump(), "prefix": f"videos/{job_id}/1"}
+        return JobSpec(job_id, self.params(prompt, **fields), f"videos/{job_id}/1")
 
     def path(self, key: str) -> Path:
         return Path(self.config.storage_url) / key

@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 
 from benchmarks.model.parity import CASES
 from serve_app.errors import JobFailed
+from serve_app.job_spec import JobSpec
 from serve_app.stages import pipeline
 from serve_app.stages.decoder import Decoded
 
@@ -20,7 +21,7 @@ PARAMS = next(iter(CASES.values()))
 
 
 class FakeCall:
-    """What a handle returns. It goes on when who waits for it does not."""
+    """A call of a handle. It goes on when its caller stops waiting."""
 
     def __init__(self, work: Coroutine[Any, Any, Decoded]) -> None:
         self.task = asyncio.ensure_future(work)
@@ -31,7 +32,7 @@ class FakeCall:
 
 
 class FakeDecoder:
-    """A handle. Fails as often as it is told to, as Serve reports it, and keeps what it was given."""
+    """A decoder's handle. Fails in turn with `failures`, as Serve reports them, and keeps the latents it was given."""
 
     def __init__(self, failures: list[JobFailed], hangs: bool = False) -> None:
         self.failures, self.hangs = failures, hangs
@@ -58,12 +59,12 @@ class FakeDecoder:
 
 async def decode(decoder: FakeDecoder, latents: np.ndarray) -> Decoded:
     made = pipeline.Pipeline.func_or_class(FakeHandle(), FakeHandle(), decoder)
-    decoded: Decoded = await made._decode(latents, PARAMS, {"id": "a", "prefix": "videos/a/1"})
+    decoded: Decoded = await made._decode(latents, PARAMS, JobSpec("a", PARAMS, "videos/a/1"))
     return decoded
 
 
 class FakeHandle:
-    """Of a stage that is not called."""
+    """A handle of a stage that is not called."""
 
     def options(self, **_: Any) -> FakeHandle:
         return self
@@ -95,7 +96,7 @@ async def test_it_ends(failed: JobFailed, tries: int) -> None:
 
 
 async def test_a_pipeline_that_ends_early_ends_the_decode_too() -> None:
-    """Serve cancels calls of a call that was cancelled by itself; but this one may end because its caller has died."""
+    """Serve cancels the calls of a cancelled call by itself, but not of one that ends because its caller has died."""
     decoder = FakeDecoder([], hangs=True)
     ending = asyncio.create_task(decode(decoder, np.ones(1, dtype=np.float32)))
     await decoder.asked.wait()

@@ -44,7 +44,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         one_by_one = asyncio.Semaphore(1)
 
         async def alone(item: Any) -> Any:
-            """Batches are Serve's, of replicas only. One goes on when who called is cancelled."""
+            """Stand in for Serve's batches, which replicas alone have. A batch goes on when its caller is cancelled."""
 
             async def run() -> Any:
                 async with one_by_one:
@@ -91,10 +91,10 @@ async def test_a_decode_that_nobody_waits_for_any_more_stores_nothing(decoder: A
     begun, go_on = threading.Event(), threading.Event()
     decode = decoder._decoder.decode
 
-    def held(latents: Any, arrivals: list[FrameBuffer]) -> Any:
+    def held(latents: Any, frame_buffers: list[FrameBuffer]) -> Any:
         begun.set()
         assert go_on.wait(30)
-        return decode(latents, arrivals)
+        return decode(latents, frame_buffers)
 
     decoder._decoder.decode = held
     call = asyncio.create_task(decoder.decode(latents(), PARAMS, "videos/a/1", "a"))
@@ -115,7 +115,7 @@ async def test_a_decode_that_nobody_waits_for_any_more_stores_nothing(decoder: A
 
 @pytest.fixture
 def encoding(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
-    """When all frames are with the encoder, and when it may end."""
+    """Events: all frames are with the encoder, and it may end."""
     fed, go_on = threading.Event(), threading.Event()
     write = video.write_mp4
 
@@ -181,7 +181,7 @@ async def test_a_decode_that_breaks_off_ends_its_file(
 
 
 class Counted:
-    """Chunks of a decoder as they are begun, by their size; each waits to be let go while `held`."""
+    """Records the widths of the chunks that a decoder begins; while `held`, each waits to be let go."""
 
     def __init__(self, decoder: Any) -> None:
         self.widths: list[int] = []
@@ -232,8 +232,7 @@ async def test_of_a_batch_only_who_was_cancelled_is_dropped(decoder: Any, tmp_pa
     await leaving.end()
     chunks.go_on.set()
     _, (storing, _) = await batch
-    outputs, _, _ = await storing
-    assert outputs["video"].startswith("videos/b/")
+    assert (await storing).outputs["video"].startswith("videos/b/")
     assert {path.parent.parent.name for path in stored(tmp_path / "videos").values()} == {"b"}
 
 
@@ -267,16 +266,16 @@ async def test_a_call_that_ends_while_a_file_is_stored_leaves_nothing_there(
 
 
 async def test_the_death_of_who_called_ends_the_decode(decoder: Any, tmp_path: Path) -> None:
-    """As `stages.callers` tells of it: by cancelling the task."""
+    """`client_liveness` cancels the task."""
     chunks, tasks = Counted(decoder), []
 
     @contextmanager
-    def serving(caller: Any) -> Iterator[None]:
+    def watching(caller: Any) -> Iterator[None]:
         tasks.append(asyncio.current_task())
         assert caller == "the pipeline"
         yield
 
-    decoder._callers.serving = serving
+    decoder._client_liveness.watching = watching
     call = asyncio.create_task(decoder.decode(noise(LONG), LONG, "videos/a/1", "a", caller="the pipeline"))
     await asyncio.to_thread(chunks.begun.wait, 30)
     tasks[0].cancel()
@@ -345,8 +344,7 @@ async def test_of_a_batch_only_who_is_not_finite_fails(decoder: Any) -> None:
     items = [_Item(one, PARAMS, f"videos/{name}/1", name, False) for one, name in ((latents(), "a"), (bad, "b"))]
     (storing, _), failed = await decoder.batch(items)
     assert failed.code == "not_finite"
-    outputs, _, _ = await storing
-    assert outputs["video"] == "videos/a/1/video.mp4"
+    assert (await storing).outputs["video"] == "videos/a/1/video.mp4"
 
 
 def test_a_warm_up_does_not_judge(decoder: Any) -> None:

@@ -1,4 +1,4 @@
-"""One encoder without a cluster: numbers that are not finite fail the request that they are of."""
+"""One encoder without a cluster: numbers that are not finite fail their own request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def test_the_failure_reaches_who_called(encoder: Any) -> None:
     encoder._encoder.model.get_input_embeddings().weight.data.fill_(math.nan)
 
     async def alone(request: Any) -> Any:
-        """Batches are Serve's, of replicas only."""
+        """Stand in for Serve's batches, which replicas alone have."""
         return (await encoder.batch([request]))[0]
 
     encoder._encode_batch = alone

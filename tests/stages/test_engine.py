@@ -1,4 +1,4 @@
-"""What the step engine promises: samples overtake, leave, move, are saved and resumed, and no pixel shows it."""
+"""Promises of the step engine: samples overtake, leave, move, are saved and resumed, and no pixel changes."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Run:
         self.latents: np.ndarray | None = None
         self.moved: Moved | None = None
         self.error: Exception | None = None
-        ticket = {key: options.pop(key) for key in ("priority", "created_at", "state_prefix") if key in options}
+        request = {key: options.pop(key) for key in ("priority", "created_at", "state_prefix") if key in options}
         encoder, denoiser = app.handle("Encoder"), app.handle(deployment).options(stream=True)
         encoded = encoder.encode.remote(params.prompt, params.negative_prompt if params.guided else None)
-        self._ask = lambda: denoiser.denoise.remote(SampleRequest(name, params, **ticket), encoded, **options)
+        self._ask = lambda: denoiser.denoise.remote(SampleRequest(name, params, **request), encoded, **options)
         self._again = options.get("resume", False)
         self.response = self._ask()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -107,7 +107,7 @@ def app(deploy: Any) -> Iterator[Wan]:
 
 @pytest.fixture(scope="module")
 def alone(app: Wan) -> np.ndarray:
-    """The latents that `long` has undisturbed."""
+    """Latents of `long` when it runs alone."""
     return Run(app, app.params(seed=1, **LONG), "alone").result()
 
 
@@ -139,7 +139,7 @@ def test_a_class_goes_before_less_work_and_who_waited_long_goes_first(app):
     assert overdue.times[-2] < quick.times[2] < quick.times[-2] < batch.times[-1], "its turn had come long ago"
 
 
-def test_one_of_a_class_above_gets_the_seat_of_the_least_urgent_when_all_are_taken(app, alone):
+def test_one_of_a_class_above_gets_the_place_of_the_least_urgent_when_all_are_taken(app, alone):
     slow = [Run(app, app.params(seed=n, num_inference_steps=300), f"slow{n}", priority="batch") for n in range(2)]
     clip = long(app, "evicted", priority="batch").at(1)  # the least work left, so it leads
     for run in slow:

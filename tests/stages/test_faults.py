@@ -1,4 +1,4 @@
-"""What dies or hangs is replaced by itself, what is slow is left alone, and who leaves frees the ranks."""
+"""Faults: a dead or hung rank or replica is replaced, a slow one is left alone, and who leaves frees the ranks."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pytest
 import ray
 from ray import serve
 
-from serve_app.engine.group import _called
+from serve_app.engine.group import call_ranks
 from serve_app.engine.sample_request import SampleRequest
 from serve_app.events import Done, Progress
+from serve_app.job_spec import JobSpec
 from serve_app.replica import this_process
 from tests.stages.conftest import Wan, processes, until
 
@@ -37,7 +38,7 @@ def make(app: Wan, **fields) -> Done:
 
 
 def make_soon(app: Wan, timeout_s: float = 240) -> Done:
-    """A video as soon as the denoiser is back; before, requests may fail."""
+    """Make a video as soon as the denoiser is back; until then requests may fail."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -101,7 +102,7 @@ def test_who_leaves_frees_the_ranks_at_the_next_step(app):
 
 @ray.remote(num_cpus=0)
 class Busy:
-    """A rank in a step: what it is asked for has to wait."""
+    """A rank in a step: other calls have to wait."""
 
     def work(self, seconds: float) -> float:
         time.sleep(seconds)
@@ -113,7 +114,7 @@ class Coordinator:
     """Calls a rank on behalf of a request."""
 
     async def request(self, rank) -> None:
-        self._answers = [*_called([rank], "work", 2.0), *_called([rank], "work", 0.0)]
+        self._answers = [*call_ranks([rank], "work", 2.0), *call_ranks([rank], "work", 0.0)]
         await asyncio.Event().wait()
 
     async def called(self) -> bool:
@@ -140,9 +141,9 @@ class Driver:
     def pid(self) -> int:
         return os.getpid()
 
-    async def drive(self, job: dict) -> None:
+    async def drive(self, job: JobSpec) -> None:
         pipeline = serve.get_app_handle("wan").options(stream=True)
-        async for _ in pipeline.generate.remote({**job, "caller": this_process()}):
+        async for _ in pipeline.generate.remote(job, this_process()):
             pass
 
 
@@ -162,7 +163,7 @@ def test_when_the_caller_dies_its_work_ends_on_every_rank(app, victim):
 
 
 @pytest.mark.slow
-def test_more_samples_than_seats_all_finish_and_who_leaves_while_waiting_is_forgotten(deploy):
+def test_more_samples_than_places_all_finish_and_who_leaves_while_waiting_is_forgotten(deploy):
     app = deploy(denoiser={"resident_samples": 1, "batch": {"size": 4, "wait_s": 0.3}})
     denoiser = app.handle("Denoiser")
     with ThreadPoolExecutor(5) as pool:

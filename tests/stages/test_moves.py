@@ -51,7 +51,7 @@ class Video:
 
 
 def pixels(app: Wan, done: Done) -> bytes:
-    """The video's frames as they were compressed, without the metadata, which names the job."""
+    """Return a video's frames as they were compressed, without the metadata, which names the job."""
     import av
 
     with av.open(str(app.path(done.outputs["video"]))) as container:

@@ -34,7 +34,7 @@ def frames(path) -> np.ndarray:
 
 
 def denoise(app: Wan, sample_id: str, params) -> np.ndarray:
-    """Latents of one sample, through encoder and denoiser."""
+    """Return the latents of one sample, through encoder and denoiser."""
     encoded = app.handle("Encoder").encode.remote(params.prompt, params.negative_prompt if params.guided else None)
     stream = app.handle("Denoiser").options(stream=True).denoise.remote(SampleRequest(sample_id, params), encoded)
     return list(stream)[-1].latents
@@ -55,7 +55,7 @@ def test_events_are_true_and_in_order_and_the_files_are_there(app):
     assert done.size_bytes == app.path(done.outputs["video"]).stat().st_size
     assert frames(app.path(done.outputs["video"])).shape == (9, 48, 64, 3)
     metadata = read_metadata(app.path(done.outputs["video"]))
-    assert metadata["prompt"] == "一个红色的圆" and metadata["seed"] == 3 and metadata["id"] == job["id"]
+    assert metadata["prompt"] == "一个红色的圆" and metadata["seed"] == 3 and metadata["id"] == job.id
     assert done.timings["total"] >= done.timings["denoise"] > 0
 
 
@@ -117,7 +117,7 @@ async def test_batch_mates_do_not_change_a_video(app):
 
 
 async def test_encoder_and_decoder_batch_what_arrives_together(app):
-    """Batch mates are timed together, so that equal seconds to the last digit mean one batch."""
+    """Batch mates are timed together, so seconds that are equal to the last digit mean one batch."""
     prompts = ["a red circle", "蓝色的正方形", "a star"]
     encoder, decoder = app.handle("Encoder"), app.handle("Decoder")
     encoded = await asyncio.gather(*(encoder.encode.remote(prompt, "模糊") for prompt in prompts))

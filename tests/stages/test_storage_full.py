@@ -26,14 +26,14 @@ def test_latents_are_kept_until_the_video_can_be_stored(deploy, small_disk: Disk
     small_disk.fill(leave=4096)  # room for the thumbnail, which is stored first
     following = threading.Thread(target=follow)
     following.start()
-    until(app.path(f"{job['prefix']}/thumbnail.jpg").exists)
+    until(app.path(f"{job.prefix}/thumbnail.jpg").exists)
     small_disk.free()
     following.join(60)
     *progress, done = events
     assert isinstance(done, Done)
     assert [event.step for event in progress if event.stage == "denoise"] == list(range(7))
     assert done.size_bytes == app.path(done.outputs["video"]).stat().st_size
-    stored = [path for path in app.path(job["prefix"]).iterdir()]
+    stored = [path for path in app.path(job.prefix).iterdir()]
     assert sorted(path.name for path in stored) == ["spritesheet.jpg", "thumbnail.jpg", "video.mp4"]
 
     small_disk.fill()

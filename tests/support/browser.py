@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
+from serve_app.job_spec import JobSpec
 from serve_app.storage import download_name
 from serve_app.wan.video import thumbnail, write_mp4
 from tests.gateway.conftest import Server, listening
@@ -63,15 +64,15 @@ class Seen:
 class FilmPipeline(FakePipeline):
     """Stores a video and a picture that a browser can show, 64x48."""
 
-    async def _store(self, job: dict) -> dict[str, str]:
+    async def _store(self, job: JobSpec) -> dict[str, str]:
         frames = np.zeros((9, SIZE[1], SIZE[0], 3), np.uint8)
         frames[:, :, :, 0] = np.arange(0, 225, 25, dtype=np.uint8)[:, None, None]
-        path = Path(self.storage.folder).parent / f"{job['id']}.mp4"
+        path = Path(self.storage.folder).parent / f"{job.id}.mp4"
         write_mp4(frames, path, 16, {})
         outputs = {}
         for name, content in (("thumbnail.jpg", thumbnail(frames)), ("video.mp4", path)):
-            key = outputs[name.partition(".")[0]] = f"{job['prefix']}/{name}"
-            await self.storage.put(key, content, download_name(job["id"], key))
+            key = outputs[name.partition(".")[0]] = f"{job.prefix}/{name}"
+            await self.storage.put(key, content, download_name(job.id, key))
         return outputs
 
 

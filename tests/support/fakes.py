@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.events import Done, Event, Progress
+from serve_app.job_spec import JobSpec
 from serve_app.request import Params
 from serve_app.storage import Storage, download_name
 
@@ -56,12 +57,12 @@ class FakePipeline:
         self.gate = gate
         self.stubborn = stubborn
         self.saving = saving
-        self.jobs: list[dict[str, Any]] = []
+        self.jobs: list[JobSpec] = []
         self.ended: list[str] = []
 
-    async def __call__(self, job: dict[str, Any]) -> AsyncGenerator[Event, None]:
+    async def __call__(self, job: JobSpec) -> AsyncGenerator[Event, None]:
         self.jobs.append(job)
-        steps = Params(**job["params"]).num_inference_steps
+        steps = job.params.num_inference_steps
         try:
             yield Progress("encode", 0, 1)
             yield Progress("encode", 1, 1)
@@ -74,7 +75,7 @@ class FakePipeline:
                         raise self.errors.pop(0)
                 if self.saving:
                     with contextlib.suppress(FileExistsError):
-                        await self.storage.put(f"{job['state_prefix']}/{step:04d}", b"state")
+                        await self.storage.put(f"{job.state_prefix}/{step:04d}", b"state")
                 yield Progress("denoise", step, steps, seconds_left=(steps - step) * self.step_s)
             yield Progress("decode", 0, 1)
             outputs = await self._store(job)
@@ -85,31 +86,31 @@ class FakePipeline:
                 self.late = asyncio.create_task(self._store_late(job))
             raise
         finally:
-            self.ended.append(job["id"])
+            self.ended.append(job.id)
 
-    async def _saved_step(self, job: dict[str, Any]) -> int:
-        saved = await self.storage.list(job["state_prefix"]) if self.saving else []
+    async def _saved_step(self, job: JobSpec) -> int:
+        saved = await self.storage.list(job.state_prefix) if self.saving and job.state_prefix else []
         return int(saved[-1].rpartition("/")[2]) if saved else 0
 
-    async def _store_late(self, job: dict[str, Any]) -> None:
+    async def _store_late(self, job: JobSpec) -> None:
         await asyncio.sleep(0.05)
         with contextlib.suppress(FileNotFoundError):  # the folder is swept at the same time
             await self._store(job)
             if self.saving:
-                await self.storage.put(f"{job['state_prefix']}/9999", b"state")
+                await self.storage.put(f"{job.state_prefix}/9999", b"state")
 
-    async def _store(self, job: dict[str, Any]) -> dict[str, str]:
+    async def _store(self, job: JobSpec) -> dict[str, str]:
         outputs = {
-            "video": f"{job['prefix']}/video.mp4",
-            "thumbnail": f"{job['prefix']}/thumbnail.jpg",
-            "spritesheet": f"{job['prefix']}/spritesheet.jpg",
+            "video": f"{job.prefix}/video.mp4",
+            "thumbnail": f"{job.prefix}/thumbnail.jpg",
+            "spritesheet": f"{job.prefix}/spritesheet.jpg",
         }
         for key, content in (
             (outputs["video"], bytes(range(256)) * 782),
             (outputs["thumbnail"], b"\xff\xd8 thumbnail"),
             (outputs["spritesheet"], b"\xff\xd8 spritesheet"),
         ):
-            await self.storage.put(key, content, download_name(job["id"], key))
+            await self.storage.put(key, content, download_name(job.id, key))
         return outputs
 
 

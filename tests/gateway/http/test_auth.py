@@ -129,7 +129,7 @@ async def test_limits(server: Server, held: asyncio.Event) -> None:
     first = await server.create(headers)
 
     async def running() -> bool:
-        return [job["id"] for job in server.pipeline.jobs] == [first["id"]]
+        return [job.id for job in server.pipeline.jobs] == [first["id"]]
 
     await until(running)
     await server.create(headers)  # waits, though the dispatcher has room

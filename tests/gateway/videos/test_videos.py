@@ -107,7 +107,7 @@ async def test_urgent_videos_stand_in_front(server: Server, held: asyncio.Event)
     held.set()
     for video in (first, second):
         await server.ended(video["id"])
-    assert [job["id"] for job in server.pipeline.jobs[8:]] == [second["id"], first["id"]]
+    assert [job.id for job in server.pipeline.jobs[8:]] == [second["id"], first["id"]]
 
 
 async def test_length(server: Server) -> None:
