@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from cluster.dev import Cluster
-from cluster.namespaces import missing
-from cluster.teardown import abandoned, take_down
+from cluster.dev.namespaces import missing
+from cluster.dev.teardown import abandoned, take_down
 from tests.support.serving import QUICK, Serving
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import dev
 from cluster.dev import Cluster, ClusterError
-from cluster.loopback import MARK
-from cluster.processes import control
-from cluster.teardown import leftovers, take_down
+from cluster.dev.commands import main
+from cluster.dev.loopback import MARK
+from cluster.dev.processes import control
+from cluster.dev.teardown import leftovers, take_down
 from tests.stages.conftest import until
 from tests.support.serving import QUICK
 
@@ -315,7 +315,7 @@ def test_bad_input_is_one_line_and_starts_nothing(arguments, said, monkeypatch, 
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     try:
         with pytest.raises(SystemExit) as stop:
-            dev.main()
+            main()
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)

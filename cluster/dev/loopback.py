@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import psutil
 
-from cluster.errors import ClusterError
+from cluster.dev.errors import ClusterError
 
 MARK = "RAY_DEV_CLUSTER"
 """An environment variable, NAME/HOST, that every process of a cluster inherits: how its processes are found again."""

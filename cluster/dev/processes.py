@@ -14,10 +14,10 @@ from pathlib import Path
 
 import psutil
 
-from cluster.errors import ClusterError
-from cluster.loopback import MARK, Loopback, free_ports
-from cluster.namespaces import REDIS, Namespaces
-from cluster.state import State, write_private
+from cluster.dev.errors import ClusterError
+from cluster.dev.loopback import MARK, Loopback, free_ports
+from cluster.dev.namespaces import REDIS, Namespaces
+from cluster.dev.state import State, write_private
 
 START_TIMEOUT_S = 120
 _CONTROL = "gcs_server"

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError
+from cluster.dev.errors import ClusterError
 
 PREFIX = "rc-"  # of every namespace, link and folder; with a name of 8 characters and "-31" the kernel's 15 for a link
 REDIS = "r"  # the key of the host that runs a Redis of the cluster's own

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cluster.loopback import Loopback
-from cluster.namespaces import Namespaces
-from cluster.processes import raylet
-from cluster.state import HostSpec
+from cluster.dev.loopback import Loopback
+from cluster.dev.namespaces import Namespaces
+from cluster.dev.processes import raylet
+from cluster.dev.state import HostSpec
 
 
 class Host:

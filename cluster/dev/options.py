@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 
-from cluster.errors import bad_option
-from cluster.loopback import free_ports
-from cluster.namespaces import missing
-from cluster.state import HostSpec, State
+from cluster.dev.errors import bad_option
+from cluster.dev.loopback import free_ports
+from cluster.dev.namespaces import missing
+from cluster.dev.state import HostSpec, State
 
 MOST_HOSTS = 32  # two digits in the name of a link
 

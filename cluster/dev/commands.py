@@ -1,4 +1,4 @@
-"""`python -m cluster.dev`: several hosts on one machine, from the command line. Tests import `Cluster` from here."""
+"""The commands of `python -m cluster.dev`: several hosts on one machine, from the command line."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from cluster.cluster import Cluster
-from cluster.errors import ClusterError, bad_option
-from cluster.host import Host
-from cluster.teardown import leftovers, take_down
-
-__all__ = ["Cluster", "ClusterError", "Host"]
+from cluster.dev.cluster import Cluster
+from cluster.dev.errors import ClusterError, bad_option
+from cluster.dev.teardown import leftovers, take_down
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Value = TypeVar("Value")
@@ -221,7 +218,3 @@ def main() -> None:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         print(f"cluster: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-_REPOSITORY = Path(__file__).parent.parent
+_REPOSITORY = Path(__file__).parents[2]
+_PROGRAM = "from cluster.dev.view import main; main()"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def ask(
         environment: holds the token.
         alive: wait until exactly these hosts are alive; None does not wait.
     """
-    argv = [sys.executable, "-m", "cluster.view", address, str(timeout_s)]
+    argv = [sys.executable, "-c", _PROGRAM, address, str(timeout_s)]
     argv += [] if alive is None else [",".join(str(host) for host in alive)]
     try:
         done = subprocess.run(
@@ -78,9 +79,9 @@ def ask(
 
 
 def main() -> None:
-    """`python -m cluster.view ADDRESS TIMEOUT [HOSTS]`: print the nodes as JSON, once exactly HOSTS are alive if given.
+    """Print the nodes as JSON, once exactly HOSTS are alive if given: the program that `ask` runs.
 
-    HOSTS is like `0,2`. The status is 1 if the time is up.
+    Its arguments are ADDRESS TIMEOUT [HOSTS], HOSTS being like `0,2`. The status is 1 if the time is up.
     """
     address, timeout_s = sys.argv[1], float(sys.argv[2])
     wanted = {int(host) for host in sys.argv[3].split(",")} if len(sys.argv) > 3 else None
@@ -100,7 +101,3 @@ def main() -> None:
             print(alive, file=sys.stderr)
             sys.exit(1)
         time.sleep(0.1)
-
-
-if __name__ == "__main__":
-    main()

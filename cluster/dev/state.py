@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster.errors import ClusterError
-from cluster.namespaces import PREFIX
+from cluster.dev.errors import ClusterError
+from cluster.dev.namespaces import PREFIX
 
 # Always /tmp: Ray puts sockets into it, whose paths may have 107 characters, and `down` looks from any environment.
 _ROOT = Path("/tmp")

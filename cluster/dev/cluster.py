@@ -11,15 +11,15 @@ from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any
 
-from cluster import processes
-from cluster.errors import ClusterError, bad_option
-from cluster.host import Host
-from cluster.loopback import MARK
-from cluster.namespaces import REDIS, Namespaces, missing
-from cluster.options import plan
-from cluster.state import load
-from cluster.teardown import is_up, network_of, take_down
-from cluster.view import RayNode, ask
+from cluster.dev import processes
+from cluster.dev.errors import ClusterError, bad_option
+from cluster.dev.host import Host
+from cluster.dev.loopback import MARK
+from cluster.dev.namespaces import REDIS, Namespaces, missing
+from cluster.dev.options import plan
+from cluster.dev.state import load
+from cluster.dev.teardown import is_up, network_of, take_down
+from cluster.dev.view import RayNode, ask
 
 Say = Callable[[str], None]
 

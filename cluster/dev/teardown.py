@@ -7,12 +7,12 @@ import shutil
 import subprocess
 import sys
 
-from cluster import state
-from cluster.errors import ClusterError
-from cluster.loopback import Loopback
-from cluster.namespaces import Namespaces
-from cluster.processes import kill_all, storage_namespace
-from cluster.state import State
+from cluster.dev import state
+from cluster.dev.errors import ClusterError
+from cluster.dev.loopback import Loopback
+from cluster.dev.namespaces import Namespaces
+from cluster.dev.processes import kill_all, storage_namespace
+from cluster.dev.state import State
 
 _FORGET = """
 import sys

@@ -1,0 +1,3 @@
+from cluster.dev.commands import main
+
+main()
