@@ -10,7 +10,7 @@ from serve_app.request import VideoRequest
 if TYPE_CHECKING:
     from serve_app.client import connect
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["VideoRequest", "__version__", "connect"]
 
 

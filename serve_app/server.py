@@ -25,7 +25,7 @@ from serve_app.launch.applications import Applications
 from serve_app.launch.preflight import preflight
 from serve_app.launch.ray_session import RaySession
 from serve_app.launch.startup import Startup
-from serve_app.launch.targets import build, where_data_goes
+from serve_app.launch.targets import build, serve_options, where_data_goes
 from serve_app.model import departures, makes_videos, open_model
 from serve_app.replica import alive_hosts, check_hosts
 from serve_app.shortage import refuse_the_impossible
@@ -114,11 +114,7 @@ class Server:
         check_hosts(self.config, alive_hosts())
         refuse_the_impossible(self._built.needs)
         guard.set_stop(guard.Stop.IN_ORDER)
-        serve.start(
-            proxy_location=self._file.get("proxy_location", "EveryNode"),
-            http_options=self._http,
-            controller_options=self._file.get("controller_options"),
-        )
+        serve.start(**serve_options({**self._file, "http_options": self._http}))
         if self.config.auth.mode == "none" and self.url:
             who = "anybody who reaches it" if self.config.auth.open else "anybody on this machine"
             self._say(f"auth.mode is none: {who} may use {self.url}")
@@ -133,8 +129,9 @@ class Server:
         silent = f"Serve on the Ray at {ray_address} does not answer within {_LOOK_S} s: end it with `serve shutdown`"
         with guard.deadline(_LOOK_S, silent):
             was_there = applications.look(ray_address, self._http, replace=self._replace)
-        if was_there and self._file.get("controller_options"):
-            self._say("controller_options have no effect: Serve runs already, with those of whoever started it")
+        for option in ("controller_options", "grpc_options"):
+            if was_there and self._file.get(option):
+                self._say(f"{option} have no effect: Serve runs already, with those of whoever started it")
 
     def _look_around(self) -> None:
         """Look for the services that the file names, from where they will be used, and for a port of our own."""

@@ -16,6 +16,7 @@ from rich.console import Console
 from serve_app.cli.store import ConfigFile, with_store
 from serve_app.cli.table import print_table
 from serve_app.errors import ServeAppError
+from serve_app.launch.shipped import config_file
 
 if TYPE_CHECKING:
     from serve_app.jobs.store import JobStore
@@ -113,12 +114,14 @@ def list_jobs(
 def show(config: ConfigFile, video_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """All that is known of a job, as JSON."""
 
+    from sqlalchemy import inspect
+
     async def run(store: JobStore) -> None:
         job = await store.get(video_id)
         position = await store.position(video_id)
         if job is None:
             raise _unknown(video_id)
-        columns = {column.key: getattr(job, column.key) for column in job.__table__.columns}
+        columns = {column.key: getattr(job, column.key) for column in inspect(type(job)).column_attrs}
         print(json.dumps({**columns, "queue_position": position}, indent=2, ensure_ascii=False))
 
     with_store(config, run)
@@ -144,7 +147,7 @@ def logs(
         async def run(store: JobStore) -> bool:
             return await store.get(video_id) is not None
 
-        if not with_store(config, run):
+        if not with_store(config_file(config), run):
             raise _unknown(video_id)
     if created_at is None:
         raise _unknown(video_id)

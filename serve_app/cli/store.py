@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from serve_app.launch.shipped import config_file
+
 if TYPE_CHECKING:
     from serve_app.jobs.store import JobStore
 
 T = TypeVar("T")
 
-ConfigFile = Annotated[Path, typer.Option("--config", help="The file that is served; its database is acted on.")]
+ConfigFile = Annotated[
+    Path,
+    typer.Option("--config", callback=config_file, help="The file that is served; its database is acted on."),
+]
 
 
 def with_store(path: Path, use: Callable[[JobStore], Awaitable[T]], *, make: bool = False) -> T:

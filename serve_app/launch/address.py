@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from typing import Any
 
 _ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -26,3 +27,10 @@ def base_url(http: dict[str, Any], route_prefix: str) -> str:
         near = _ALL_INTERFACES.get(address.compressed, host)
         shown = f"[{near}]" if address.version == 6 else near
     return f"http://{shown}:{http.get('port', 8000)}{route_prefix.rstrip('/')}"
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback address that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -84,7 +84,21 @@ def build(path: Path, content: dict[str, Any], config: Config) -> Targets:
     notes = [*_pipeline(path, applications, config), *_environment(config, environ)]
     if gateways and content.get("proxy_location") == "Disabled":
         notes.append("proxy_location has value 'Disabled': the gateway answers no HTTP, only calls of other Ray jobs")
-    return Targets([_built(path, entry) for entry in applications], runtime_env, gateways, wanted, notes)
+    run = [_built(path, entry, content.get("logging_config")) for entry in applications]
+    return Targets(run, runtime_env, gateways, wanted, notes)
+
+
+def serve_options(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `serve.start` that a file asks for.
+
+    Args:
+        content: what `load_file` made of the file.
+    """
+    names = ("http_options", "grpc_options", "controller_options", "logging_config")
+    return {
+        "proxy_location": "EveryNode",
+        **{name: content[name] for name in (*names, "proxy_location") if content.get(name)},
+    }
 
 
 def where_data_goes(config: Config) -> str:
@@ -190,7 +204,7 @@ def _environment(config: Config, environ: dict[str, str]) -> list[str]:
     return notes
 
 
-def _built(path: Path, entry: dict[str, Any]) -> serve.RunTarget:
+def _built(path: Path, entry: dict[str, Any], logging: dict[str, Any] | None) -> serve.RunTarget:
     try:
         application = BUILDERS[entry["import_path"]](entry.get("args") or {})
     except ServeAppError:
@@ -201,5 +215,6 @@ def _built(path: Path, entry: dict[str, Any]) -> serve.RunTarget:
         target=application,
         name=entry["name"],
         route_prefix=entry.get("route_prefix", "/"),
+        logging_config=logging,
         external_scaler_enabled=entry.get("external_scaler_enabled", False),
     )

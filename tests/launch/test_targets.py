@@ -15,7 +15,7 @@ import yaml
 
 from serve_app.config import load_file
 from serve_app.errors import ConfigError
-from serve_app.launch.targets import Targets, build
+from serve_app.launch.targets import Targets, build, serve_options
 from serve_app.wan.weights.checkpoint import Checkpoint
 from serve_app.wan.weights.writer import prepare
 
@@ -160,6 +160,17 @@ def test_refusals(checked: Callable[[Change], Targets], change: Change, said: st
     with pytest.raises(ConfigError) as error:
         checked(change)
     assert said in str(error.value) and "\n" not in str(error.value) and "secret" not in str(error.value)
+
+
+def test_serve_gets_the_options_of_the_file(checked: Callable[[Change], Targets], tmp_path: Path) -> None:
+    given = {"logging_config": {"log_level": "DEBUG"}, "grpc_options": {"port": 9100}}
+    targets = checked(lambda content, _: content.update(given))
+    assert [target.logging_config for target in targets.run] == [{"log_level": "DEBUG"}] * 2
+    content, _ = load_file(tmp_path / "my.yaml")
+    options = serve_options(content)
+    assert given.items() <= options.items() and options["proxy_location"] == "HeadOnly"
+    assert options["http_options"]["port"] == 8000 and "controller_options" in options
+    assert serve_options({"applications": []}) == {"proxy_location": "EveryNode"}
 
 
 def test_notes(checked: Callable[[Change], Targets]) -> None:
