@@ -29,7 +29,7 @@ ConfigArgument = Annotated[
 
 
 def check(config: ConfigArgument) -> None:
-    """Check a configuration file, and the folders that it names: all that needs neither network nor GPU."""
+    """Check a configuration file and the folders that it names, without network and GPU."""
     from serve_app.config import load_file
     from serve_app.launch.targets import LEFT_OUT, build, where_data_goes
 
@@ -43,9 +43,9 @@ def check(config: ConfigArgument) -> None:
 def up(
     config: ConfigArgument,
     port: Annotated[int | None, typer.Option(help="HTTP port, instead of the file's.")] = None,
-    own_ray: Annotated[bool, typer.Option("--own-ray", help="Start a Ray even where one is running.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="End or replace the server that runs here.")] = False,
-    dashboard: Annotated[bool, typer.Option(help="Run Ray's dashboard, where Ray is started here.")] = True,
+    own_ray: Annotated[bool, typer.Option("--own-ray", help="Start a Ray even if one is running here.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="First end the server that runs here.")] = False,
+    dashboard: Annotated[bool, typer.Option(help="Run Ray's dashboard, if Ray is started here.")] = True,
 ) -> None:
     """Serve a configuration until Ctrl-C or SIGTERM, on the Ray that runs here or on one of its own."""
     guard.fork()
@@ -66,8 +66,8 @@ def up(
 
 def demo(
     prompt: Annotated[str, typer.Argument(help=f"What to draw. {NOTE}")] = DEMO_PROMPT,
-    folder: Annotated[Path, typer.Option(help="Where the video goes.")] = Path("out"),
-    config: Annotated[Path, typer.Option(callback=shipped.config_file, help="What to serve.")] = TINY,
+    folder: Annotated[Path, typer.Option(help="Folder for the video.")] = Path("out"),
+    config: Annotated[Path, typer.Option(callback=shipped.config_file, help="The configuration to serve.")] = TINY,
 ) -> None:
     """Start the embedded default, make one video over HTTP, and stop everything again."""
     guard.fork()
@@ -95,7 +95,7 @@ def demo(
 
 
 class _Say:
-    """Prints lines with the seconds since the beginning, so that nobody wonders whether it hangs."""
+    """Prints a line after the seconds since the start, so that nobody wonders whether it hangs."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()

@@ -1,4 +1,4 @@
-"""The address under which a server of a YAML file is reached from its own machine."""
+"""The addresses of a server, as its own machine sees them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 def base_url(http: dict[str, Any], route_prefix: str) -> str:
     """Return the URL that the gateway's paths are appended to, without a slash at its end.
 
-    A `root_path` is not in it: that is what a proxy in front takes away before it passes a request on.
+    A `root_path` is not in it: a proxy in front removes that before it passes a request on.
 
     Args:
         http: the file's `http_options`, with the host.
-        route_prefix: of the application with the gateway.
+        route_prefix: that of the gateway's application.
     """
     host = str(http["host"])
     try:

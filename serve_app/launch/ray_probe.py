@@ -1,7 +1,7 @@
-"""Look for a Ray to join, within seconds and without joining it.
+"""The search for a Ray to join. It takes seconds and joins nothing.
 
-`ray.init` answers an address of which nothing is left, or a control process that hangs, after minutes and in C++. So
-its control process (the GCS) is asked first whether it lives, and whether a node of it runs here.
+`ray.init` needs minutes, in C++, for an address where nothing is left or a control process that hangs. So the control
+process (the GCS) is asked first whether it lives, and whether a node of its cluster runs here.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from serve_app.errors import ConfigError, ServeAppError
 
 _ANSWER_S = 5
-# A Ray that has just begun, or is just ending, has changed by then.
+# A Ray that is starting or ending has done so after this long.
 _SETTLE_S = 10
 _INSTEAD = "start a Ray beside it with --own-ray"
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a Ray may be, and from where that is known."""
+    """The address where a Ray may run, and the source of that knowledge."""
 
     host_port: str
     source: str
-    wished: bool  # by the user, who is not to be given another one
+    wished: bool  # named by the user, who must not get another Ray instead
 
     def __str__(self) -> str:
         return f"the Ray at {self.host_port} ({self.source})"
 
 
 class Away(ServeAppError):
-    """A Ray cannot be joined. The message says why, and what to do.
+    """An error that says why a Ray cannot be joined, and what to do.
 
     Args:
+        message: the error's text.
         nothing_there: nothing listens at the address.
-        may_change: it may be about to start or to end.
+        may_change: the Ray may be starting or ending.
     """
 
     def __init__(self, message: str, *, nothing_there: bool = False, may_change: bool = False) -> None:
@@ -57,7 +58,10 @@ class Away(ServeAppError):
 
 
 def find(say: Callable[[str], None]) -> Address | None:
-    """Return the Ray to join: that of RAY_ADDRESS, else one that runs on this machine. None where there is none.
+    """Return the Ray to join: the one of RAY_ADDRESS, else one that runs on this machine; None if there is none.
+
+    Args:
+        say: called with a line if an address is left out, since its Ray has ended.
 
     Raises:
         ConfigError: RAY_ADDRESS has a value that cannot work.
@@ -101,7 +105,7 @@ def _wished(wish: str) -> Address:
 
 
 def _seen_here() -> list[Address]:
-    """The Rays of which this machine has a trace: that of the last `ray start`, then those whose nodes run here."""
+    """Return the Rays that this machine knows: first that of the last `ray start`, then those whose nodes run here."""
     found = []
     if last := read_ray_address():
         found.append(Address(last, "the last `ray start` here", wished=False))
@@ -115,13 +119,13 @@ def _raylets() -> list[str]:
 
 
 def _check_for_a_while(address: Address) -> None:
-    """Check it, again while it may be starting or ending."""
+    """Check a Ray as `check_can_join` does, again while it may be starting or ending."""
     deadline = time.monotonic() + _SETTLE_S
     while True:
         try:
-            return check(address)
+            return check_can_join(address)
         except Away as away:
-            # Of an address where nothing listens, only the nodes that still run say that something may change.
+            # Where nothing listens, only nodes that still run here are a sign that something may change.
             if away.nothing_there and address.host_port not in _raylets():
                 raise
             if not away.may_change or time.monotonic() > deadline:
@@ -129,8 +133,8 @@ def _check_for_a_while(address: Address) -> None:
         time.sleep(0.5)
 
 
-def check(address: Address) -> None:
-    """Ask whether it can be joined from this machine.
+def check_can_join(address: Address) -> None:
+    """Check that a Ray can be joined from this machine.
 
     Raises:
         Away: it cannot.
@@ -163,7 +167,7 @@ def check(address: Address) -> None:
 
 
 def _check_raylet(address: Address, raylet: str) -> None:
-    """Ask whether a node's own process, which `ray.init` would wait for, speaks."""
+    """Check that a node's own process answers, since `ray.init` would wait for it."""
     channel = init_grpc_channel(raylet, [("grpc.enable_http_proxy", 0)])
     try:
         grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
