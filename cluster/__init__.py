@@ -1,4 +1,4 @@
-"""How the server is deployed and tried. `cluster.dev` runs several hosts on one machine.
+"""Files for deploying and trying the server. `cluster.dev` runs several hosts on one machine.
 
 Knows nothing of serve_app and is no part of the installed package.
 """

@@ -1,4 +1,4 @@
-"""The application on a real socket, for what the commands say to it."""
+"""Fixtures of the command line's tests: the application on a real socket."""
 
 from tests.gateway.conftest import auth, client, empty_sqlite, held, server, storage_options
 

@@ -28,7 +28,7 @@ PLAY = {
 
 
 def play(**changes: list[Reply]) -> dict[str, list[Reply]]:
-    """What goes well, but for what is given."""
+    """Return a script in which all goes well, except for the given replies."""
     names = {"create": CREATE, "get": GET, "content": CONTENT}
     return {**{what: list(replies) for what, replies in PLAY.items()}, **{names[n]: r for n, r in changes.items()}}
 
@@ -45,7 +45,7 @@ def run(url: str, *words: str | Path) -> tuple[int, str, str]:
 
 
 def invoke(url: str, *words: str | Path) -> tuple[int, str, str]:
-    """`run` in this process: faster, for what needs neither signals nor pipes."""
+    """Do the same as `run` in this process, which is faster, for tests without signals and pipes."""
     result = CliRunner().invoke(cli, [*map(str, words), "--url", url])
     if isinstance(result.exception, ServeAppError):
         return 1, result.stdout, f"{result.stderr}wan-serve: {result.exception}\n"

@@ -1,4 +1,4 @@
-"""Hosts on one machine: what each is, what a fault does to it and to nobody else, and that nothing is left of them."""
+"""Several hosts on one machine: each host, a fault that reaches only one, and an end that leaves nothing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ print("count", ray.get(Counter.remote().increment.remote(), timeout=60))
 
 
 def traces(name: str) -> list[str]:
-    """Whatever this machine has of a cluster: namespaces, links, files, processes."""
+    """Return all that this machine has of a cluster: namespaces, links, files, processes."""
     found = [str(path) for path in [*Path("/tmp").glob(f"rc-{name}*"), *Path("/etc/netns").glob(f"rc-{name}*")]]
     for kind in (["netns", "list"], ["-br", "link"]) if shutil.which("ip") else ():
         lines = subprocess.run(["ip", *kind], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -63,7 +63,7 @@ def name() -> Iterator[str]:
 
 
 def tool(*arguments: str) -> subprocess.Popen[str]:
-    """`python -m cluster.dev`, as in a terminal of its own."""
+    """Start `python -m cluster.dev`, as in a terminal of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "cluster.dev", *arguments],
         cwd=REPOSITORY,

@@ -1,4 +1,4 @@
-"""Claims, between real processes."""
+"""Claims between real processes."""
 
 from __future__ import annotations
 

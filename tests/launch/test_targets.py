@@ -1,4 +1,4 @@
-"""What `wan-serve check` and `up` find out before anything starts, without a Ray."""
+"""Checks of `wan-serve check` and `up` before anything starts, without a Ray."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Change = Callable[[Args, Args], object]
 
 @pytest.fixture
 def checked(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], Targets]:
-    """Builds configs/tiny.yaml on the random checkpoint, with a change that gets the file and the shared `args`."""
+    """Return a function that builds configs/tiny.yaml on the random checkpoint, changed by a function of file and `args`."""
     for name in ("WAN_SERVE_HOME", "WAN_SERVE_QUEUE_URL", "WAN_SERVE_MAIL_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "my.yaml"
@@ -46,7 +46,7 @@ def checked(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def both(change: Callable[[Args], object]) -> Change:
-    """Change each application of the file."""
+    """Return a change of each application of the file."""
     return lambda content, _: [change(application) for application in content["applications"]]
 
 
