@@ -26,7 +26,7 @@ Change = Callable[[Args, Args], object]
 
 @pytest.fixture
 def checked(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], Targets]:
-    """Return a function that builds configs/tiny.yaml on the random checkpoint, changed by a function of file and `args`."""
+    """Return a function that builds a changed configs/tiny.yaml. The change gets the file and the shared `args`."""
     for name in ("WAN_SERVE_HOME", "WAN_SERVE_QUEUE_URL", "WAN_SERVE_MAIL_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "my.yaml"
