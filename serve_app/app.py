@@ -178,7 +178,7 @@ def _check_sharded(config: Config, checkpoint: Checkpoint) -> None:
         if parallel.ranks is not None:
             raise ConfigError(
                 f"denoiser.parallel.ranks has value {parallel.ranks} and model.sharded is given, expected "
-                "denoiser.parallel.tensor, the number that the shards were prepared for"
+                "denoiser.parallel.tensor, the number that the shards were made for"
             )
         try:
             sharded = ShardedCheckpoint(config.model.sharded_folder, checkpoint, parallel.tensor, config.model.dtype)

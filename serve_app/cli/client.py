@@ -32,11 +32,11 @@ _LONGEST_RETRY_AFTER_S = 120.0
 _ENDED = ("completed", "failed")
 
 
-class Refused(ServeAppError):
+class ServerRefused(ServeAppError):
     """The server answered that it will not, or cannot now. The message is the server's own."""
 
 
-class Away(ServeAppError):
+class ServerAway(ServeAppError):
     """The server does not answer."""
 
 
@@ -102,8 +102,8 @@ class Api:
         Waits for a server that restarts meanwhile, and asks less often after a 429.
 
         Raises:
-            Away: the server did not answer for a minute.
-            Refused: there is no such video, or not for this key.
+            ServerAway: the server did not answer for a minute.
+            ServerRefused: there is no such video, or not for this key.
         """
         yield video
         path, pause_s = _path(video["id"]), 0.2
@@ -176,7 +176,7 @@ class Api:
             **options: passed to `httpx.Client.build_request`.
 
         Raises:
-            Away: the server cannot be reached.
+            ServerAway: the server cannot be reached.
         """
         request = self._http.build_request(method, path, **options)
         began = time.monotonic()
@@ -185,7 +185,7 @@ class Api:
                 response = self._http.send(request, stream=stream)
             except httpx.TransportError as error:
                 if not waits or time.monotonic() - began > _RETRY_FOR_S:
-                    raise Away(f"--url has value {self.url!r}, expected a running server: {error}") from error
+                    raise ServerAway(f"--url has value {self.url!r}, expected a running server: {error}") from error
                 self._note(f"the server does not answer, trying for {_RETRY_FOR_S:.0f} s: {error}")
                 time.sleep(0.5)
                 continue
@@ -218,10 +218,10 @@ class Api:
                 raise ValueError
         except (ValueError, KeyError):
             if response.status_code >= 500:  # a proxy speaks for a server that is gone
-                raise Away(f"the server answered {response.status_code}") from None
+                raise ServerAway(f"the server answered {response.status_code}") from None
             raise ServeAppError(f"--url has value '{response.url}', which is no server of videos") from None
         if response.status_code >= 400:
-            raise Refused(_message(response))
+            raise ServerRefused(_message(response))
         return body
 
 

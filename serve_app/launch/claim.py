@@ -49,7 +49,7 @@ def describe(applications: list[str], file: str, url: str) -> Running:
     return Running(applications, file, url, pid, psutil.Process(pid).create_time())
 
 
-class Claim:
+class ServerClaim:
     """The right to serve on a Ray or a port. It lasts until the process ends or `release` is called.
 
     Args:

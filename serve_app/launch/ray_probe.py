@@ -42,7 +42,7 @@ class Address:
         return f"the Ray at {self.host_port} ({self.source})"
 
 
-class Away(ServeAppError):
+class RayAway(ServeAppError):
     """An error that says why a Ray cannot be joined, and what to do.
 
     Args:
@@ -79,7 +79,7 @@ def find(say: Callable[[str], None]) -> Address | None:
     for address in _seen_here():
         try:
             _check_for_a_while(address)
-        except Away as away:
+        except RayAway as away:
             if not away.nothing_there or address.host_port in _raylets():
                 raise
             say(f"{address} has ended; `ray stop` forgets it")
@@ -124,7 +124,7 @@ def _check_for_a_while(address: Address) -> None:
     while True:
         try:
             return check_can_join(address)
-        except Away as away:
+        except RayAway as away:
             # Where nothing listens, only nodes that still run here are a sign that something may change.
             if away.nothing_there and address.host_port not in _raylets():
                 raise
@@ -137,7 +137,7 @@ def check_can_join(address: Address) -> None:
     """Check that a Ray can be joined from this machine.
 
     Raises:
-        Away: it cannot.
+        RayAway: it cannot.
     """
     channel = init_grpc_channel(address.host_port, [("grpc.enable_http_proxy", 0)])
     try:
@@ -149,7 +149,7 @@ def check_can_join(address: Address) -> None:
     finally:
         channel.close()
     if version != ray.__version__:
-        raise Away(f"{address} has version {version}, expected {ray.__version__}; {_INSTEAD}")
+        raise RayAway(f"{address} has version {version}, expected {ray.__version__}; {_INSTEAD}")
     here = services.find_node_ids()
     raylets = [
         f"{node.node_manager_address}:{node.node_manager_port}"
@@ -157,7 +157,7 @@ def check_can_join(address: Address) -> None:
         if node.node_id.hex() in here
     ]
     if not raylets:
-        raise Away(
+        raise RayAway(
             f"{address} has no living node on this machine: run `ray start --address={address.host_port}` first, or "
             + _INSTEAD,
             may_change=True,
@@ -172,7 +172,7 @@ def _check_raylet(address: Address, raylet: str) -> None:
     try:
         grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
     except grpc.FutureTimeoutError:
-        raise Away(
+        raise RayAway(
             f"the node of {address} on this machine, {raylet}, does not answer within {_ANSWER_S} s: end it with "
             f"`ray stop --force`, or {_INSTEAD}",
             may_change=True,
@@ -181,18 +181,18 @@ def _check_raylet(address: Address, raylet: str) -> None:
         channel.close()
 
 
-def _away(address: Address, error: grpc.RpcError) -> Away:
+def _away(address: Address, error: grpc.RpcError) -> RayAway:
     code = error.code()
     if code == grpc.StatusCode.UNAUTHENTICATED:
         mode = os.environ.get("RAY_AUTH_MODE", "")
         do = "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN has another" if mode == "token" else "export RAY_AUTH_MODE=token"
-        return Away(f"{address} asks for its token: {do}")
+        return RayAway(f"{address} asks for its token: {do}")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         do = f"end it with `ray stop --force`, or {_INSTEAD}"
-        return Away(f"{address} does not answer within {_ANSWER_S} s: {do}", may_change=True)
+        return RayAway(f"{address} does not answer within {_ANSWER_S} s: {do}", may_change=True)
     if address.wished:
         do = f"start it, correct or unset RAY_ADDRESS, or {_INSTEAD}"
     else:
         do = f"wait until it has started or ended, end it with `ray stop --force`, or {_INSTEAD}"
     gone = code == grpc.StatusCode.UNAVAILABLE
-    return Away(f"nothing answers for {address}: {do}", nothing_there=gone, may_change=gone)
+    return RayAway(f"nothing answers for {address}: {do}", nothing_there=gone, may_change=gone)

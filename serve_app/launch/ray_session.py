@@ -54,7 +54,7 @@ class RaySession:
         self._dashboard = dashboard
         self._runtime_env = runtime_env
         self._say = say
-        self._claims: list[claim.Claim] = []
+        self._claims: list[claim.ServerClaim] = []
         self._found: ray_probe.Address | None = None
         self._info: dict[str, Any] = {}
         self._dashboard_url: str | None = None
@@ -83,7 +83,7 @@ class RaySession:
             self._claim(f"port {port}")
 
     def _claim(self, what: str) -> None:
-        self._claims.append(claim.Claim(what, self._server, replace=self._replace))
+        self._claims.append(claim.ServerClaim(what, self._server, replace=self._replace))
 
     def _make_way(self, address: str) -> bool:
         """End the servers with the same applications on a Ray, or refuse if they may not be replaced.

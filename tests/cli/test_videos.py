@@ -83,7 +83,7 @@ def test_the_id_comes_first_and_alone(tmp_path: Path) -> None:
 def test_a_broken_download_leaves_the_old_file(
     tmp_path: Path, broken: Reply, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve_app.cli.client._PATIENCE_S", 0.2)
+    monkeypatch.setattr("serve_app.cli.client._RETRY_FOR_S", 0.2)
     out = tmp_path / "my out.mp4"
     out.write_bytes(b"old")
     with scripted(play(content=[broken])) as script:
@@ -190,7 +190,7 @@ def test_a_server_that_restarts_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_server_that_stays_away_leaves_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve_app.cli.client._PATIENCE_S", 0.5)
+    monkeypatch.setattr("serve_app.cli.client._RETRY_FOR_S", 0.5)
     with scripted(play(get=[Reply(cut=-1)])) as script, Api(script.url) as api:
         states = api.follow(api.create({"prompt": "a cat"}))
         assert next(states)["status"] == "queued"
