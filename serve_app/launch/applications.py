@@ -38,7 +38,7 @@ class Applications:
             target.target._bound_deployment._version = self._mark
 
     def check_free(self, ray_address: str, http: dict[str, Any], *, replace: bool) -> bool:
-        """Check that a running Serve, if there is one, has room for these applications. Called before anything starts.
+        """Check that a running Serve, if there is one, can take these applications. Called before anything starts.
 
         Args:
             ray_address: the Ray that this process has joined, for messages.

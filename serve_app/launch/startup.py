@@ -81,7 +81,10 @@ class Startup:
         )
 
     def _tell_what_is_missing(self, deployment: str) -> None:
-        """Say what a deployment asks for if that is not free, again whenever the numbers change."""
+        """Say what a deployment asks for if that is not free, again whenever the numbers change.
+
+        Amounts that are not free may already be granted to this deployment, for a process that still starts.
+        """
         need, there, free = self._wanted.get(deployment), hosts(), ray.available_resources()
         if need is None:
             return
