@@ -1,3 +1,5 @@
-from tests.gateway.conftest import auth, empty_sqlite, server, storage_options
+"""Fixtures of the command line's tests: the application on a real socket."""
 
-__all__ = ["auth", "empty_sqlite", "server", "storage_options"]
+from tests.gateway.conftest import auth, client, empty_sqlite, held, server, storage_options
+
+__all__ = ["auth", "client", "empty_sqlite", "held", "server", "storage_options"]
