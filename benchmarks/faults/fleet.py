@@ -22,7 +22,7 @@ import psutil
 import uvicorn
 import yaml
 
-from benchmarks.faults.servers import free_port
+from benchmarks.ports import free_port
 from serve_app.config import Config, validate
 from serve_app.dispatch.dispatcher import Dispatcher
 from serve_app.dispatch.rabbitmq import broker

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.ports import free_port
+
 _STARTS_WITHIN_S = 60
 
 
@@ -156,9 +158,3 @@ def _folder_of(program: str, pattern: str) -> Path:
     if not found:
         raise RuntimeError(f"{program} is not installed, expected below {pattern}")
     return found[-1].parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -30,11 +30,10 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from benchmarks.machine import describe, timed
-from benchmarks.model import dummy_checkpoint as dummy_checkpoint
-from benchmarks.model import trace
+from benchmarks.model import dummy_checkpoint, trace
 from benchmarks.model.parity import Seen, relative_error, run_ranks
 from serve_app.wan.cost import step_flops
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import ProcessGroups, init_process_groups
 from serve_app.wan.sampling.sampler import predict

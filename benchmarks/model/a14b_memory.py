@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe
-from benchmarks.model import dummy_checkpoint as dummy_checkpoint
+from benchmarks.model import dummy_checkpoint
 from benchmarks.model.parity import run_ranks
 from serve_app.config import Config
 from serve_app.engine.rank import Rank

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
 from benchmarks.model.parity import Seen, run_ranks
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import ProcessGroups, init_process_groups
 from serve_app.wan.parallel.symmetric_memory import OutOfStep, SymmetricMemory

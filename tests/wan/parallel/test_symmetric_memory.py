@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.symmetric_memory import OutOfStep, SymmetricMemory
 
 DEADLINE_S = 30

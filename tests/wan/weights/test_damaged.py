@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from benchmarks.model import dummy_checkpoint as dummy_checkpoint
+from benchmarks.model import dummy_checkpoint
 from serve_app.errors import CheckpointError
 from serve_app.wan.text import TextEncoder
 from serve_app.wan.vae.decoder import VideoDecoder
