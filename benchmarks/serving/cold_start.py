@@ -1,4 +1,4 @@
-"""How long until it serves, and whether the first request pays for it.
+"""Time until the server is ready, and whether the first request pays for it.
 
     python -m benchmarks.serving.cold_start [--starts 3]
 

@@ -43,7 +43,7 @@ class Heard:
 
 
 class Asker:
-    """Asks the denoiser for samples, each followed by a thread.
+    """A client of the denoiser, which follows each sample by a thread.
 
     Args:
         app: the deployed application.
@@ -62,22 +62,22 @@ class Asker:
     def ask(self, kind: str, heard: Heard, created_at: float = 0.0) -> threading.Thread:
         """Ask for one sample; its latency is in `heard` when the thread has ended."""
         self._count += 1
-        ticket = SampleRequest(f"{kind}{self._count}", self._params[kind], created_at=created_at)
-        thread = threading.Thread(target=self._follow, args=(ticket, kind, heard), daemon=True)
+        request = SampleRequest(f"{kind}{self._count}", self._params[kind], created_at=created_at)
+        thread = threading.Thread(target=self._follow, args=(request, kind, heard), daemon=True)
         thread.start()
         return thread
 
-    def _follow(self, ticket: SampleRequest, kind: str, heard: Heard) -> None:
+    def _follow(self, request: SampleRequest, kind: str, heard: Heard) -> None:
         asked = time.monotonic()
         try:
-            events = list(self._denoiser.denoise.remote(ticket, self._encoded[kind]))
+            events = list(self._denoiser.denoise.remote(request, self._encoded[kind]))
             assert isinstance(events[0], Started) and isinstance(events[-1], Denoised), events
             heard.seconds[kind].append(time.monotonic() - asked)
         except Exception as error:
             heard.errors.append(error)
 
     def alone(self, kind: str, count: int) -> float:
-        """Median seconds of one sample on an idle engine."""
+        """Return the median seconds of one sample on an idle engine."""
         heard = Heard()
         for _ in range(count):
             self.ask(kind, heard).join()
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def poisson(rates: dict[str, float], seconds: float, seed: int) -> list[tuple[float, str]]:
-    """Moments of arrival with their kinds, in order."""
+    """Return moments of arrival with their kinds, in order."""
     source = random.Random(seed)
     arrivals = []
     for kind, rate in rates.items():
@@ -182,7 +182,7 @@ def report(
 
 
 def p95(values: list[float]) -> float:
-    """The 95th percentile of sorted values, by nearest rank."""
+    """Return the 95th percentile of sorted values, by nearest rank."""
     return values[max(0, -(-len(values) * 95 // 100) - 1)]
 
 

@@ -84,7 +84,7 @@ def test_a_product_that_writes_its_gelu() -> None:
 def added_up(rank: int, mesh: Mesh, port: int, output: Path) -> None:
     device = torch.device("cuda", 0)
     world = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=60)
-    assert symmetric_memory.of(world.tensor.group.group_name) is None  # type: ignore[union-attr]
+    assert symmetric_memory.of(world.tensor.group.group_name) is None
     hidden, linear = layer()
     part = SimpleNamespace(weight=torch.nn.Parameter(linear.weight.chunk(2, 1)[rank].contiguous()), bias=linear.bias)
     ours = RowParallel(part, world.tensor.group).to(device)  # type: ignore[arg-type]

@@ -217,7 +217,7 @@ def test_no_shipped_file_uses_what_ray_gives_up(path: Path, checkpoint: Path, tm
 
 
 def test_check_says_what_it_left_out() -> None:
-    command = [Path(sys.executable).parent / "wan-serve", "check", CONFIGS / "tiny.yaml"]
+    command: list[Any] = [Path(sys.executable).parent / "wan-serve", "check", CONFIGS / "tiny.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.endswith(f"{CONFIGS / 'tiny.yaml'}: fine\n") and done.stderr == ""
     assert "not looked at: database, broker, bucket" in done.stdout and "/data/jobs.db, videos in " in done.stdout

@@ -20,7 +20,7 @@ from tests.gateway.conftest import Server, listening
 from tests.support.fakes import FakePipeline
 
 if TYPE_CHECKING:
-    from playwright.async_api import Browser, Page
+    from playwright.async_api import Browser, ConsoleMessage, Page, ViewportSize
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
@@ -28,7 +28,7 @@ _FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--host-resolver-rules=MAP *.example 127.0.0.1",  # names that anybody may have pointed to this machine
 )
-PHONE = {"width": 390, "height": 844}
+PHONE: ViewportSize = {"width": 390, "height": 844}
 SIZE = (64, 48)
 
 
@@ -46,11 +46,13 @@ class Seen:
 
     def watch(self, page: Page) -> None:
         """Write down what it says and asks for, from now on."""
-        page.on(
-            "console", lambda message: message.type in ("error", "warning") and self.complaints.append(message.text)
-        )
+        page.on("console", self._read)
         page.on("pageerror", lambda error: self.complaints.append(f"uncaught: {error}"))
         page.on("request", lambda request: self.urls.append(request.url))
+
+    def _read(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
 
     def check(self, url: str) -> None:
         """Nothing went wrong that was not provoked, and nobody but the gateway was asked."""

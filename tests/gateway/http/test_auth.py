@@ -9,8 +9,7 @@ import httpx
 import openai
 import pytest
 import yaml
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from serve_app.cli import cli
 from serve_app.config import AuthConfig

@@ -131,7 +131,7 @@ def test_blocks_that_take_turns_are_there_when_they_run(
         assert torch.equal(denoise(those, generator), expected)
     assert copies.late > 0  # one is fetched while another is used
 
-    block = sum(p.nbytes for p in generator.experts["transformer"].blocks[0].parameters())  # type: ignore[index, union-attr, misc]
+    block = sum(p.nbytes for p in generator.experts["transformer"].blocks[0].parameters())
     whole = sum(p.nbytes for p in generator.experts["transformer"].parameters())
     everywhere = LAYERS if staying is None else min(LAYERS, staying + PASSING)
     outside = 2 * (whole - LAYERS * block)
@@ -154,7 +154,7 @@ def test_a_pass_that_breaks_off_leaves_blocks_that_the_next_one_can_use(
 ) -> None:
     those = experts(deep, BlockSwap(CPU, HostBlocks(CPU), 1, copies=LateCopies()))
     for layer in range(LAYERS):
-        block: Any = those.use("transformer").blocks[layer]  # type: ignore[index, union-attr]
+        block: Any = those.use("transformer").blocks[layer]
         sample = generator.start(CASE)
 
         def fail(*_: object) -> None:
