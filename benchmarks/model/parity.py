@@ -113,7 +113,11 @@ def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240, sees:
     """Run `target(rank, mesh, port, *args)` in as many processes of their own.
 
     Args:
-        sees: which GPUs each of them sees: all, its own alone, or all with its own as the first, as ranks under Ray do.
+        target: what each process calls.
+        mesh: its ranks are the processes.
+        *args: further arguments of `target`.
+        timeout_s: seconds after which all are killed.
+        sees: GPUs that each process sees: all, its own alone, or all with its own as the first, as ranks under Ray do.
             This has to be settled before it starts: imports may ask CUDA for devices.
 
     Raises:

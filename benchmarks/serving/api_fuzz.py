@@ -59,8 +59,9 @@ def fuzz(url: str, cases: int, seed: int = 1, key: str | None = None) -> Report:
     """Send about `cases` requests to a server.
 
     Args:
-        cases: number of requests.
         url: address of the server.
+        cases: number of requests.
+        seed: of the requests.
         key: an API key, if the server wants one.
     """
     report = Report()

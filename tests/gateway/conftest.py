@@ -16,8 +16,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from serve_app.accounts.keys import KeyLimits as KeyLimits
-from serve_app.accounts.keys import Scope
+from serve_app.accounts.keys import KeyLimits, Scope
 from serve_app.config import AuthConfig, Config, Defaults, GatewayConfig, Limits
 from serve_app.config import DispatcherConfig as Options
 from serve_app.config import StorageConfig as StorageOptions

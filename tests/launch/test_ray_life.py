@@ -50,9 +50,10 @@ class Up:
 
 
 def bare_environment(folder: Path) -> dict[str, str]:
-    """That of a shell in which nothing is set for Ray, with a folder of its own for Ray's files.
+    """Return the environment of a shell in which nothing is set for Ray, with a folder of its own for Ray's files.
 
-    Its path is short, since that of a socket may have 107 characters."""
+    Its path is short, since that of a socket may have 107 characters.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return {**kept, "PYTHONPATH": str(REPOSITORY), "RAY_TMPDIR": f"/tmp/life-{os.getpid()}", "PYTHONUNBUFFERED": "1"}
 

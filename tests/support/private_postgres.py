@@ -24,7 +24,7 @@ _UNTIL_CLOSED = '"$@" & cat; kill -INT $!; wait'
 
 @pytest.fixture(scope="session")
 def strict_postgres() -> Iterator[int]:
-    """The port of a server that knows `USER` by `PASSWORD`."""
+    """Yield the port of a server that knows `USER` by `PASSWORD`."""
     try:
         import asyncpg  # noqa: F401
 
@@ -91,7 +91,7 @@ def _version(programs: Path) -> float:
 
 
 def _who() -> dict[str, Any]:
-    """As whom it runs: it refuses root."""
+    """Return the user it runs as, since it refuses root."""
     if os.geteuid() != 0:
         return {}
     try:

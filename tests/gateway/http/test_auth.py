@@ -250,7 +250,7 @@ def test_keys_on_the_command_line(tmp_path: Path) -> None:
 
 
 class TestNobodyAsks:
-    """`auth: {mode: none}`"""
+    """Anybody may ask: `auth: {mode: none}`."""
 
     @pytest.fixture
     def auth(self) -> AuthConfig:
@@ -277,7 +277,7 @@ class TestNobodyAsks:
 
 
 class TestOpen:
-    """`auth: {mode: none, open: true}`"""
+    """Anybody on any host may ask: `auth: {mode: none, open: true}`."""
 
     @pytest.fixture
     def auth(self) -> AuthConfig:
