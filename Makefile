@@ -70,8 +70,8 @@ bench-gpu: setup ## those of A14B's size, on CUDA devices, with random weights
 	@$(BIN)/python -m benchmarks.model.loading --device cuda --layers 8
 	@$(BIN)/python -m benchmarks.serving.a14b_serve
 
-lint: setup ## ruff and mypy
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+lint: setup ## ruff, codespell, the borders of imports, mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell && $(BIN)/lint-imports --no-logo && $(BIN)/mypy
 
 format: setup ## let ruff rewrite
 	@$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .

@@ -1,4 +1,4 @@
-"""What a table has to say about where it was measured."""
+"""The machine that a table was measured on, the timer of its devices, and the sizes of its clips."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def describe() -> str:
-    """One line: date, processor, cores, versions."""
+    """Return date, processor, cores and versions in one line."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -28,7 +28,7 @@ def describe() -> str:
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a device takes for what `run` gives it."""
+    """Return the seconds that a device takes for what `run` gives it."""
     if device.type != "cuda":
         started = time.perf_counter()
         run()
@@ -42,6 +42,6 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def tokens_of(size: str, frames: int) -> int:
-    """Of a clip of A14B, whose size is WIDTHxHEIGHT."""
+    """Return the number of video tokens of an A14B clip, whose size is WIDTHxHEIGHT."""
     width, height = map(int, size.split("x"))
     return ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)

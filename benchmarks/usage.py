@@ -1,4 +1,4 @@
-"""What a piece of work took of the process that did it."""
+"""Time, memory and bytes read by a part of a process's work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass
 class Usage:
-    """Seconds, those of the processor in `cpu`, and bytes.
+    """Seconds by the clock and (`cpu`) of the processor, and bytes.
 
     `growth` is the peak of resident memory above what the process held before, `held` what is left of it at the end.
     `read` came from files by calls. `faulted` came from the disk itself: that counts the pages of memory maps as well,
@@ -28,7 +28,7 @@ class Usage:
 
 @contextmanager
 def measured() -> Iterator[Usage]:
-    """Filled in at the end."""
+    """Yield the usage of the block, filled in at its end."""
     usage = Usage()
     with suppress(OSError):  # not allowed everywhere; an earlier peak then counts as well
         Path("/proc/self/clear_refs").write_text("5")

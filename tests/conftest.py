@@ -1,4 +1,4 @@
-"""What all tests share: a random checkpoint of the real layout, a Ray and an S3 server of their own."""
+"""Markers by path, lanes, and fixtures of all tests: a random checkpoint of the real layout, a Ray and an S3 server."""
 
 from __future__ import annotations
 
@@ -30,29 +30,55 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _gradients() -> Iterator[None]:
-    """What serves turns them off for its thread; the tests of training, in the same one, want them."""
+    """Turn gradients on again: code that serves turns them off for its thread, and tests of training want them."""
     yield
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_grad_enabled(True)
 
 
-_WITH_RAY = {
-    "stages",
-    "cluster",
-    "test_applications.py",
-    "test_startup.py",
-    "test_deployment.py",
-    "test_ray_life.py",
-    "test_serve.py",
-    "test_serve_rabbitmq.py",
-    "test_wheel.py",
+_KINDS = {
+    "accounts": "db",
+    "cli/test_jobs.py": "db",
+    "cluster": "cluster",
+    "db": "db",
+    "dispatch": "db",
+    "dispatch/test_deployment.py": "ray",
+    "gateway": "db",
+    "gateway/test_serve.py": "ray",
+    "gateway/test_serve_rabbitmq.py": "ray",
+    "gpu": "gpu",
+    "jobs": "db",
+    "launch/test_applications.py": "ray",
+    "launch/test_ray_life.py": "ray",
+    "launch/test_startup.py": "ray",
+    "notify": "db",
+    "stages": "ray",
+    "storage": "db",
+    "test_deployment.py": "ray",
+    "test_wheel.py": "ray",
 }
+"""Markers of folders and files, by their path in tests/. The longest that fits holds; where none does, it is `unit`."""
+
+
+def _kind(path: Path) -> str:
+    """Return the marker of a file, whose path is relative to tests/."""
+    ways = [path, *path.parents]  # the longest first
+    return next((kind for way in ways if (kind := _KINDS.get(way.as_posix()))), "unit")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file of another kind for `-m unit`: that alone would take longer than the tests."""
+    if config.option.markexpr == "unit" and collection_path.suffix == ".py":
+        return _kind(collection_path.relative_to(Path(__file__).parent)) != "unit" or None
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests by their paths, put the longest lane first, and skip what is slow unless asked for."""
     here = Path(__file__).parent
-    lanes = {item: _lane(item.path.relative_to(here)) for item in items}
-    items.sort(key=lambda item: lanes[item] != "ray")  # the longest lane first
+    for item in items:
+        item.add_marker(_kind(item.path.relative_to(here)))
+    items.sort(key=lambda item: _lane(item.path.relative_to(here)) != "ray")
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
@@ -61,8 +87,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Lanes beside each other (`make test` has two). Whatever starts a Ray is one of them, since two Rays at a time
-    want more than two processors, and one leaves almost half of them idle. Other files go where a lane is free."""
+    """Return a scheduler of lanes beside each other (`make test` has two).
+
+    All files that start a Ray are one lane, since two Rays at a time want more than two processors, and one leaves
+    almost half of them idle. Other files go where a lane is free.
+    """
     if config.getoption("dist") != "load":  # what -n alone means
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -76,7 +105,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def _lane(path: Path) -> str:
-    return "ray" if {path.parts[0], path.name} & _WITH_RAY else path.as_posix()
+    return "ray" if _kind(path) in ("ray", "cluster") else path.as_posix()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -125,7 +126,7 @@ def deployment(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_openai_sdk_creates_polls_lists_downloads_and_deletes(deployment, tmp_path):
-    client = openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0)
+    client: Any = openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0)
     video = client.videos.create_and_poll(prompt="一个红色的圆", size="64x48", extra_body={"seed": 7, "num_frames": 5})
     assert video.status == "completed" and video.progress == 100 and video.size == "64x48"
     assert video.model_extra["seed"] == 7 and video.model_extra["timings"]["denoise"] > 0

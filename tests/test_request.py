@@ -211,7 +211,7 @@ def test_what_an_error_proposes_is_taken(pixels: int, frames: int) -> None:
             taken(size=one)
     for width, height in ((100, 16), (1, 16), (5000, 16), (250, 250), (-3, 16), (100, 10**6)):
         said = refused(config, width=width, height=height)
-        for side in re.search(r"nearest (?:is|are) (.*)\.", said)[1].split(" and ") if "nearest" in said else ():  # type: ignore[index]
+        for side in re.search(r"nearest (?:is|are) (.*)\.", said)[1].split(" and ") if "nearest" in said else ():
             taken(width=int(side), height=height if height % 16 == 0 else 16)
     for count in (0, -7, 2, 6, 79, 80, 83, 160, 10**9):
         if count % 4 == 1 and 1 <= count <= frames:
@@ -223,7 +223,7 @@ def test_what_an_error_proposes_is_taken(pixels: int, frames: int) -> None:
         for fps in (1, 16, 60):
             said = refused(config, seconds=seconds, fps=fps)
             assert said.startswith("'seconds' has value ") and f"at {fps} frames per second" in said, said
-            taken(seconds=float(re.search(r"at most (\S+) ", said)[1]), fps=fps)  # type: ignore[index]
+            taken(seconds=float(re.search(r"at most (\S+) ", said)[1]), fps=fps)
     assert "'fps' is 0" in refused(config, seconds=1000, fps=0)
 
 

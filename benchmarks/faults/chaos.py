@@ -52,15 +52,15 @@ class Struck:
     name: str
     at: float
     steps: dict[str, tuple[int, int]]
-    """Of those jobs the attempt and the step that they had."""
+    """Attempt and step of each job that was being denoised."""
     attempts: dict[str, int]
-    """Of all jobs that were open."""
+    """Attempt of each job that was open."""
     back: dict[str, float] = field(default_factory=dict)
     first: float | None = None
     """Seconds until any of the open jobs was in a group with a later attempt."""
 
     def resumed(self, videos: dict[str, dict[str, Any]]) -> bool:
-        """Whether any of the open jobs is, or was, in a group with a later attempt."""
+        """Return whether any of the open jobs is, or was, in a group with a later attempt."""
         return any(
             videos[name]["attempts"] > attempt and videos[name]["stage"] != "encode" and videos[name]["step"]
             for name, attempt in self.attempts.items()
@@ -68,7 +68,7 @@ class Struck:
 
 
 class Jobs:
-    """What is known of the jobs: asked from the server, again and again."""
+    """The jobs as the server describes them, asked again and again."""
 
     def __init__(self, serving: Serving) -> None:
         self.serving = serving
@@ -76,7 +76,7 @@ class Jobs:
         self.now: dict[str, dict[str, Any]] = {}
 
     def create(self, kind: int) -> None:
-        """Submit a job; a server that is away is asked again."""
+        """Submit a job, and ask again while the server is away."""
         # Whether a request whose answer was lost took effect is unknown; such a job would show as one too many.
         while True:
             try:
@@ -88,7 +88,7 @@ class Jobs:
         self.now[video["id"]] = video
 
     def look(self) -> bool:
-        """Ask for all that have not ended; False if the server did not answer."""
+        """Ask for all jobs that have not ended; return False if the server did not answer."""
         for name in [name for name, video in self.now.items() if video["status"] not in ("completed", "failed")]:
             try:
                 answer = httpx.get(f"{self.serving.url}/v1/videos/{name}", timeout=5)
@@ -100,11 +100,11 @@ class Jobs:
         return True
 
     def open(self) -> list[str]:
-        """Those that have not ended."""
+        """Return the jobs that have not ended."""
         return [name for name, video in self.now.items() if video["status"] not in ("completed", "failed")]
 
     def denoising(self) -> dict[str, tuple[int, int]]:
-        """Attempt and step of those that have begun to be denoised and have steps left."""
+        """Return attempt and step of the jobs that have begun to be denoised and have steps left."""
         return {
             name: (self.now[name]["attempts"], self.now[name]["step"])
             for name in self.open()
@@ -113,7 +113,7 @@ class Jobs:
 
 
 def frames(serving: Serving, video_id: str) -> np.ndarray:
-    """A video's frames, [frames, height, width, 3]."""
+    """Return a video's frames, [frames, height, width, 3]."""
     content = httpx.get(f"{serving.url}/v1/videos/{video_id}/content", timeout=60).raise_for_status().content
     with av.open(io.BytesIO(content)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

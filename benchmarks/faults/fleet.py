@@ -22,7 +22,7 @@ import psutil
 import uvicorn
 import yaml
 
-from benchmarks.faults.servers import free_port
+from benchmarks.ports import free_port
 from serve_app.config import Config, validate
 from serve_app.dispatch.dispatcher import Dispatcher
 from serve_app.dispatch.rabbitmq import broker
@@ -54,7 +54,7 @@ async def gateway(config: Config, port: int) -> None:
 
 
 class Pipeline(FakePipeline):
-    """Says of a storage that is away what the real one says when it has waited for long enough."""
+    """A pipeline that raises what the real one does when it has waited for a storage for long enough."""
 
     def __init__(self, storage: Storage) -> None:
         super().__init__(storage, step_s=0.1, saving=True)
@@ -92,19 +92,23 @@ class Fleet(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Until all of them answer."""
+        """Start all of them, and wait until they answer."""
 
     @abstractmethod
     def kill(self, kind: str, rng: random.Random) -> None:
-        """SIGKILL for one of them; LookupError if there is none at the moment."""
+        """Send SIGKILL to one of them.
+
+        Raises:
+            LookupError: there is none at the moment.
+        """
 
     @abstractmethod
     def stop(self) -> None:
-        """All of them, and none comes back."""
+        """Stop all of them for good."""
 
 
 class Processes(Fleet):
-    """Two of each, started again half a second after they end."""
+    """Two gateways and two dispatchers as processes, each started again half a second after it ends."""
 
     def __init__(self, folder: Path, args: dict[str, Any]) -> None:
         self._file = folder / "args.json"

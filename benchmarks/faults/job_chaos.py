@@ -43,10 +43,10 @@ from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
 
 OWNERS = 3
 OPEN = 12
-"""Jobs that are under way at a time."""
+"""Number of jobs that are under way at a time."""
 REQUEST = {"prompt": "a red circle moves right", "size": "64x64", "num_frames": 9, "num_inference_steps": 8}
 SETTLE_S = 300.0
-"""For how long all jobs may take to end after the last fault."""
+"""Seconds that all jobs may take to end after the last fault."""
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
 
 @contextmanager
 def servers(stack: str, folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """The configuration's sections of a stack, and its servers by name."""
+    """Yield the configuration's sections of a stack, and its servers by name."""
     if stack == "sqlite":
         yield {}, {}
         return
@@ -83,7 +83,7 @@ def servers(stack: str, folder: Path) -> Iterator[tuple[dict[str, Any], dict[str
         external["RabbitMQ"] = rabbitmq = RabbitMQ(folder / "rabbitmq")
         (folder / "s3").mkdir()
         external["S3"] = s3 = S3Server(folder / "s3")
-        options = {"timeout_s": 3, "retry_s": 3, "proxy": True}
+        options: dict[str, Any] = {"timeout_s": 3, "retry_s": 3, "proxy": True}
         storage = s3.options(s3.make_bucket(), **options).model_dump(include={"url", "endpoint", "region", *options})
         queue = {"transport": "rabbitmq", "url": rabbitmq.url, "poll_s": 3}
         yield {"store": {"url": postgres.url}, "queue": queue, "storage": storage}, external
@@ -93,7 +93,7 @@ def servers(stack: str, folder: Path) -> Iterator[tuple[dict[str, Any], dict[str
 
 
 def configuration(folder: Path, sections: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of both applications."""
+    """Return the arguments of both applications."""
     args: dict[str, Any] = yaml.safe_load(TINY.read_text(encoding="utf-8"))["applications"][0]["args"]
     options = {"lease_s": 3, "retry_s": 0.5, "poll_s": 0.5, "late_outputs_s": 5, "running_jobs": 4}
     args.update(home=str(folder / "home"), auth={"mode": "keys"}, dispatcher=options, **sections)
@@ -111,7 +111,7 @@ class Load:
     ended: set[str] = field(default_factory=set)
 
     async def ask(self, owner: int, method: str, path: str, **request: Any) -> httpx.Response:
-        """An answer below 500 from whichever gateway is there."""
+        """Return an answer below 500 from whichever gateway is there."""
         headers = {"authorization": f"Bearer {self.keys[owner]}", **request.pop("headers", {})}
         while True:
             url = random.choice(self.urls)
@@ -122,10 +122,10 @@ class Load:
                         return answer
             await asyncio.sleep(0.2)
 
-    async def job(self, number: int, room: asyncio.Semaphore) -> None:
-        """One job from its request to its end."""
+    async def job(self, number: int, open_jobs: asyncio.Semaphore) -> None:
+        """Follow one job from its request to its end."""
         owner = number % OWNERS
-        async with room:
+        async with open_jobs:
             named = {"Idempotency-Key": f"job {number}"}
             answer = await self.ask(owner, "POST", "/v1/videos", json={**REQUEST, "seed": number}, headers=named)
             video = answer.raise_for_status().json()
@@ -140,7 +140,7 @@ class Load:
 
 
 async def run(stack: str, config: Config, fleet: Fleet, external: dict[str, Any], options: argparse.Namespace) -> None:
-    """One stack: its row of the table, and what was hit on standard error."""
+    """Try one stack: return its row of the table, and print what was hit on standard error."""
     rng = random.Random(options.seed)
     store = JobStore.of(config)
     await store.start()
@@ -149,9 +149,9 @@ async def run(stack: str, config: Config, fleet: Fleet, external: dict[str, Any]
     await fleet.start()
     try:
         load = Load(fleet.urls, [text for _, text in keys])
-        room = asyncio.Semaphore(OPEN)
+        open_jobs = asyncio.Semaphore(OPEN)
         began = time.monotonic()
-        jobs = [asyncio.create_task(load.job(number, room)) for number in range(options.jobs)]
+        jobs = [asyncio.create_task(load.job(number, open_jobs)) for number in range(options.jobs)]
         hits = await hurt(fleet, external, options.faults, rng, jobs)
         _, late = await asyncio.wait(jobs, timeout=SETTLE_S)
         seconds = time.monotonic() - began
@@ -170,7 +170,7 @@ async def run(stack: str, config: Config, fleet: Fleet, external: dict[str, Any]
 async def hurt(
     fleet: Fleet, external: dict[str, Any], faults: int, rng: random.Random, jobs: list[asyncio.Task[None]]
 ) -> Counter[str]:
-    """Kill one thing after the other, at random moments; how often each."""
+    """Kill one thing after the other, at random moments, and return how often each was hit."""
     hits: Counter[str] = Counter()
     kinds = ["gateway", "dispatcher", *external]
     healing: list[asyncio.Task[None]] = []
@@ -204,7 +204,7 @@ async def outage(server: Any, seconds: float) -> None:
 
 
 async def judge(config: Config, load: Load, owners: list[str], jobs: int) -> str:
-    """Columns of the table."""
+    """Return the columns of the table."""
     storage = Storage(config.storage_options)
     await asyncio.sleep(3 * config.dispatcher.late_outputs_s)  # what superseded runs left is removed by then
     async with _store(config) as store, store.database.read() as session:

@@ -1,4 +1,4 @@
-"""Servers of one's own, to be killed and started again: PostgreSQL and RabbitMQ from Debian's packages, on loopback.
+"""Servers to be killed and started again: PostgreSQL and RabbitMQ from Debian's packages, on loopback.
 
 S3 is `tests.support.s3.S3Server`. Each keeps what it acknowledged in its folder.
 """
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.ports import free_port
+
 _STARTS_WITHIN_S = 60
 
 
@@ -24,8 +26,8 @@ class Server(ABC):
     """A server process, started in a session of its own.
 
     Args:
-        folder: of its data and its log.
-        port: where it listens, on 127.0.0.1.
+        folder: holds its data and its log.
+        port: its port on 127.0.0.1.
     """
 
     def __init__(self, folder: Path, port: int) -> None:
@@ -34,7 +36,7 @@ class Server(ABC):
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers.
+        """Start the server, and wait until it answers.
 
         Raises:
             RuntimeError: it does not; the message has the last line of its log.
@@ -54,7 +56,7 @@ class Server(ABC):
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """SIGKILL for it and all that it started."""
+        """Send SIGKILL to the server and all that it started."""
         if self._process is None:
             return
         family = []
@@ -70,7 +72,7 @@ class Server(ABC):
 
     @abstractmethod
     def _command(self) -> list[str]:
-        """What starts it."""
+        """Return the command that starts the server."""
 
     def _environment(self) -> dict[str, str]:
         return dict(os.environ)
@@ -156,9 +158,3 @@ def _folder_of(program: str, pattern: str) -> Path:
     if not found:
         raise RuntimeError(f"{program} is not installed, expected below {pattern}")
     return found[-1].parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

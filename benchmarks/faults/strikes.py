@@ -15,11 +15,11 @@ import psutil
 from cluster.dev import Cluster
 
 CUT_S = 20.0
-"""For how long a link is down."""
+"""Seconds that a link is down."""
 
 
 def find(cluster: Cluster, title: str) -> list[tuple[int, int]]:
-    """Host and process id of Ray's processes whose title begins so."""
+    """Return host and process id of Ray's processes whose title begins so."""
     found = []
     for host in cluster.nodes:
         for pid in host.pids():
@@ -38,7 +38,7 @@ class Fault:
     strike: Callable[[Cluster, random.Random], Any]
     mend: Callable[[Cluster, Any], None] | None = None
     after_s: float = 0.0
-    """From the blow until it is mended."""
+    """Seconds from the blow until it is mended."""
 
 
 def _signal(title: str, what: int) -> Fault:

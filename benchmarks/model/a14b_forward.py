@@ -30,11 +30,10 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from benchmarks.machine import describe, timed
-from benchmarks.model import dummy_checkpoint as dummy_checkpoint
-from benchmarks.model import trace
+from benchmarks.model import dummy_checkpoint, trace
 from benchmarks.model.parity import Seen, relative_error, run_ranks
 from serve_app.wan.cost import step_flops
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import ProcessGroups, init_process_groups
 from serve_app.wan.sampling.sampler import predict
@@ -104,8 +103,8 @@ def main() -> None:
 def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.Namespace, output: Path) -> None:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    world = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=600)
-    peers = symmetric_memory.of(world.tensor.group.group_name) if world.tensor.group else None
+    groups = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=600)
+    peers = symmetric_memory.of(groups.tensor.group.group_name) if groups.tensor.group else None
     checkpoint = Checkpoint(folder, random=True)
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
@@ -121,7 +120,7 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
             if cuda:
                 torch.cuda.empty_cache()
             expert = load_expert(
-                checkpoint, "transformer", world, torch.bfloat16, device, attention=attention, compiled=compiled
+                checkpoint, "transformer", groups, torch.bfloat16, device, attention=attention, compiled=compiled
             )
             what = named = f"ours, attention {attention}{', compiled' if compiled else ''}"
             for size, text_tokens in itertools.product(options.sizes, options.text_tokens):
@@ -142,16 +141,16 @@ def _measure(rank: int, mesh: Mesh, port: int, folder: Path, options: argparse.N
                 _compare(found, expert, options, device)
             del expert
     if options.float32 and mesh.ranks == 1:
-        _float32(checkpoint, world, options, device)
+        _float32(checkpoint, groups, options, device)
     if rank == 0:
         output.write_text(json.dumps(found))
-    world.close()
+    groups.close()
 
 
 def _pass(
     expert: Any, size: str, frames: int, text_tokens: int, mesh: Mesh, device: torch.device
 ) -> tuple[Callable[[], torch.Tensor], float]:
-    """A pass over one sample, guided where guidance has ranks of its own, and its floating-point operations."""
+    """Return a pass over one sample, guided where guidance has ranks of its own, and its floating-point operations."""
     latents, timesteps, texts = _inputs(expert, size, frames, text_tokens, device)
     negatives = [text.roll(1, 2) for text in texts] if mesh.guidance == 2 else None
     flops = step_flops(dict(expert.config), _tokens(latents), negatives is not None)
@@ -159,7 +158,7 @@ def _pass(
 
 
 def _compare(found: dict[str, Any], expert: Any, options: argparse.Namespace, device: torch.device) -> None:
-    """diffusers' own model with the same weights."""
+    """Measure diffusers' own model with the same weights."""
     with torch.device("meta"):
         theirs = WanTransformer3DModel.from_config(dict(expert.config)).eval().requires_grad_(False)
     state = {name: value for name, value in expert.state_dict().items() if not name.startswith("rope.")}
@@ -186,13 +185,13 @@ def _compare(found: dict[str, Any], expert: Any, options: argparse.Namespace, de
         found["errors"].append(line)
 
 
-def _float32(checkpoint: Checkpoint, world: ProcessGroups, options: argparse.Namespace, device: torch.device) -> None:
-    """What all others round. Its inputs and weights are theirs, rounded to bfloat16."""
+def _float32(checkpoint: Checkpoint, groups: ProcessGroups, options: argparse.Namespace, device: torch.device) -> None:
+    """Keep the prediction in float32, which all others round; its inputs and weights are theirs, in bfloat16."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    expert = load_expert(checkpoint, "transformer", world, torch.float32, device)
+    expert = load_expert(checkpoint, "transformer", groups, torch.float32, device)
     for name, parameter in expert.named_parameters():
         if not set(name.split(".")) & set(expert._keep_in_fp32_modules):  # type: ignore[arg-type]
             parameter.data.copy_(parameter.data.bfloat16())
@@ -231,7 +230,7 @@ def _note(
     device: torch.device,
     repeats: int,
 ) -> torch.Tensor:
-    """Time passes, after one that warms up, whose result is returned."""
+    """Time passes after one that warms up, and return the result of that one."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
@@ -262,7 +261,7 @@ def _keep(folder: Path | None, rank: int, mesh: Mesh, size: str, what: str, pred
 
 
 def _differences(folder: Path) -> None:
-    """Relative errors of all predictions of a folder against diffusers' and the float32 one of the same size."""
+    """Print relative errors of all predictions of a folder against diffusers' and the float32 one of the same size."""
     print("\n| size | what | relative error against diffusers | against float32 |\n|---|---|---|---|")
     for file in sorted(folder.glob("*.pt")):
         size, what = file.stem.split(" ", 1)
@@ -289,7 +288,7 @@ def _ceiling(device: torch.device, repeats: int) -> float:
 
 @torch.no_grad()
 def _profile(run: Callable[[], Any], file: Path) -> dict[str, float]:
-    """Write the kernels of one pass, as a table and as a trace for Chrome; returns what share of it each kind takes."""
+    """Write the kernels of one pass, as a table and as a trace for Chrome; return the share of each kind."""
     cuda = torch.cuda.is_available()
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profile:

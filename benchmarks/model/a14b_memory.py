@@ -1,4 +1,4 @@
-"""What a rank's device memory goes to at A14B's size, and what its steps take, through the code that serves.
+"""GPU memory and step times of a rank at A14B's size, through the code that serves.
 
     python -m benchmarks.model.a14b_memory [--cases together swap split cpu:24 cpu:48 disk:24]
         [--sizes 832x480 1280x720] [--frames 81] [--mesh 1x1x1] [--layers 40] [--steps 4] [--compile] [--profile DIR]
@@ -7,12 +7,12 @@
 Each case is a group of fresh processes that load the experts, warm up, and denoise one guided sample of each size, half
 of its steps with each expert. `together`, `swap` and `split` are the placements of the experts; `cpu:24` and `disk:24`
 are offload with a process's share of the device capped to nine tenths of 24 GB, at the first size only. Weights are
-random; for `disk` they are written first, with `--disk-layers` layers, and compared with `sharded`, the same files
-with all blocks on the device. `first step` is the one after the change of expert; `--steps 40` makes `all steps` a
-whole job. `reserved` is what the allocator took of the device, which memory in pieces makes more than the peak. Which
-steps took 5 % longer than most, and how long Python's collector took, is told beside the table; --profile has the ranks
-write the kernels of all steps into a folder for each case and size. --gap-ms is the device's rest between steps, of
-which an engine that serves makes some; ranks make it at once.
+random; for `disk` they are written first, with `--disk-layers` layers, and compared with `sharded`, the same files with
+all blocks on the device. `first step` is the one after the change of expert; `--steps 40` makes `all steps` a whole
+job. `reserved` is what the allocator took of the device, which is more than the peak where its memory is fragmented.
+Which steps took 5 % longer than most, and how long Python's collector took, is told beside the table; --profile has the
+ranks write the kernels of all steps into a folder for each case and size. --gap-ms is the device's rest between steps,
+of which an engine that serves makes some; ranks make it at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe
-from benchmarks.model import dummy_checkpoint as dummy_checkpoint
+from benchmarks.model import dummy_checkpoint
 from benchmarks.model.parity import run_ranks
 from serve_app.config import Config
 from serve_app.engine.messages import StepRequest, StepResult
@@ -75,8 +75,11 @@ def main() -> None:
         "step s",
         "first step s",
         "all steps s",
+        "weights GB",
+        "peak GB",
+        "reserved GB",
+        "of the device",
     )
-    columns += ("weights GB", "peak GB", "reserved GB", "of the device")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -125,7 +128,7 @@ def _config(case: str, sizes: list[str], model: dict[str, Any], mesh: Mesh, opti
 
 
 def _written(work: Path, expert: dict[str, Any], tensor: int) -> dict[str, str]:
-    """A model whose experts have bytes on the disk, and its prepared shards, made once."""
+    """A model whose experts have bytes on the disk, and its sharded checkpoint, made once."""
     folder, shards = work / "written", work / "shards"
     if not folder.is_dir():
         dummy_checkpoint.write(folder, expert)
@@ -189,8 +192,11 @@ def _measure(
 
 
 def _denoised(ours: Rank, params: Params, first: bool, gap_ms: float) -> dict[str, Any]:
-    """What the steps of one sample take. First-time work of the process is done before, that of a later size is in its
-    first step, which is in `all steps s` alone."""
+    """Return the times of the steps of one sample.
+
+    First-time work of the process is done before; that of a later size is in its first step, which is in `all steps s`
+    alone.
+    """
     started = time.perf_counter()
     if first:
         ours.warm_up(params)

@@ -46,8 +46,8 @@ def main() -> None:
 def _measure(rank: int, mesh: Mesh, port: int, sizes: list[int], rounds: int, output: Path) -> None:
     torch.set_num_threads(1)
     exchange._MOST_BYTES = 2**40  # what it is chosen by is what this measures
-    world = init_process_groups(rank, mesh, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
-    group, rows = world.tensor.group, []
+    groups = init_process_groups(rank, mesh, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
+    group, rows = groups.tensor.group, []
     ways: tuple[Callable[[torch.Tensor], object], ...] = (
         lambda part: dist.all_reduce(part, group=group),
         lambda part: exchange.add_up(part, group),
@@ -66,7 +66,7 @@ def _measure(rank: int, mesh: Mesh, port: int, sizes: list[int], rounds: int, ou
         rows.append([kib, *(1e6 * statistics.median(taken) for taken in seconds)])
     if rank == 0:
         output.write_text(json.dumps(rows))
-    world.close()
+    groups.close()
 
 
 if __name__ == "__main__":

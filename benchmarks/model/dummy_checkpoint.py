@@ -57,7 +57,7 @@ def write(
     """Write the folder; what is given changes A14B's configuration of experts, text encoder and VAE.
 
     Returns:
-        `folder`.
+        The `folder`.
     """
     folder.mkdir(parents=True)
     shape = A14B | (expert or {})
@@ -85,7 +85,7 @@ def write(
 
 
 def hole(file: Path, model: nn.Module, dtype: torch.dtype) -> None:
-    """A safetensors file of a model's parameters with a header and nothing behind it, of full length."""
+    """Write a safetensors file of a model's parameters, of full length, with a hole behind its header."""
     parameters = dict(model.named_parameters())
     beginning = header({name: (dtype, parameter.shape) for name, parameter in parameters.items()})
     with file.open("wb") as stream:

@@ -66,8 +66,9 @@ def _attention(size: str, tokens: int, options: argparse.Namespace) -> None:
     ways: dict[str, Callable[[], Any]] = {name: functools.partial(_kernel, name) for name in options.attention}
     for tiles in options.tiles:
         for register in (True, False):
+            height, width = map(int, tiles.split("x"))
             ways[f"flash4, tiles {tiles}{'' if register else ', P in shared memory'}"] = functools.partial(
-                _tiled, tuple(map(int, tiles.split("x"))), register
+                _tiled, (height, width), register
             )
     for by, make in ways.items():
         try:

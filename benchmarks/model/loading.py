@@ -1,4 +1,4 @@
-"""How a rank gets its shard: from its prepared file, by slicing the checkpoint, or whole by `from_pretrained`.
+"""Ways for a rank to get its shard: from a sharded checkpoint, by slices, or whole by `from_pretrained`.
 
     python -m benchmarks.model.loading [--layers 3 --heads 16 --ffn 8192] [--ranks 1 2] [--device cpu]
 
@@ -26,17 +26,17 @@ from benchmarks.usage import measured
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import init_process_groups
 from serve_app.wan.transformer.load import load_expert
-from serve_app.wan.weights.checkpoint import Checkpoint
+from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 from serve_app.wan.weights.sharded import ShardedCheckpoint
 from serve_app.wan.weights.writer import prepare
 
-EXPERT = "transformer"
+EXPERT: Expert = "transformer"
 WAYS = ("from_pretrained", "slices", "sharded")
 _MB = 1e6
 
 
 def write_random(folder: Path, layers: int, heads: int, ffn: int, device: str = "cpu") -> Path:
-    """A checkpoint whose first expert has A14B's dimensions but these, in float32, in files of at most 10 GB."""
+    """Write a checkpoint whose first expert has A14B's dimensions but these, in float32, in files of at most 10 GB."""
     from diffusers import WanTransformer3DModel
 
     from tests.support.random_checkpoint import write
@@ -59,8 +59,10 @@ def write_random(folder: Path, layers: int, heads: int, ffn: int, device: str = 
 
 
 def load(way: str, folder: Path, shards: Path, size: int, dtype: str, device: str = "cpu") -> list[dict[str, Any]]:
-    """Load the expert on `size` ranks, in one of the `WAYS`, three times: in a fresh process with the files out of
-    the page cache, with them out of it again, and from it.
+    """Load the expert on `size` ranks, in one of the `WAYS`, three times.
+
+    The first is in a fresh process with the files out of the page cache, the second with them out of it again, and
+    the third from it.
 
     `from_pretrained` has the machine to itself: it knows of no ranks, and of several at once each would count only
     those pages of the memory map that no other one had brought in before.
@@ -85,10 +87,10 @@ def _load(
     if where == "cuda":
         torch.cuda.set_device(device)
     torch.ones(1, device=device)  # the GPU's context is none of the load
-    world = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=600)
+    groups = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=600)
 
     def once() -> int:
-        """Bytes of the parameters of what was loaded, and is freed again."""
+        """Load once, free it, and return the bytes of its parameters."""
         if way == "from_pretrained":
             from diffusers import WanTransformer3DModel
 
@@ -97,7 +99,7 @@ def _load(
         else:
             checkpoint = Checkpoint(folder)
             sharded = ShardedCheckpoint(shards, checkpoint, mesh.tensor, dtype) if way == "sharded" else None
-            model = load_expert(checkpoint, EXPERT, world, getattr(torch, dtype), device, sharded=sharded)
+            model = load_expert(checkpoint, EXPERT, groups, getattr(torch, dtype), device, sharded=sharded)
         if where == "cuda":
             torch.cuda.synchronize()
         return sum(p.nbytes for p in model.parameters())
@@ -119,7 +121,7 @@ def _load(
         once()
     times = {"cold": cold.seconds, "cold_cpu": cold.cpu, "warm": warm.seconds, "warm_cpu": warm.cpu}
     (output / f"{rank}.json").write_text(json.dumps({**asdict(first), "shard": shard, **times}))
-    world.close()
+    groups.close()
 
 
 def _forget(*folders: Path) -> None:

@@ -29,7 +29,7 @@ from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import init_process_groups
 
 Seen = Literal["all", "own", "own first"]
-"""GPUs that a rank sees."""
+"""The GPUs that a rank sees."""
 MESHES = [
     Mesh(guidance, sequence, ranks // (guidance * sequence))
     for ranks in (1, 2, 4)
@@ -40,7 +40,7 @@ MESHES = [
 
 
 def bound(mesh: Mesh) -> float:
-    """Largest relative error that counts as equal."""
+    """Return the largest relative error that counts as equal."""
     return 1e-5 if mesh.ranks == 1 else 1e-4
 
 
@@ -76,7 +76,7 @@ CASES = {name: Params(**{**_BASE, **change}) for name, change in _CHANGES.items(
 
 
 def arguments(params: Params) -> dict[str, Any]:
-    """What `WanPipeline` is called with for the same video. Shift and boundary are set on the pipeline itself."""
+    """Return the arguments of `WanPipeline` for the same video; shift and boundary are set on the pipeline itself."""
     names = ("prompt", "negative_prompt", "width", "height", "num_frames", "num_inference_steps")
     scales = ("guidance_scale", "guidance_scale_2")
     generator = torch.Generator("cpu").manual_seed(params.seed)
@@ -84,7 +84,7 @@ def arguments(params: Params) -> dict[str, Any]:
 
 
 def reference(folder: Path) -> dict[str, torch.Tensor]:
-    """The latents of WanPipeline, by case."""
+    """Return the latents of WanPipeline, by case."""
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
     pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
@@ -103,7 +103,7 @@ def reference(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def ours(folder: Path, mesh: Mesh, cases: Sequence[str] = tuple(CASES)) -> list[dict[str, torch.Tensor]]:
-    """Our latents, for each rank by case."""
+    """Return our latents, for each rank by case."""
     with tempfile.TemporaryDirectory() as name:
         run_ranks(_denoise_cases, mesh, folder, list(cases), Path(name))
         return [torch.load(Path(name) / f"{rank}.pt") for rank in range(mesh.ranks)]
@@ -113,7 +113,11 @@ def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240, sees:
     """Run `target(rank, mesh, port, *args)` in as many processes of their own.
 
     Args:
-        sees: which GPUs each of them sees: all, its own alone, or all with its own as the first, as ranks under Ray do.
+        target: what each process calls.
+        mesh: its ranks are the processes.
+        *args: further arguments of `target`.
+        timeout_s: seconds after which all are killed.
+        sees: GPUs that each process sees: all, its own alone, or all with its own as the first, as ranks under Ray do.
             This has to be settled before it starts: imports may ask CUDA for devices.
 
     Raises:
@@ -143,7 +147,7 @@ def run_ranks(target: Any, mesh: Mesh, *args: Any, timeout_s: float = 240, sees:
 
 @functools.cache
 def _context() -> Any:
-    """How processes start. Where nothing can ask CUDA for devices, from one that has imported what all of them need."""
+    """Return how processes start: from one with all imports, where nothing there can ask CUDA for devices."""
     if torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -160,16 +164,16 @@ def _devices_of(rank: int, sees: Seen) -> str:
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Norm of the difference over the norm of the reference."""
+    """Return the norm of the difference over the norm of the reference."""
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 def _denoise_cases(rank: int, mesh: Mesh, port: int, folder: Path, cases: list[str], output: Path) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.ranks))
-    world = init_process_groups(rank, mesh, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
-    generator = Generator(folder, world=world)
+    groups = init_process_groups(rank, mesh, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
+    generator = Generator(folder, world=groups)
     torch.save({name: generator.latents(CASES[name]) for name in cases}, output / f"{rank}.pt")
-    world.close()
+    groups.close()
 
 
 def main() -> None:

@@ -25,11 +25,11 @@ from serve_app.wan.weights.checkpoint import Checkpoint
 
 MB = 1 << 20
 SIZES = (1, 2, 4)
-"""Ranks."""
+"""Numbers of ranks."""
 
 
 def write_large(folder: Path) -> Path:
-    """A checkpoint whose first expert has half a gigabyte in float32, in files of at most 100 MB."""
+    """Write a checkpoint whose first expert has half a gigabyte in float32, in files of at most 100 MB."""
     from diffusers import WanTransformer3DModel
 
     from tests.support.random_checkpoint import write
@@ -61,9 +61,9 @@ def _load(rank: int, mesh: Mesh, port: int, folder: Path, dtype: str, output: Pa
     torch.set_num_threads(1)
     device = torch.device("cpu")
     checkpoint = Checkpoint(folder)
-    world = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=120)
+    groups = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=120)
     with measured() as usage:
-        model = load_expert(checkpoint, "transformer", world, getattr(torch, dtype), device)
+        model = load_expert(checkpoint, "transformer", groups, getattr(torch, dtype), device)
     result = {
         "shard": sum(p.numel() * p.element_size() for p in model.parameters()),
         "growth": usage.growth,
@@ -71,7 +71,7 @@ def _load(rank: int, mesh: Mesh, port: int, folder: Path, dtype: str, output: Pa
         "read": usage.read,
     }
     (output / f"{rank}.json").write_text(json.dumps(result))
-    world.close()
+    groups.close()
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Where the time of a pass goes, from the trace of its kernels that `a14b_forward --profile` writes.
+"""Time of a pass by kind of kernel, from the trace of its kernels that `a14b_forward --profile` writes.
 
     python -m benchmarks.model.trace DIR/auto-compiled-0.json.gz ...
 
@@ -34,7 +34,7 @@ _LONG_US = 30
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a device did, or a copy: from `begin` to `end`, in microseconds."""
+    """A kernel or a copy on a device, from `begin` to `end` in microseconds."""
 
     name: str
     begin: float
@@ -42,12 +42,12 @@ class Kernel:
 
     @property
     def kind(self) -> str:
-        """One of `_KINDS`."""
+        """Return the kind of a kernel, one of `_KINDS`."""
         return next((kind for kind, names in _KINDS if re.search(names, self.name, re.IGNORECASE)), _REST)
 
 
 def read(file: Path) -> list[Kernel]:
-    """The kernels of a trace as torch's profiler writes it, gzipped, as they began."""
+    """Return the kernels of a gzipped trace of torch's profiler, in the order in which they began."""
     with gzip.open(file, "rt", encoding="utf-8") as stream:
         events = json.load(stream)["traceEvents"]
     kernels = [
@@ -59,7 +59,7 @@ def read(file: Path) -> list[Kernel]:
 
 
 def milliseconds(kernels: list[Kernel]) -> dict[str, float]:
-    """Of all kernels together, from the first to the last: what each kind takes, and how long nothing computes."""
+    """Return the milliseconds of each kind, and how long nothing computes, from the first kernel to the last."""
     found: dict[str, float] = dict.fromkeys([kind for kind, _ in _KINDS], 0.0)
     for one in kernels:
         found[one.kind] += (one.end - one.begin) / 1e3
@@ -67,12 +67,12 @@ def milliseconds(kernels: list[Kernel]) -> dict[str, float]:
 
 
 def span_ms(kernels: list[Kernel]) -> float:
-    """From the first to the last."""
+    """Return the milliseconds from the first kernel to the last."""
     return (max(one.end for one in kernels) - kernels[0].begin) / 1e3 if kernels else 0.0
 
 
 def _gaps(kernels: list[Kernel]) -> list[tuple[float, str, str]]:
-    """Microseconds in which nothing computed, and what did before and after."""
+    """Return the microseconds in which nothing computed, with the kernels before and after."""
     gaps, end, last = [], None, ""
     for one in kernels:
         if one.kind not in _COMPUTING:

@@ -1,4 +1,4 @@
-"""What a decode takes, in seconds and memory: diffusers' own, ours of whole pictures, and ours in tiles.
+"""Seconds and memory of a decode: diffusers' own, ours of whole pictures, and ours in tiles.
 
     python -m benchmarks.model.vae_decode [--vae DIR] [--sizes 832x480,1280x720] [--frames 81] [--dtype float32]
                                     [--tile-mib 0,7000,4000] [--devices cuda:0,cuda:1] [--rounds 3]
@@ -36,7 +36,7 @@ Decode = Callable[[torch.Tensor, bool], torch.Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one way to decode."""
+    """A way to decode, and what was measured of it."""
 
     seconds: float
     allocated: int
@@ -46,7 +46,7 @@ class Row:
 
 
 def load(folder: Path | None, device: torch.device, dtype: torch.dtype) -> AutoencoderKLWan:
-    """The decoder half of a VAE, made or read on the device."""
+    """Return the decoder half of a VAE, made or read on the device."""
     if folder is None:
         torch.manual_seed(0)
         with device:
@@ -58,7 +58,7 @@ def load(folder: Path | None, device: torch.device, dtype: torch.dtype) -> Autoe
 
 
 def diffusers_decode(vae: AutoencoderKLWan) -> Decode:
-    """As WanPipeline does it, up to the frames' bytes."""
+    """Return a decode as WanPipeline does it, up to the frames' bytes."""
 
     def decode(latents: torch.Tensor, raw: bool) -> torch.Tensor:
         video = vae.decode(latents, return_dict=False)[0]
@@ -71,7 +71,7 @@ def diffusers_decode(vae: AutoencoderKLWan) -> Decode:
 
 @torch.no_grad()
 def measure(decode: Decode, latents: torch.Tensor, rounds: int, devices: Sequence[torch.device]) -> Row:
-    """Once for the frames, once to warm up, and then timed."""
+    """Decode once for the frames, once to warm up, and then timed."""
     frames = decode(latents, True).float()
     cuda = [device for device in devices if device.type == "cuda"]
     decode(latents, False)
@@ -113,7 +113,7 @@ def main() -> None:
     if options.channels_last:
         for layer in vae.modules():
             if isinstance(layer, torch.nn.Conv3d):
-                layer.to(memory_format=torch.channels_last_3d)
+                layer.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     plain, copies = copy.deepcopy(vae), [vae, *(copy.deepcopy(vae).to(device) for device in devices[1:])]
     for one in copies:
         if one.device.type == "cpu" and dtype == torch.float32:

@@ -27,14 +27,14 @@ import yaml
 from ray import serve
 
 from benchmarks.machine import describe
-from benchmarks.model import dummy_checkpoint as dummy_checkpoint
+from benchmarks.model import dummy_checkpoint
+from benchmarks.ports import free_port
 from benchmarks.serving.engine_throughput import sections
-from serve_app.launch.address import free_port
 from serve_app.server import Server
 
 WHOLE = 40
-"""Steps of a job as it is meant."""
-_NARROW = {
+"""Steps of a whole job."""
+_NARROW: dict[str, dict[str, Any]] = {
     "expert": {"num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 192, "text_dim": 64},
     "text": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
     "vae": {"base_dim": 8, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1},
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def _file(config: Path, work: Path, settings: list[str]) -> Path:
-    """The configuration with some options changed, for this run alone."""
+    """Write the configuration with some options changed, for this run alone."""
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
     args = content["applications"][0]["args"]
     for section, changes in sections(settings).items():
@@ -103,8 +103,11 @@ def _file(config: Path, work: Path, settings: list[str]) -> Path:
 
 
 def _engine() -> dict[str, Any]:
-    """Seconds of all steps on the ranks so far, and of all that was around them; how often a rank's allocator gave
-    memory back to ask anew; and the seconds of each of the latest steps, of the denoiser that made most of them."""
+    """Return what the engine measured so far, of the denoiser that made most steps.
+
+    These are the seconds of all steps on the ranks, the seconds around them, how often a rank's allocator gave memory
+    back to ask anew, and the seconds of each of the latest steps.
+    """
     names = [name for name in serve.status().applications["wan"].deployments if name.endswith("Denoiser")]
     found = [serve.get_deployment_handle(name, "wan").describe.remote().result() for name in names]
     retries = sum(rank["retries"] for one in found for rank in one["ranks"])

@@ -51,7 +51,7 @@ class Report:
 
     @property
     def cases(self) -> int:
-        """Requests that were sent."""
+        """Return the number of requests that were sent."""
         return sum(sum(counter.values()) for counter in self.statuses.values())
 
 
@@ -59,8 +59,10 @@ def fuzz(url: str, cases: int, seed: int = 1, key: str | None = None) -> Report:
     """Send about `cases` requests to a server.
 
     Args:
-        url: where it listens.
-        key: an API key, where it wants one.
+        url: address of the server.
+        cases: number of requests.
+        seed: of the requests.
+        key: an API key, if the server wants one.
     """
     report = Report()
     draw = random.Random(seed)
@@ -69,7 +71,8 @@ def fuzz(url: str, cases: int, seed: int = 1, key: str | None = None) -> Report:
     if key is not None:
         session.headers["authorization"] = f"Bearer {key}"
     known = [_create(session, url) for _ in range(5)]
-    operations = [result.ok() for result in schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()]
+    found: Any = schemathesis.openapi.from_url(f"{url}/openapi.json").get_all_operations()
+    operations = [result.ok() for result in found]
     for operation in operations:
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             strategy = operation.as_strategy(generation_mode=mode)
@@ -130,13 +133,13 @@ def _send(
             report.found[f"{label}: {status}: {check.__name__}: {reason}"].append(sent)
     if status >= 400:
         kind = "".join(answer.headers.get("content-type", ""))
-        error = answer.json().get("error") if kind == "application/json" else None
-        if not isinstance(error, dict) or set(error) != {"message", "type", "param", "code"}:
+        envelope = answer.json().get("error") if kind == "application/json" else None
+        if not isinstance(envelope, dict) or set(envelope) != {"message", "type", "param", "code"}:
             report.found[f"{label}: {status} without an envelope"].append(sent)
 
 
 def _create(session: requests.Session, url: str) -> str:
-    fields = {"prompt": "a star", "size": "64x64", "num_frames": 5, "num_inference_steps": 2}
+    fields: dict[str, Any] = {"prompt": "a star", "size": "64x64", "num_frames": 5, "num_inference_steps": 2}
     answer = session.post(f"{url}/v1/videos", json=fields, timeout=_TIMEOUT_S)
     answer.raise_for_status()
     return str(answer.json()["id"])
@@ -144,7 +147,7 @@ def _create(session: requests.Session, url: str) -> str:
 
 @asynccontextmanager
 async def serving(home: str) -> AsyncIterator[tuple[str, str]]:
-    """The application with keys on a free port: its URL and a key."""
+    """Serve the application with keys on a free port; yield its URL and a key."""
     import uvicorn
 
     from serve_app.config import AuthConfig, Config, DispatcherConfig, Limits
@@ -184,7 +187,7 @@ async def serving(home: str) -> AsyncIterator[tuple[str, str]]:
 
 
 async def own(cases: int, seed: int) -> Report:
-    """`fuzz` on a server of its own."""
+    """Run `fuzz` on a server of its own."""
     with tempfile.TemporaryDirectory() as home:
         async with serving(home) as (url, key):
             return await asyncio.to_thread(fuzz, url, cases, seed, key)

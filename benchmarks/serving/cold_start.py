@@ -1,4 +1,4 @@
-"""How long until it serves, and whether the first request pays for it.
+"""Time until the server is ready, and whether the first request pays for it.
 
     python -m benchmarks.serving.cold_start [--starts 3]
 
@@ -21,8 +21,8 @@ from pathlib import Path
 import httpx
 
 from benchmarks.machine import describe
+from benchmarks.ports import free_port
 from benchmarks.serving.serving_tax import request
-from serve_app.launch.address import free_port
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the engine adds to the steps: its own time, saving states, and leaving.
+"""Costs of the engine beside the steps: its own time, saved states, and cancelled samples.
 
     python -m benchmarks.serving.engine_overhead [--tensor-parallel 1 2] [--residents 1 8 16 32 64]
 
@@ -66,7 +66,7 @@ class Holder:
 
     @contextmanager
     def resident(self, *samples: dict[str, Any], save_under: str | None = None) -> Iterator[list[Any]]:
-        """These samples are in the engine, and have begun to step, inside the block.
+        """Hold these samples in the engine, after their first step, inside the block.
 
         Yields:
             Their responses.
@@ -93,15 +93,17 @@ class Holder:
                 thread.join(30)
 
     def until(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float = 60) -> None:
-        """Ask until it is so."""
+        """Ask until the answer is yes."""
         deadline = time.monotonic() + timeout_s
         while not condition(told := self.describe()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not so after {timeout_s} s: {told}")
 
     def watch(self, seconds: float) -> tuple[float, float, float]:
-        """Milliseconds that a step took on the ranks and around them, and samples advanced by each, over some time (and
-        at least ten steps)."""
+        """Return the milliseconds of a step on the ranks and around them, and the samples that each advanced.
+
+        All are means over some time, and at least ten steps.
+        """
         before = self.describe()
         time.sleep(seconds)
         self.until(lambda told: told["steps"] >= before["steps"] + 10)
@@ -200,7 +202,7 @@ def saving(holder: Holder, app: Application, size: int, turns: int) -> None:
 
 
 def _written(app: Application, seconds: float) -> int:
-    """How many states are written within some time; each replaces the one before."""
+    """Return how many states are written within some time; each replaces the one before."""
     folder = Path(app.config.storage_url) / "saved"
     found = {path.name for path in folder.glob("*/*.safetensors")}
     new = 0
@@ -214,7 +216,7 @@ def _written(app: Application, seconds: float) -> int:
 
 
 def _save_alone(app: Application, count: int = 20) -> float:
-    """CPU seconds of a save that replaces another, in this process: what other work can lose by it at most."""
+    """Return the CPU seconds of a save that replaces another: the most that other work can lose by it."""
     checkpoint = Checkpoint(app.config.model.folder)
     width = checkpoint.expert_config("transformer")["text_dim"]
     text = Embedding(torch.randn(64, width), tokens=64, truncated=False)

@@ -44,7 +44,7 @@ from serve_app.wan.video import write_mp4
 CLIPS: dict[str, dict[str, Any]] = {"default": {}, "preview": {"width": 64, "height": 64, "num_frames": 9}}
 """Fields of a request by name."""
 SETTINGS: list[str] = []
-"""What differs from the configuration file where the command line does not say otherwise."""
+"""Options that differ from the configuration file unless the command line says otherwise."""
 
 
 class Application:
@@ -63,14 +63,14 @@ class Application:
         return serve.get_deployment_handle(deployment, "wan")
 
     def params(self, number: int, **fields: Any) -> Params:
-        """Of the request with this number: no two have the same prompt or seed."""
+        """Return the parameters of the request with this number: no two have the same prompt or seed."""
         colour = ("red", "green", "blue", "yellow")[number % 4]
         way = ("left", "right", "up", "down")[number // 4 % 4]
         prompt = f"A {colour} circle moves {way} on a white background, take {number}"
         return resolve(VideoRequest(prompt=prompt, seed=number, **fields), self.config)
 
     def make(self, params: Params) -> Done:
-        """One job through all stages."""
+        """Run one job through all stages."""
         self._jobs += 1
         name = f"video_{self._jobs}"
         job = JobSpec(name, params, f"videos/{name}/1")
@@ -81,7 +81,7 @@ class Application:
 
 @contextmanager
 def own_ray() -> Iterator[None]:
-    """A Ray that nobody else uses, with more CPUs than the machine has, so that placement is never the obstacle."""
+    """Start a Ray of its own, with more CPUs than the machine has, so that placement is never the obstacle."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
@@ -100,7 +100,7 @@ def own_ray() -> Iterator[None]:
 
 @contextmanager
 def deployed(file: Path, **sections: dict[str, Any]) -> Iterator[Application]:
-    """The `wan` application of a configuration file, with some options changed, for as long as the block runs."""
+    """Deploy the `wan` application of a configuration file, some options changed, for the time of the block."""
     args = yaml.safe_load(file.read_text(encoding="utf-8"))["applications"][0]["args"]
     for section, options in sections.items():
         args[section] = {**args.get(section, {}), **options}
@@ -114,7 +114,7 @@ def deployed(file: Path, **sections: dict[str, Any]) -> Iterator[Application]:
 
 
 def sections(settings: list[str]) -> dict[str, dict[str, Any]]:
-    """`["denoiser.threads=1", ...]` as a mapping of sections."""
+    """Return `["denoiser.threads=1", ...]` as a mapping of sections."""
     content: dict[str, dict[str, Any]] = {}
     for setting in settings:
         key, _, value = setting.partition("=")
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def measure(app: Application, clips: list[str], at_once: list[int], jobs: int) -> Iterator[str]:
-    """Rows of the table, for each clip and number of jobs at once."""
+    """Return the rows of the table, for each clip and number of jobs at once."""
     pipeline = load(app.config)
     for clip in clips:
         fields = CLIPS[clip]
@@ -181,7 +181,7 @@ def measure(app: Application, clips: list[str], at_once: list[int], jobs: int) -
 
 
 def bare(pipeline: WanPipeline, params: Params) -> float:
-    """Seconds of one call, with the mp4."""
+    """Return the seconds of one call, with the mp4."""
     started = time.perf_counter()
     frames = pipeline(**arguments(params)).frames[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +190,7 @@ def bare(pipeline: WanPipeline, params: Params) -> float:
 
 
 def cpu_seconds() -> float:
-    """Of this process, where the bare calls run, and of its Ray."""
+    """Return the CPU seconds of this process, where the bare calls run, and of its Ray."""
     own = psutil.Process()
     total = 0.0
     for process in (own, *own.children(recursive=True)):
@@ -201,7 +201,7 @@ def cpu_seconds() -> float:
 
 
 def at_the_same_time(app: Application, requests: list[Params]) -> float:
-    """Seconds from submitting all of them to the last one's files."""
+    """Return the seconds from submitting all of them to the last one's files."""
     started = time.perf_counter()
     with ThreadPoolExecutor(len(requests)) as threads:
         list(threads.map(app.make, requests))

@@ -1,4 +1,4 @@
-"""What the files of a video take beyond its decoding: the mp4 by threads of its encoder, thumbnail and spritesheet.
+"""Time of a video's files beyond its decoding: the mp4 by threads of its encoder, thumbnail and spritesheet.
 
     python -m benchmarks.serving.files [--sizes 832x480 1280x720] [--decode-s 1.5 3.5] [--threads 8 16]
 

@@ -28,6 +28,7 @@ import uvicorn
 from sqlalchemy import insert, update
 
 from benchmarks.machine import describe
+from benchmarks.ports import free_port
 from serve_app.config import Config, StoreConfig
 from serve_app.db.tables import Job
 from serve_app.gateway.app import create_app
@@ -63,7 +64,7 @@ def main() -> None:
 
 @contextmanager
 def database(store: str) -> Iterator[str]:
-    """The URL of an empty database, which is gone afterwards. Empty for SQLite in the home folder."""
+    """Yield the URL of an empty database, dropped afterwards; it is empty for SQLite in the home folder."""
     if store == "sqlite":
         yield ""
         return
@@ -86,7 +87,7 @@ def database(store: str) -> Iterator[str]:
 
 
 async def serve(config: Config) -> None:
-    """The gateway's application on the port in the environment, without anybody who works off its queue."""
+    """Serve the gateway's application on the port in the environment, with nobody who works off its queue."""
     store = JobStore(config.store_url, config.dispatcher.late_outputs_s, config.ageing)
     await store.start()
 
@@ -118,7 +119,7 @@ async def measure(name: str, config: Config, sizes: list[int], connections: int,
 
 
 def reads(history: list[str]) -> list[tuple[str, Callable[[], bytes]]]:
-    """The kinds of requests that change nothing."""
+    """Return the kinds of requests that change nothing."""
     return [
         ("retrieve", lambda: get(f"/v1/videos/{random.choice(history)}")),
         ("list, newest", lambda: get("/v1/videos")),
@@ -129,9 +130,10 @@ def reads(history: list[str]) -> list[tuple[str, Callable[[], bytes]]]:
 async def creates(
     port: int, connections: int, requests: int, config: Config, store: JobStore
 ) -> tuple[float, list[float]]:
-    """As `load` returns: rounds of as many creates as may wait."""
+    """Create in rounds of as many jobs as may wait; return what `load` does."""
     body = json.dumps({"prompt": PROMPT}).encode()
-    seconds, times = 0.0, []
+    seconds = 0.0
+    times: list[float] = []
     while (left := requests - len(times)) > 0:
         took, each = await load(port, connections, min(left, config.limits.queued_jobs), lambda: post(body))
         seconds, times = seconds + took, times + each
@@ -146,7 +148,7 @@ def row(store: str, rows: int, what: str, seconds: float, times: list[float]) ->
 
 
 async def fill(store: JobStore, config: Config, rows: int) -> list[str]:
-    """Add videos that were completed before today; their ids."""
+    """Add videos that were completed before today, and return their ids."""
     params = resolve(VideoRequest(prompt=PROMPT), config).model_dump()
     day = time.time() - 86_400
     ids = []
@@ -186,7 +188,7 @@ async def empty_queue(store: JobStore) -> None:
 
 @asynccontextmanager
 async def server(config: Config) -> AsyncIterator[int]:
-    """A process that serves; yields its port."""
+    """Start a process that serves, and yield its port."""
     port = free_port()
     log = config.home_path / "server.log"
     with log.open("ab") as output:

@@ -43,7 +43,7 @@ class Heard:
 
 
 class Asker:
-    """Asks the denoiser for samples, each followed by a thread.
+    """A client of the denoiser, which follows each sample by a thread.
 
     Args:
         app: the deployed application.
@@ -77,7 +77,7 @@ class Asker:
             heard.errors.append(error)
 
     def alone(self, kind: str, count: int) -> float:
-        """Median seconds of one sample on an idle engine."""
+        """Return the median seconds of one sample on an idle engine."""
         heard = Heard()
         for _ in range(count):
             self.ask(kind, heard).join()
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def poisson(rates: dict[str, float], seconds: float, seed: int) -> list[tuple[float, str]]:
-    """Moments of arrival with their kinds, in order."""
+    """Return moments of arrival with their kinds, in order."""
     source = random.Random(seed)
     arrivals = []
     for kind, rate in rates.items():
@@ -182,7 +182,7 @@ def report(
 
 
 def p95(values: list[float]) -> float:
-    """The 95th percentile of sorted values, by nearest rank."""
+    """Return the 95th percentile of sorted values, by nearest rank."""
     return values[max(0, -(-len(values) * 95 // 100) - 1)]
 
 

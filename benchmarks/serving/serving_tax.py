@@ -1,4 +1,4 @@
-"""What serving costs: one default job through HTTP against one bare WanPipeline call, alternated in one run.
+"""Cost of serving: one default job through HTTP against one bare WanPipeline call, alternated in one run.
 
     python -m benchmarks.serving.serving_tax [--pairs 10] [--tensor-parallel 1 2]
 
@@ -21,9 +21,9 @@ import yaml
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from benchmarks.machine import describe
+from benchmarks.ports import free_port
 from serve_app.cli.client import poll_after_s
 from serve_app.config import Config
-from serve_app.launch.address import free_port
 from serve_app.server import Server
 
 PROMPT = "A red circle moves to the right on a white background"
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(file: Path, tensor_parallel: int, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of each bare call and each served job, in pairs."""
+    """Return the seconds of each bare call and each served job, in pairs."""
     with tempfile.TemporaryDirectory() as home:
         content = yaml.safe_load(file.read_text())
         content["applications"][0]["args"]["home"] = home

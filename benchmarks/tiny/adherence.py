@@ -1,12 +1,12 @@
-"""How often the tiny model draws what a held-out prompt asks: colour, shape, direction, count, English and Chinese.
+"""Share of held-out prompts that the tiny model draws as asked: colour, shape, direction, count, English and Chinese.
 
     python -m benchmarks.tiny.adherence --prompts 200 [--device cuda] [--model FOLDER] [--steps N] [--guidance G]
 
-Runs plain diffusers.WanPipeline on the folder, reads the decoded frames with tiny_reader (which shares nothing with
-the training code) and prints Markdown tables. A clip counts as right only if all its objects are, under the pairing
-of named and drawn objects that suits it best. The second table splits the defaults by kind of prompt. The third
-compares them with guidance 1 and with wrong negative prompts, from the same noise, on prompts about two objects, since
-one alone hardly needs guidance: guidance 1 must be clearly worse, or guidance is broken.
+Runs plain diffusers.WanPipeline on the folder, reads the decoded frames with `benchmarks.tiny.reader` (which shares
+nothing with the training code) and prints Markdown tables. A clip counts as right only if all its objects are, under
+the pairing of named and drawn objects that suits it best. The second table splits the defaults by kind of prompt. The
+third compares them with guidance 1 and with wrong negative prompts, from the same noise, on prompts about two objects,
+since one alone hardly needs guidance: guidance 1 must be clearly worse, or guidance is broken.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def generate(
     guidance: tuple[float, float],
     negative: str | list[str],
 ) -> list[np.ndarray]:
-    """Clips uint8 [T, H, W, 3]; noise is drawn on the CPU."""
+    """Return clips, uint8 [T, H, W, 3]; noise is drawn on the CPU."""
     clips: list[np.ndarray] = []
     for start in range(0, len(prompts), args.batch):
         part = prompts[start : start + args.batch]
@@ -73,7 +73,7 @@ def generate(
 
 
 def picture(clips: list[np.ndarray], prompts: list[Prompt], file: Path, rows: int = 24) -> None:
-    """Seven frames of each clip, two clips a row; the prompts go beside it as text."""
+    """Draw seven frames of each clip, two clips a row; the prompts go beside it as text."""
     strips = [np.concatenate([c[i] for i in np.linspace(0, len(c) - 1, 7).astype(int)], 1) for c in clips[: 2 * rows]]
     pairs = [np.concatenate(strips[i : i + 2], 1) for i in range(0, len(strips) - 1, 2)]
     Image.fromarray(np.concatenate(pairs)).save(file, quality=85)

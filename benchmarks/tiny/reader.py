@@ -1,4 +1,4 @@
-"""Reads what a clip of moving shapes shows, from its frames alone.
+"""Reader of what a clip of moving shapes shows, from its frames alone.
 
 Knows nothing of the model, the recipe or its renderer: the background is the median of the borders, objects are
 connected components, colours are hues, shapes are harmonics of the outline seen from the centre, directions come from
@@ -39,7 +39,7 @@ class Seen:
 
 
 def components(mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """8-connected regions of a bool mask [H, W], largest first, as (rows, columns) of their pixels.
+    """Return the 8-connected regions of a bool mask [H, W], largest first, as (rows, columns) of their pixels.
 
     Works on runs of pixels, row by row, joined by union-find: these pictures have few runs.
     """
@@ -83,7 +83,10 @@ def colour_word(rgb: Tensor) -> str:
 
 
 def outline(cover: Tensor, centre: Tensor, reach: float) -> Tensor:
-    """Radius of the shape along 120 rays: coverage [N, H, W] in 0..1 integrated from centre [N, 2] (x, y): [N, 120]."""
+    """Return the radius of the shape along 120 rays, [N, 120].
+
+    Coverage [N, H, W] in 0..1 is integrated from centre [N, 2] (x, y).
+    """
     _, h, w = cover.shape
     steps = max(8, int(reach * 2))
     angle = torch.arange(120, device=cover.device) * (2 * math.pi / 120)
@@ -95,7 +98,7 @@ def outline(cover: Tensor, centre: Tensor, reach: float) -> Tensor:
 
 
 def shape_word(radii: Tensor) -> str:
-    """The harmonic that dominates the mean outline [120]: 3 triangle, 4 square, 5 star, none circle."""
+    """Name the harmonic that dominates the mean outline [120]: 3 triangle, 4 square, 5 star, none circle."""
     spectrum = torch.fft.rfft(radii).abs() / radii.sum()
     three, four, five = (float(spectrum[k]) for k in (3, 4, 5))
     if max(three, four, five) < 0.022:
@@ -105,7 +108,7 @@ def shape_word(radii: Tensor) -> str:
 
 
 def motion_word(centres: Tensor, areas: Tensor, sides: tuple[int, int]) -> str:
-    """centres [T, 2] (x, y), areas [T] in pixels, sides (height, width)."""
+    """Name the motion of centres [T, 2] (x, y) and areas [T] in pixels; sides are (height, width)."""
     t = len(areas)
     if t < 3:
         return "static"
@@ -126,7 +129,7 @@ def motion_word(centres: Tensor, areas: Tensor, sides: tuple[int, int]) -> str:
 
 
 def read(clip: Tensor) -> list[Seen]:
-    """Objects seen in a clip [T, H, W, 3] of values 0..1, on the CPU.
+    """Return the objects seen in a clip [T, H, W, 3] of values 0..1, on the CPU.
 
     The list's length is the count; two objects at most are described, others are blank.
     """
@@ -191,7 +194,7 @@ def read(clip: Tensor) -> list[Seen]:
 
 
 def judge(seen: list[Seen], wanted: list[Seen]) -> dict[str, bool]:
-    """Whether count, colour, shape and direction are what was asked, for all objects under the best pairing.
+    """Judge whether count, colour, shape and direction are as asked, for all objects under the best pairing.
 
     A prompt that names two objects says nothing of which is where, so neither its order nor places are asked for; but
     one pairing answers all questions, so a colour that sits on the other object's shape is wrong in one of them.

@@ -80,7 +80,7 @@ class Database:
         if url.port is not None and not 0 < url.port < 65536:
             raise ConfigError(f"{self._said}: has the port {url.port}, expected 1 to 65535")
         try:
-            import asyncpg  # type: ignore[import-untyped]
+            import asyncpg
         except ImportError as error:
             raise ConfigError(f"{self._said}: needs the package {error.name!r}") from None
         query = {"ssl" if name == "sslmode" else name: value for name, value in url.query.items()}

@@ -38,7 +38,7 @@ def test_python_defaults_are_those_of_the_release() -> None:
 
 def test_frozen() -> None:
     with pytest.raises(ValidationError):
-        Config().home = "x"  # type: ignore[misc]
+        Config().home = "x"
 
 
 def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ async def test_a_difference_would_be_seen(store: JobStore) -> None:
         await execute(store, "DROP INDEX jobs_by_expiry")
         async with store._db.read() as session:
             (found,) = await (await session.connection()).run_sync(differences)
-        assert found[0] == "add_index"  # type: ignore[index]
+        assert found[0] == "add_index"
     finally:
         await execute(store, "CREATE INDEX jobs_by_expiry ON jobs (expires_at)")
 

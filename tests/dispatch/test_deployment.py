@@ -171,7 +171,13 @@ async def test_a_controller_that_cannot_be_asked_is_away(trouble: Exception, mon
 
 async def test_the_first_job_does_not_wait_for_the_handle(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    looks = SimpleNamespace(options=lambda stream: asked.append("replicas") or looks)
+
+    class Handle:
+        def options(self, stream: bool) -> Handle:
+            asked.append("replicas")
+            return self
+
+    looks = Handle()
 
     def ask(name: str) -> Any:
         asked.append(name)

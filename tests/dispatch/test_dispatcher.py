@@ -66,7 +66,7 @@ async def test_wake_beats_the_poll(store: JobStore, storage: Storage, start: Sta
         looked.set()
         return job
 
-    store.claim = told  # type: ignore[method-assign]
+    store.claim = told  # type: ignore[assignment, method-assign]
     dispatcher = start(FakePipeline(storage), poll_s=30)
     await asyncio.wait_for(looked.wait(), 10)
     video_id = await create(store)
@@ -235,7 +235,7 @@ async def test_a_broken_loop_shows(store: JobStore, storage: Storage, start: Sta
     async def broken(*_: Any) -> Any:
         raise KeyError("a bug")
 
-    store.claim = broken  # type: ignore[method-assign]
+    store.claim = broken  # type: ignore[assignment, method-assign]
 
     async def noticed() -> bool:
         try:

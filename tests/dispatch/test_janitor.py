@@ -69,7 +69,7 @@ async def test_a_storage_that_hangs_costs_no_lease(store: JobStore, storage: Sto
     gone = await create(store)
     start(FakePipeline(storage))
     await ended(store, gone, "completed")
-    storage.delete_prefix = hangs  # type: ignore[method-assign]
+    storage.delete_prefix = hangs  # type: ignore[assignment, method-assign]
     await store.delete(gone)
     await refused.wait()
     dispatcher = start(FakePipeline(storage), lease_s=3)

@@ -230,7 +230,7 @@ async def test_broker_away_at_the_start(store: JobStore, storage: Storage, liste
     link = await link_to(PORT)
     await link.cut()
     dispatcher = await listen(FakePipeline(storage), url=via(link), wait=False)
-    store._announcer = dispatcher._broker  # type: ignore[assignment]
+    store._announcer = dispatcher._broker
     await ended(store, await create(store), "completed")  # asked for at the usual pace meanwhile
     await link.join()
 

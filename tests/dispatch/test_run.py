@@ -29,7 +29,7 @@ async def test_progress_is_written_and_the_last_step_is_not_held_back(
         written.append((event.stage, event.step))
         return await progress(video_id, attempt, event, resumed_step)
 
-    store.progress = recording  # type: ignore[method-assign]
+    store.progress = recording  # type: ignore[assignment, method-assign]
     gate = asyncio.Event()
     video_id = await create(store)
     start(FakePipeline(storage, gate=gate))
@@ -136,7 +136,7 @@ async def test_the_beginning_is_told_although_the_store_was_away(
             raise OperationalError("UPDATE", {}, ConnectionRefusedError("away"))
         return await progress(video_id, attempt, event, resumed_step)
 
-    store.progress = refusing  # type: ignore[method-assign]
+    store.progress = refusing  # type: ignore[assignment, method-assign]
 
     async def run(job: JobSpec) -> AsyncGenerator[Event, None]:
         yield Progress("denoise", 5, 8)

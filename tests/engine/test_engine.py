@@ -83,7 +83,7 @@ async def one(engine: Engine, name: str, **fields: Any) -> Denoised | Exception:
     """Put a sample through the engine, and return its last event."""
     settings = {"negative_prompt": "", "fps": 16, "seed": 0, "guidance_scale": 4, "guidance_scale_2": 3}
     sizes = {"width": 64, "height": 64, "num_frames": 9, "num_inference_steps": STEPS}
-    params = Params(prompt="x", flow_shift=5, boundary_ratio=0.5, **settings, **sizes)  # type: ignore[arg-type]
+    params = Params(prompt="x", flow_shift=5, boundary_ratio=0.5, **settings, **sizes)
     request = SampleRequest(name, params, **fields)
     try:
         async with engine.place(request):

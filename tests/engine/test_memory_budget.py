@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.model import dummy_checkpoint as dummy_checkpoint
+from benchmarks.model import dummy_checkpoint
 from serve_app.config import Config
 from serve_app.engine.memory_budget import MemoryBudget
 from serve_app.errors import ConfigError

@@ -33,7 +33,7 @@ def test_a_rank_writes_a_table_for_every_step_and_makes_the_steps_of_one_that_do
         for _ in range(SMALL["num_inference_steps"]):
             rank.step(StepRequest(["a/job"]).to_wire())
         latents.append(rank.latents("a/job"))
-    assert np.array_equal(*latents)
+    assert np.array_equal(latents[0], latents[1])
     files = sorted((tmp_path / "some" / "profiles" / "a_job").iterdir())
     assert [file.name[: len("step001-rank0-")] for file in files] == [f"step{n:03}-rank0-" for n in (1, 2, 3)]
     assert all("aten::_scaled_dot_product" in file.read_text() and file.name.endswith("s.txt") for file in files)

@@ -16,8 +16,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from serve_app.accounts.keys import KeyLimits as KeyLimits
-from serve_app.accounts.keys import Scope
+from serve_app.accounts.keys import KeyLimits, Scope
 from serve_app.config import AuthConfig, Config, Defaults, GatewayConfig, Limits
 from serve_app.config import DispatcherConfig as Options
 from serve_app.config import StorageConfig as StorageOptions
@@ -129,15 +128,15 @@ async def server(
         dispatcher.wake()
 
     async def ready() -> str | None:
-        if server.never:
-            raise Unavailable(str(server.reason))
-        return server.reason
+        if made.never:
+            raise Unavailable(str(made.reason))
+        return made.reason
 
     app = create_app(config, store, storage, wake, ready)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
-        server = Server(config, store, storage, pipeline, dispatcher, app, http)
-        yield server
+        made = Server(config, store, storage, pipeline, dispatcher, app, http)
+        yield made
     if pipeline.gate is not None:
         pipeline.gate.set()
     await dispatcher.stop()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.model.parity import run_ranks
 from serve_app.wan.kernels.fused import LinearGelu, norm_rotate, square_sums
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import init_process_groups
 from serve_app.wan.parallel.tensor_parallel import ROWS, RowParallel
@@ -84,7 +84,7 @@ def test_a_product_that_writes_its_gelu() -> None:
 def added_up(rank: int, mesh: Mesh, port: int, output: Path) -> None:
     device = torch.device("cuda", 0)
     world = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=60)
-    assert symmetric_memory.of(world.tensor.group.group_name) is None  # type: ignore[union-attr]
+    assert symmetric_memory.of(world.tensor.group.group_name) is None
     hidden, linear = layer()
     part = SimpleNamespace(weight=torch.nn.Parameter(linear.weight.chunk(2, 1)[rank].contiguous()), bias=linear.bias)
     ours = RowParallel(part, world.tensor.group).to(device)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
 from benchmarks.model.parity import Seen, run_ranks
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import ProcessGroups, init_process_groups
 from serve_app.wan.parallel.symmetric_memory import OutOfStep, SymmetricMemory
@@ -55,7 +55,7 @@ def shared(rank: int, mesh: Mesh, port: int, sees: Seen, output: Path) -> None:
 def meet(rank: int, mesh: Mesh, port: int, sees: Seen, timeout_s: float = 60) -> ProcessGroups:
     device = torch.device("cuda", rank if sees == "all" else 0)
     world = init_process_groups(rank, mesh, "127.0.0.1", port, device, timeout_s=timeout_s)
-    assert symmetric_memory.of(world.tensor.group.group_name) is not None  # type: ignore[union-attr]
+    assert symmetric_memory.of(world.tensor.group.group_name) is not None
     return world
 
 
@@ -79,7 +79,7 @@ def on_one(rank: int, mesh: Mesh, port: int) -> None:
     torch.cuda.set_device(device)
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    enable_symm_mem_for_group(dist.group.WORLD.group_name)  # type: ignore[union-attr]
+    enable_symm_mem_for_group(dist.group.WORLD.group_name)
     peers = SymmetricMemory(dist.group.WORLD, device, timeout_s=60)
     numbers = torch.Generator(device).manual_seed(0)
     for _, run in SHAPES:
@@ -128,7 +128,7 @@ def short(rank: int, run: torch.Tensor) -> None:
 
 def left(rank: int, mesh: Mesh, port: int) -> None:
     world = meet(rank, mesh, port, "own first")
-    peers = symmetric_memory.of(world.tensor.group.group_name)  # type: ignore[union-attr]
+    peers = symmetric_memory.of(world.tensor.group.group_name)
     assert peers is not None
     fraction, held = torch.cuda.get_per_process_memory_fraction(world.device), peers.held_bytes
     for again in range(3):
@@ -187,7 +187,7 @@ def test_who_waits_in_vain_fails_in_time() -> None:
 
 def killed(rank: int, mesh: Mesh, port: int) -> None:
     world = meet(rank, mesh, port, "own first", timeout_s=600)
-    peers = symmetric_memory.of(world.tensor.group.group_name)  # type: ignore[union-attr]
+    peers = symmetric_memory.of(world.tensor.group.group_name)
     assert peers is not None
     own = torch.ones(1, 1000, 1000, device=world.device)
     for _ in range(100):

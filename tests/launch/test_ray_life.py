@@ -89,7 +89,8 @@ def test_up_on_a_ray_of_its_own(config, tmp_path):
         wait_ready(f"http://127.0.0.1:{port}", up.process)
         assert str(tmp_path / "home") in up.said and f"http://127.0.0.1:{port}/docs" in up.said
 
-        exports = dict(word.split("=", 1) for word in shlex.split(re.search(r"export (.*)", up.said)[1]))
+        words = shlex.split(re.search(r"export (.*)", up.said)[1])
+        exports = {name: value for name, _, value in (word.partition("=") for word in words)}
         second = run(config, **exports)
         assert second.returncode == 1 and second.stderr.count("\n") == 1, second.stderr
         for part in ("'wan' and 'gateway'", f"http://127.0.0.1:{port}", f"pid {up.process.pid}", "--replace"):

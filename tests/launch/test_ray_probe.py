@@ -20,7 +20,7 @@ def _no_ray(tmp_path, monkeypatch):
 
 def find(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
-    said = []
+    said: list[str] = []
     found = ray_probe.find(said.append)
     return found, said
 

@@ -77,7 +77,7 @@ def test_nothing_to_say(checked: Callable[[Change], Targets], tmp_path: Path) ->
         ),
         (
             lambda _, args: args["denoiser"].update(parallel={"tensor": 3}),
-            "denoiser.parallel.tensor has value 3, expec",
+            "denoiser.parallel.tensor has value 3, expected",
         ),
         (lambda _, args: args["denoiser"].update(parallel={"sequence": 5}), "denoiser.parallel.sequence has value 5"),
         (lambda _, args: args["denoiser"].update(parallel={"ranks": 7}), "denoiser.parallel.ranks has value 7"),
@@ -109,7 +109,7 @@ def test_nothing_to_say(checked: Callable[[Change], Targets], tmp_path: Path) ->
         (lambda _, args: args["encoder"]["resources"].update(num_gpus=1.5), "num_gpus is 1.5, expected a whole number"),
         (
             lambda _, args: args["encoder"]["resources"].update(num_cpus=1e-5),
-            "num_cpus is 1e-05, expected 0 or at leas",
+            "num_cpus is 1e-05, expected 0 or at least",
         ),
         (lambda _, args: args["denoiser"]["rank"].update(resources={"GPU": 1}), "resources has 'GPU', expected the na"),
         (lambda _, args: args["encoder"]["resources"].update(labels={"pool": "in("}), "application 'wan': "),
@@ -231,7 +231,7 @@ def test_no_shipped_file_uses_what_ray_gives_up(
 
 
 def test_check_says_what_it_left_out() -> None:
-    command = [Path(sys.executable).parent / "wan-serve", "check", CONFIGS / "tiny.yaml"]
+    command: list[Any] = [Path(sys.executable).parent / "wan-serve", "check", CONFIGS / "tiny.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.endswith(f"{CONFIGS / 'tiny.yaml'}: fine\n") and done.stderr == ""
     assert "not looked at: database, broker, bucket" in done.stdout and "/data/jobs.db, videos in " in done.stdout

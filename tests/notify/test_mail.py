@@ -48,7 +48,7 @@ class Mailbox:
         return self.answers.pop(0) if self.answers else "250 2.0.0 taken"
 
     def mails(self) -> list[EmailMessage]:
-        return [message_from_bytes(envelope.content, policy=policy.default) for envelope in self.envelopes]  # type: ignore
+        return [message_from_bytes(envelope.content, policy=policy.default) for envelope in self.envelopes]
 
 
 Serve = Callable[..., Awaitable[tuple[Mailbox, dict[str, Any]]]]

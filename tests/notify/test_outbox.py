@@ -36,7 +36,7 @@ async def test_the_event_is_there_when_its_job_has_ended(store: JobStore) -> Non
         ids.append(job.id)
         if end == "deadline":
             async with store.database.write() as session:
-                (await store._locked(session, job.id)).deadline_at = 1.0  # type: ignore[union-attr]
+                (await store._locked(session, job.id)).deadline_at = 1.0
             await store.sweep(OPTIONS)
             continue
         await store.claim("me", 60 if end == "fail" else -1)

@@ -22,7 +22,7 @@ from serve_app.request import Params
 from serve_app.stages.denoiser import Started
 from tests.stages.conftest import Wan, processes, until
 
-LONG = {"num_inference_steps": 40}
+LONG: dict[str, Any] = {"num_inference_steps": 40}
 
 
 class Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,6 +146,8 @@ async def test_a_failure_concerns_its_own_item_only(app):
     good = np.zeros((1, 16, *params.latent_shape), dtype=np.float32)
     bad = np.zeros((1, 3, *params.latent_shape), dtype=np.float32)  # no such channels
     name = f"good{app.config.denoiser.parallel.size}"
+    fine: Any
+    failed: Any
     fine, failed = await asyncio.gather(
         decoder.decode.remote(good, params, f"videos/{name}/1", name),
         decoder.decode.remote(bad, params, "videos/bad/1", "bad"),

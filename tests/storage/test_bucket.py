@@ -26,7 +26,7 @@ from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server, start_server
 
 LARGE = bytes(range(256)) * 160_000  # 41 MB: five parts
 MEDIUM = LARGE[: PART_BYTES + 1]  # two parts
-QUICK = {"timeout_s": 3, "retry_s": 0.5}
+QUICK: dict[str, Any] = {"timeout_s": 3, "retry_s": 0.5}
 
 
 @pytest.fixture(scope="module")

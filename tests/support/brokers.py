@@ -19,7 +19,7 @@ SERVER = os.environ.get("WAN_TEST_RABBITMQ", f"amqp://guest:guest@127.0.0.1:{POR
 
 @pytest.fixture
 async def queue_options() -> AsyncIterator[config.QueueConfig]:
-    """A queue's name of the test's own, and its URL; the queue is deleted afterwards."""
+    """Yield a queue of the test's own, deleted afterwards, and the broker's URL."""
     import aio_pika
 
     try:
@@ -38,12 +38,12 @@ async def queue_options() -> AsyncIterator[config.QueueConfig]:
 
 
 def via(link: Link) -> str:
-    """The URL of the broker at the other end of a link."""
+    """Return the URL of the broker at the other end of a link."""
     return f"amqp://guest:guest@127.0.0.1:{link.port}/"
 
 
 async def connected(broker: RabbitMQ) -> RabbitMQ:
-    """A started broker, once it is connected."""
+    """Return a started broker, once it is connected."""
 
     async def look() -> bool:
         return broker.connected

@@ -21,7 +21,7 @@ from tests.gateway.conftest import Server, listening
 from tests.support.fakes import FakePipeline
 
 if TYPE_CHECKING:
-    from playwright.async_api import Browser, Page
+    from playwright.async_api import Browser, ConsoleMessage, Page, ViewportSize
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
@@ -29,13 +29,13 @@ _FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
     "--host-resolver-rules=MAP *.example 127.0.0.1",  # names that anybody may have pointed to this machine
 )
-PHONE = {"width": 390, "height": 844}
+PHONE: ViewportSize = {"width": 390, "height": 844}
 SIZE = (64, 48)
 
 
 @dataclass
 class Seen:
-    """What a page did beside what it shows.
+    """Complaints and requests of a page.
 
     Attributes:
         expected: parts of messages on the console that the test provokes.
@@ -46,15 +46,17 @@ class Seen:
     expected: list[str] = field(default_factory=list)
 
     def watch(self, page: Page) -> None:
-        """Write down what it says and asks for, from now on."""
-        page.on(
-            "console", lambda message: message.type in ("error", "warning") and self.complaints.append(message.text)
-        )
+        """Write down what the page says and asks for, from now on."""
+        page.on("console", self._read)
         page.on("pageerror", lambda error: self.complaints.append(f"uncaught: {error}"))
         page.on("request", lambda request: self.urls.append(request.url))
 
+    def _read(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
     def check(self, url: str) -> None:
-        """Nothing went wrong that was not provoked, and nobody but the gateway was asked."""
+        """Check that nothing went wrong that was not provoked, and nobody but the gateway was asked."""
         surprises = [said for said in self.complaints if not any(part in said for part in self.expected)]
         assert not surprises, surprises
         hosts = {urlsplit(asked).netloc for asked in self.urls if not asked.startswith(("data:", "blob:"))}
@@ -62,7 +64,7 @@ class Seen:
 
 
 class FilmPipeline(FakePipeline):
-    """Stores a video and a picture that a browser can show, 64x48."""
+    """A pipeline that stores a video and a picture that a browser can show, 64x48."""
 
     async def _store(self, job: JobSpec) -> dict[str, str]:
         frames = np.zeros((9, SIZE[1], SIZE[0], 3), np.uint8)
@@ -78,7 +80,7 @@ class FilmPipeline(FakePipeline):
 
 @pytest.fixture
 async def browser() -> AsyncIterator[Browser]:
-    """Chromium with an empty profile. Without one the test is skipped, on the CI's machine too."""
+    """Start Chromium with an empty profile, or skip the test where there is none, with CI=true too."""
     named = os.environ.get("WAN_TEST_CHROMIUM")
     program = named or next(filter(None, map(shutil.which, _NAMES)), None)
     if program is None:
@@ -95,7 +97,7 @@ async def browser() -> AsyncIterator[Browser]:
 
 @pytest.fixture
 def films(server: Server) -> FilmPipeline:
-    """The pipeline, whose files a browser can show."""
+    """Put a pipeline in place whose files a browser can show."""
     pipeline = FilmPipeline(server.storage, step_s=0.02)
     server.pipeline = server.dispatcher._runner = pipeline
     return pipeline
@@ -116,7 +118,7 @@ async def seen(url: str) -> AsyncIterator[Seen]:
 
 @pytest.fixture
 async def page(browser: Browser, url: str, seen: Seen) -> AsyncIterator[Page]:
-    """The page, opened by somebody who reads English."""
+    """Yield the page, opened by somebody who reads English."""
     context = await browser.new_context(locale="en-US")
     page = await context.new_page()
     seen.watch(page)
@@ -137,7 +139,7 @@ async def status(page: Page, text: str) -> None:
 
 
 async def video_is_shown(page: Page) -> None:
-    """It is decoded, of the size of the file, and moves."""
+    """Wait until the video is decoded, has the size of the file, and moves."""
     await page.wait_for_function("document.querySelector('video').readyState >= 2")
     assert await page.evaluate("[player.videoWidth, player.videoHeight]") == list(SIZE)
     await page.wait_for_function("player.currentTime > 0.1")

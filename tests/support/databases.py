@@ -22,7 +22,7 @@ SERVER = os.environ.get("WAN_TEST_POSTGRES", "postgresql://root@127.0.0.1:5432/t
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    """A database of this run's own, dropped afterwards."""
+    """Yield the URL of a database of this run's own, dropped afterwards."""
     try:
         import asyncpg
 
@@ -46,7 +46,7 @@ def postgres_url() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with the tables, to be copied: making them takes longer than most tests."""
+    """Return a file with the tables, to be copied: making them takes longer than most tests."""
     path = tmp_path_factory.mktemp("sqlite") / "jobs.db"
 
     async def make() -> None:
@@ -60,7 +60,7 @@ def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A URL for each kind of database; see `store` for an empty one."""
+    """Yield a URL for each kind of database; see `store` for an empty one."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'jobs.db'}"
     return str(request.getfixturevalue("postgres_url"))
@@ -68,7 +68,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 async def empty_url(store_url: str) -> AsyncIterator[str]:
-    """A URL for each kind of database, without any tables."""
+    """Yield a URL for each kind of database, without any tables."""
     yield await _emptied(store_url)
     await _emptied(store_url)
 
@@ -85,7 +85,7 @@ async def _emptied(url: str) -> str:
 
 @pytest.fixture
 async def store(store_url: str, empty_sqlite: Path, request: pytest.FixtureRequest) -> AsyncIterator[JobStore]:
-    """A started store without jobs."""
+    """Yield a started store without jobs."""
     kind, _, path = store_url.partition(":///")
     if kind == "sqlite":
         shutil.copy(empty_sqlite, path)

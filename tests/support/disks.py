@@ -14,7 +14,7 @@ class Disk:
     """A small file system of its own.
 
     Args:
-        folder: where it is mounted.
+        folder: mount point of the file system.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -22,7 +22,7 @@ class Disk:
         self._ballast = folder / "ballast"
 
     def fill(self, leave: int = 0) -> None:
-        """Leave so many bytes, to the page."""
+        """Fill the disk but for so many bytes, to the page."""
         with self._ballast.open("wb") as file:
             try:
                 while True:
@@ -38,7 +38,7 @@ class Disk:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Disk]:
-    """Eight megabytes; `tmp_path` itself, so that whatever a test has lies on it."""
+    """Yield a disk of eight megabytes: `tmp_path` itself, so that whatever a test has lies on it."""
     mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True, text=True
     )

@@ -32,7 +32,7 @@ class Link:
             writer.transport.abort()
 
     def stall(self) -> None:
-        """Nothing passes any more, and nobody is told."""
+        """Let nothing pass any more, and tell nobody."""
         self.stalled.clear()
 
     def flow(self) -> None:
@@ -59,7 +59,7 @@ class Link:
 
 @pytest.fixture
 async def link_to() -> AsyncIterator[Callable[[int], Awaitable[Link]]]:
-    """Makes links to ports of this host."""
+    """Return a maker of links to ports of this host."""
     links: list[Link] = []
 
     async def make(port: int) -> Link:

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at once, on any device, `meta` included, where nothing is computed."""
+"""Bytes of tensors alive at once, on any device, `meta` included, where nothing is computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make inside of a `with` block. What a kernel takes for itself is not seen.
+    """A counter of the storages that operations make inside of a `with` block, blind to what kernels take.
 
     Attributes:
         now: bytes that are alive; `peak` is the most that ever were.

@@ -24,7 +24,7 @@ _UNTIL_CLOSED = '"$@" & cat; kill -INT $!; wait'
 
 @pytest.fixture(scope="session")
 def strict_postgres() -> Iterator[int]:
-    """The port of a server that knows `USER` by `PASSWORD`."""
+    """Yield the port of a server that knows `USER` by `PASSWORD`."""
     try:
         import asyncpg  # noqa: F401
 
@@ -40,13 +40,25 @@ def strict_postgres() -> Iterator[int]:
         for path in (folder, folder / "password"):
             os.chown(path, who.get("user", -1), who.get("group", -1))
         method = ["--auth=scram-sha-256", f"--username={USER}", f"--pwfile={folder}/password"]
-        make = [programs / "initdb", f"--pgdata={folder}/data", *method, "--no-sync", "--no-locale", "--encoding=UTF8"]
+        make: list[Any] = [
+            programs / "initdb",
+            f"--pgdata={folder}/data",
+            *method,
+            "--no-sync",
+            "--no-locale",
+            "--encoding=UTF8",
+        ]
         subprocess.run(make, **who, cwd=folder, check=True, capture_output=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
         options = ("listen_addresses=127.0.0.1", f"port={port}", "unix_socket_directories=", "fsync=off")
-        serve = [programs / "postgres", "-D", folder / "data", *(part for option in options for part in ("-c", option))]
+        serve: list[Any] = [
+            programs / "postgres",
+            "-D",
+            folder / "data",
+            *(part for option in options for part in ("-c", option)),
+        ]
         with (folder / "log").open("wb") as log:
             server = subprocess.Popen(
                 ["sh", "-c", _UNTIL_CLOSED, "sh", *serve],
@@ -79,7 +91,7 @@ def _version(programs: Path) -> float:
 
 
 def _who() -> dict[str, Any]:
-    """As whom it runs: it refuses root."""
+    """Return the user it runs as, since it refuses root."""
     if os.geteuid() != 0:
         return {}
     try:

@@ -12,11 +12,15 @@ HEADS = 8
 
 
 def write(folder: Path, seed: int = 0, layers: int = 2) -> Path:
-    """Write a checkpoint into `folder`, with experts of so many layers. Its videos are noise, but depend on every
-    input.
+    """Write a checkpoint into `folder`; its videos are noise, but depend on every input.
+
+    Args:
+        folder: made here, with its parents.
+        seed: of the weights.
+        layers: layers of each expert.
 
     Returns:
-        `folder`.
+        The `folder`.
     """
     tokenizer = _tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -61,7 +65,7 @@ def _expert(layers: int) -> WanTransformer3DModel:
 
 
 def _tokenizer() -> T5Tokenizer:
-    """Knows printable ASCII and the 3,755 most frequent Chinese characters, one token each."""
+    """Make a tokenizer of printable ASCII and the 3,755 most frequent Chinese characters, one token each."""
     hanzi = [
         bytes([row, column]).decode("gb2312", "ignore") for row in range(0xB0, 0xD8) for column in range(0xA1, 0xFF)
     ]

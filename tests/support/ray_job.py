@@ -1,4 +1,4 @@
-"""Runs as a Ray job of its own beside a deployment, and uses it by handle calls in all the ways there are."""
+"""A Ray job of its own beside a deployment, which uses it by handle calls in all the ways there are."""
 
 import asyncio
 import sys

@@ -14,7 +14,7 @@ HOLD = -2
 
 @dataclass(frozen=True)
 class Received:
-    """One request. Header names are in lower case."""
+    """A request that came. Header names are in lower case."""
 
     target: str
     headers: dict[str, str]
@@ -23,7 +23,7 @@ class Received:
 
 @dataclass
 class Receiver:
-    """What came, and how the next requests are answered: a status each, then always `status`.
+    """The requests that came, and the statuses of the next answers; then it is always `status`.
 
     HANG says nothing until `release` is set, and then hangs up; HOLD then answers `status`.
     """
@@ -84,7 +84,7 @@ class Receiver:
 async def receiving(
     host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None, into: Receiver | None = None
 ) -> AsyncIterator[Receiver]:
-    """A receiver that listens inside the block. `into` continues one that listened before, at the same port."""
+    """Yield a receiver that listens inside the block. `into` continues one that listened before, at the same port."""
     receiver = into or Receiver(host=host, port=port)
     server = await asyncio.start_server(receiver.serve, host, receiver.port, ssl=tls)
     receiver.port = server.sockets[0].getsockname()[1]

@@ -24,7 +24,7 @@ Start = Callable[..., Dispatcher]
 
 @pytest.fixture
 def storage(tmp_path: Path, store_url: str, request: pytest.FixtureRequest) -> Storage:
-    """An empty storage: a folder; with --slow, S3 beside PostgreSQL."""
+    """Yield an empty storage: a folder; with --slow, S3 beside PostgreSQL."""
     if store_url.startswith("sqlite") or not request.config.getoption("--slow"):
         return Storage(str(tmp_path / "videos"))
     storage: Storage = request.getfixturevalue("s3_storage")
@@ -33,7 +33,7 @@ def storage(tmp_path: Path, store_url: str, request: pytest.FixtureRequest) -> S
 
 @pytest.fixture
 async def start(store: JobStore, storage: Storage) -> AsyncIterator[Start]:
-    """Starts dispatchers, and stops them after the test."""
+    """Yield a starter of dispatchers, which are stopped after the test."""
     started: list[Dispatcher] = []
 
     def begin(run: Runner, **options: Any) -> Dispatcher:

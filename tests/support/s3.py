@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import obstore
@@ -35,6 +36,7 @@ _STARTS_WITHIN_S = 60
 
 _RINGS = """
 import sys
+from typing import Any
 from swift.common.ring import RingBuilder
 for argument in sys.argv[1:]:
     file, port = argument.split("=")
@@ -147,7 +149,7 @@ class S3Server:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Kill it. What it acknowledged stays in the folder."""
+        """Kill it; what it acknowledged stays in the folder."""
         self._signal(signal.SIGKILL)
         for process in self._processes:
             process.wait(timeout=10)
@@ -158,7 +160,7 @@ class S3Server:
             self._guard = None
 
     def freeze(self) -> None:
-        """It takes connections, and answers nothing until `thaw`."""
+        """Take connections, but answer nothing until `thaw`."""
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
@@ -166,21 +168,21 @@ class S3Server:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port that the proxy listens on."""
         return self._ports["proxy"]
 
     def stored_files(self) -> int:
-        """How many files it holds; each part of an unfinished upload is one."""
+        """Return how many files it holds; each part of an unfinished upload is one."""
         return sum(1 for _ in (self.folder / "devices").rglob("*.data"))
 
     def make_bucket(self) -> str:
-        """The name of a new, empty bucket."""
+        """Make an empty bucket, and return its name."""
         bucket = f"test-{secrets.token_hex(6)}"
         httpx.put(self.sign("PUT", bucket, "")).raise_for_status()
         return bucket
 
-    def sign(self, method: str, bucket: str, key: str, expires_s: int = 60) -> str:
-        """A presigned URL, made without the code under test."""
+    def sign(self, method: Any, bucket: str, key: str, expires_s: int = 60) -> str:
+        """Return a presigned URL, made without the code under test."""
         store = S3Store(
             bucket,
             endpoint=self.endpoint,
@@ -192,7 +194,7 @@ class S3Server:
         return str(obstore.sign(store, method, key, timedelta(seconds=expires_s)))
 
     def options(self, bucket: str, prefix: str = "", **options: object) -> config.StorageConfig:
-        """The configuration section of a bucket here. Credentials come from the environment; see `s3_credentials`."""
+        """Return the configuration section of a bucket here; credentials come from `s3_credentials`."""
         url = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         return config.StorageConfig.model_validate({"url": url, "endpoint": self.endpoint, "region": REGION, **options})
 
@@ -235,7 +237,7 @@ class S3Server:
 
 
 def start_server(folder: Path) -> S3Server:
-    """A server, or the reason why there is none: a failure with CI=true, else a skip."""
+    """Start a server; where there is none the test fails with CI=true, and is skipped else."""
     try:
         return S3Server(folder)
     except RuntimeError as error:
@@ -246,7 +248,7 @@ def start_server(folder: Path) -> S3Server:
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One server for all tests that leave it running."""
+    """Yield one server for all tests that leave it running."""
     server = start_server(tmp_path_factory.mktemp("swift"))
     yield server
     server.stop()
@@ -254,7 +256,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of somebody who may use the server, and nothing else of AWS in it."""
+    """Set the environment of somebody who may use the server, and nothing else of AWS in it."""
     for name in list(os.environ):
         if name.startswith("AWS_"):
             monkeypatch.delenv(name)
@@ -264,7 +266,7 @@ def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def s3_options(s3_server: S3Server, s3_credentials: None) -> config.StorageConfig:
-    """The configuration section of an empty bucket."""
+    """Return the configuration section of an empty bucket."""
     return s3_server.options(s3_server.make_bucket(), "some/prefix")
 
 

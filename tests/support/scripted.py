@@ -15,14 +15,14 @@ BYTES = bytes(range(256)) * 64
 
 
 def resource(status: str, **more: Any) -> dict[str, Any]:
-    """A video as the API shows it, in the fields that clients read."""
+    """Return a video as the API shows it, in the fields that clients read."""
     fields = {"id": VIDEO_ID, "status": status, "progress": 0, "created_at": 1, "prompt": "a cat", "error": None}
     return {**fields, "size": "64x64", "seconds": "1", "seed": 7, "warnings": [], "timings": {}, **more}
 
 
 @dataclass
 class Reply:
-    """One answer.
+    """An answer.
 
     Attributes:
         cut: send so many bytes of the body and close the connection; -1 closes it without an answer.
@@ -35,7 +35,7 @@ class Reply:
 
 
 def refusal(status: int, message: str, **headers: str) -> Reply:
-    """An answer in the envelope of errors."""
+    """Return an answer in the envelope of errors."""
     body = {"error": {"message": message, "type": "x", "param": None, "code": "x"}}
     return Reply(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
 

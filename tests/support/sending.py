@@ -22,7 +22,7 @@ Notify = Callable[..., Notifier]
 
 
 def options(**webhooks: Any) -> Config:
-    """Plain HTTP to loopback, and a schedule of three tries without waits."""
+    """Allow plain HTTP to loopback, and a schedule of three tries without waits."""
     mail = webhooks.pop("mail", None)
     given = {
         "allow_http": True,
@@ -36,7 +36,7 @@ def options(**webhooks: Any) -> Config:
 
 @pytest.fixture
 async def notify(store: JobStore) -> AsyncIterator[Notify]:
-    """Starts notifiers, and stops them after the test."""
+    """Yield a starter of notifiers, which are stopped after the test."""
     started: list[Notifier] = []
 
     def begin(**webhooks: Any) -> Notifier:
@@ -61,7 +61,7 @@ async def listen(endpoints: Endpoints, receiver: Receiver, owner: str = "", *kin
 
 
 async def completed(store: JobStore, *, owner: str = "", notify_email: str | None = None, prompt: str = "a cat") -> str:
-    """A job that has just completed."""
+    """Add a job that has just completed."""
     params = PARAMS.model_copy(update={"prompt": prompt})
     job = await store.create(params, "wan", notify_email=notify_email)
     await own(store, job.id, owner)
@@ -72,7 +72,7 @@ async def completed(store: JobStore, *, owner: str = "", notify_email: str | Non
 
 
 async def failed(store: JobStore, *, owner: str = "", notify_email: str | None = None, prompt: str = "a cat") -> str:
-    """A job that was just cancelled while it waited."""
+    """Add a job that was just cancelled while it waited."""
     job = await store.create(PARAMS.model_copy(update={"prompt": prompt}), "wan", notify_email=notify_email)
     await own(store, job.id, owner)
     assert await store.request_cancel(job.id) is not None
@@ -97,7 +97,7 @@ async def events(store: JobStore) -> list[Event]:
 
 
 async def ended(store: JobStore, count: int = 1) -> list[Delivery]:
-    """All deliveries, once there are `count` and none is pending."""
+    """Return all deliveries, once there are `count` and none is pending."""
 
     async def look() -> list[Delivery] | None:
         found = await deliveries(store)

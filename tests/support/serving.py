@@ -22,7 +22,7 @@ QUICK = {"health_check_period_ms": 500, "health_check_timeout_ms": 1500, "health
 
 
 def write_config(folder: Path, checkpoint: Path, changes: dict[str, dict[str, Any]]) -> Path:
-    """configs/tiny.yaml on the random checkpoint, small, with options changed by section, reachable from outside."""
+    """Write configs/tiny.yaml on the random checkpoint, small, some options changed, reachable from outside."""
     content = yaml.safe_load((REPOSITORY / "configs/tiny.yaml").read_text())
     content["http_options"]["host"] = "0.0.0.0"
     args = content["applications"][0]["args"]
@@ -42,7 +42,7 @@ def write_config(folder: Path, checkpoint: Path, changes: dict[str, dict[str, An
 
 
 def ray_processes(cluster: Cluster, host: int) -> set[str]:
-    """What Ray calls its workers on a host: `ServeReplica:wan:Encoder`, `Rank`, ..."""
+    """Return the names of Ray's workers on a host: `ServeReplica:wan:Encoder`, `Rank`, ..."""
     names = set()
     for pid in cluster.nodes[host].pids():
         try:
@@ -79,7 +79,7 @@ class Serving:
 
     @property
     def log(self) -> str:
-        """What `serve run` printed."""
+        """Return what `serve run` printed."""
         return (self.folder / "serve.log").read_text(errors="replace")
 
     def wait_ready(self, timeout_s: float = 900) -> None:
@@ -95,13 +95,13 @@ class Serving:
             time.sleep(0.3)
 
     def create(self, **fields: Any) -> dict[str, Any]:
-        """Accept a job."""
+        """Create a job."""
         answer = httpx.post(f"{self.url}/v1/videos", json={"prompt": "a star", **fields}, timeout=30)
         assert answer.status_code < 300, answer.text
         return answer.json()
 
     def wait(self, video: dict[str, Any], timeout_s: float = 120) -> dict[str, Any]:
-        """The job once it ended, in whatever way; a server that does not answer is asked again."""
+        """Return the job once it has ended in any way; a server that does not answer is asked again."""
         deadline = time.monotonic() + timeout_s
         while video["status"] not in ("completed", "failed"):
             assert time.monotonic() < deadline, f"{video}\n{self.log[-5000:]}"
@@ -115,7 +115,7 @@ class Serving:
         return video
 
     def stop(self) -> None:
-        """Ctrl-C, which takes the applications down."""
+        """Send Ctrl-C, which takes the applications down."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             try:

@@ -1,4 +1,4 @@
-"""Decodes where memory is really short: a process of its own that is refused what goes beyond a limit.
+"""A decode where memory is really short: a process of its own that is refused what goes beyond a limit.
 
     python -m tests.support.short_memory MIB
 
@@ -38,7 +38,7 @@ def latents() -> torch.Tensor:
 
 
 class Count(logging.Handler):
-    """Counts what is logged."""
+    """A handler that counts what is logged."""
 
     records = 0
 

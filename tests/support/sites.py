@@ -61,7 +61,7 @@ class Site:
 
 
 async def by_header(request: Request) -> Caller:
-    """Stands in for keys: `x-key: ada read create`. Nothing is whoever needs no key."""
+    """Stand in for keys by `x-key: ada read create`; without it the caller is one who needs no key."""
     key, *scopes = request.headers.get("x-key", "").split() or [""]
     if not key:
         return Caller()
@@ -94,7 +94,7 @@ async def site(store: JobStore, tmp_path: Path) -> AsyncIterator[Site]:
 
 @pytest.fixture
 async def sdk(site: Site) -> AsyncIterator[openai.AsyncOpenAI]:
-    """Over the same application. The SDK has an httpx of its own, hence a real socket."""
+    """Yield the SDK over the same application, on a real socket, since it has an httpx of its own."""
     listener = socket.create_server(("127.0.0.1", 0))
     app = site.http._transport.app  # type: ignore[attr-defined]
     listening = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))

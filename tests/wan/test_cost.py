@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +20,7 @@ def test_flops_are_those_that_torch_counts(
     generator: Generator, monkeypatch: pytest.MonkeyPatch, guidance: float, width: int
 ) -> None:
     sample = generator.start(Params(**{**BASE.model_dump(), "guidance_scale": guidance, "width": width}))
-    model = generator.experts["transformer"]
+    model: Any = generator.experts["transformer"]
     monkeypatch.setattr(model.text_cache, "_fold", False)  # as on a GPU
     model.text_cache.clear()
     advance(model, [sample], fuse_guidance_tokens=0)  # makes the text's keys and values

@@ -49,7 +49,7 @@ def test_equal_frames_give_equal_streams_on_any_number_of_cores_whatever_was_in_
     for fill, cores in (("1", "1000"), ("100", "1000"), ("200", "1")):
         path = tmp_path / f"{fill}.mp4"
         environment = {**os.environ, "MALLOC_PERTURB_": fill, "MALLOC_MMAP_THRESHOLD_": str(1 << 28)}
-        command = [sys.executable, "-c", code, tmp_path / "frames.npy", path, cores]
+        command: list[Any] = [sys.executable, "-c", code, tmp_path / "frames.npy", path, cores]
         subprocess.run(command, env=environment, check=True)
         with av.open(str(path)) as container:
             streams.append(b"".join(bytes(packet) for packet in container.demux(video=0)))

@@ -9,8 +9,7 @@ import httpx
 import openai
 import pytest
 import yaml
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from serve_app.cli import cli
 from serve_app.config import AuthConfig
@@ -251,7 +250,7 @@ def test_keys_on_the_command_line(tmp_path: Path) -> None:
 
 
 class TestNobodyAsks:
-    """`auth: {mode: none}`"""
+    """Anybody may ask: `auth: {mode: none}`."""
 
     @pytest.fixture
     def auth(self) -> AuthConfig:
@@ -278,7 +277,7 @@ class TestNobodyAsks:
 
 
 class TestOpen:
-    """`auth: {mode: none, open: true}`"""
+    """Anybody on any host may ask: `auth: {mode: none, open: true}`."""
 
     @pytest.fixture
     def auth(self) -> AuthConfig:

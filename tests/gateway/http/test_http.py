@@ -83,7 +83,7 @@ async def test_our_own_mistakes(server: Server, caplog: pytest.LogCaptureFixture
     async def broken(*_: Any) -> Any:
         raise KeyError("a secret")
 
-    server.store.get = broken  # type: ignore[method-assign]
+    server.store.get = broken  # type: ignore[assignment, method-assign]
     answer = await server.http.get("/v1/videos/video_1", headers={"x-request-id": "mine-2"})
     assert answer.status_code == 500
     assert answer.json()["error"]["code"] == "internal_error" and "secret" not in answer.text

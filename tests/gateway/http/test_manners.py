@@ -126,7 +126,7 @@ async def test_seeds_that_ask_for_one(server: Server) -> None:
     for _ in range(3):
         seeds.add((await server.create(seed=-1))["seed"])
         for more in ({"data": {"prompt": "x", "seed": "-1"}}, {"files": {"prompt": (None, "x"), "seed": (None, "-1")}}):
-            answer = await server.http.post("/v1/videos", **more)  # type: ignore[arg-type]
+            answer = await server.http.post("/v1/videos", **more)
             seeds.add(answer.json()["seed"])
     assert len(seeds) == 9 and min(seeds) >= 0
     one = await server.create({"idempotency-key": "one"}, seed=-1)

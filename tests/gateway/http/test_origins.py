@@ -212,7 +212,7 @@ async def test_a_page_that_was_named(server: Server) -> None:
             ("GET", "/v1/videos", 500, {}),
         ):
             if status == 500:
-                server.store.list = broken  # type: ignore[method-assign]
+                server.store.list = broken  # type: ignore[assignment, method-assign]
             answer = await http.request(method, path, headers=headers | more)
             assert answer.status_code == status, (method, path, answer.text)
             assert answer.headers["access-control-allow-origin"] == FRIEND, (method, path, status)

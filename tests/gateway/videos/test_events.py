@@ -90,7 +90,7 @@ async def test_a_reconnect_goes_on(server: Server, http: httpx.AsyncClient, held
     video_id = (await server.create())["id"]
 
     async def half_way() -> bool:
-        return bool((await server.store.get(video_id)).step == 1)  # type: ignore[union-attr]
+        return bool((await server.store.get(video_id)).step == 1)
 
     await until(half_way)
     async with following(http, video_id) as events:
@@ -147,7 +147,7 @@ async def test_a_pause_is_told_to_those_that_wait(server: Server, http: httpx.As
 @pytest.mark.parametrize("end", ["cancel", "delete"])
 async def test_other_ends(server: Server, http: httpx.AsyncClient, held: asyncio.Event, end: str) -> None:
     video_id = (await server.create())["id"]
-    seen = []
+    seen: list[dict[str, Any]] = []
     async with following(http, video_id) as events:
         async for event in events:
             if not seen:

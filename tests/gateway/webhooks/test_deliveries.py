@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import httpx
 import openai
@@ -37,7 +38,7 @@ async def test_a_video_over_http_is_told(server: Server) -> None:
     await notifier.stop()
     client = openai.OpenAI(api_key="none", webhook_secret=endpoint["signing_secret"])
     events = [client.webhooks.unwrap(request.body, request.headers) for request in receiver.requests]
-    told = {(event.type, event.data.id) for event in events}  # type: ignore[union-attr]
+    told = {(event.type, event.data.id) for event in events}
     assert told == {("video.completed", good["id"]), ("video.failed", bad["id"])}
     assert {row["event"]["data"]["id"] for row in rows} == {good["id"], bad["id"]}
     assert rows[0]["tries"][0]["status_code"] == 204 and rows[0]["next_try_at"] is None
@@ -79,6 +80,7 @@ async def test_disable_enable_replay(site: Site) -> None:
             False,
             "The receiver answered 410 Gone.",
         )
+        body: dict[str, Any]
         for action, body in (("test", {"event_type": "video.failed"}), ("replay", {"since": 0})):
             answer = await site.http.post(f"{path}/{action}", json=body)
             assert (answer.status_code, answer.json()["error"]["code"]) == (409, "endpoint_disabled")

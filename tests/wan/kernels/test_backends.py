@@ -13,7 +13,7 @@ from serve_app.wan.kernels import backends as kernels
 from serve_app.wan.kernels.backends import pick_kernel
 
 CPU = torch.device("cpu")
-INPUTS = [torch.randn(2, 12, 3, 8) for _ in range(3)]
+INPUTS = (torch.randn(2, 12, 3, 8), torch.randn(2, 12, 3, 8), torch.randn(2, 12, 3, 8))
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,8 @@ def test_on_a_cpu_it_is_what_torch_picks() -> None:
 def test_one_that_is_asked_for_and_works() -> None:
     kernel, why = pick_kernel("native", CPU, torch.bfloat16, 8)
     assert why == "native: asked for"
-    assert kernel(*(one.bfloat16() for one in INPUTS), None).dtype == torch.bfloat16
+    query, key, value = (one.bfloat16() for one in INPUTS)
+    assert kernel(query, key, value, None).dtype == torch.bfloat16
 
 
 def test_one_that_is_not_there() -> None:
@@ -49,7 +50,7 @@ def test_a_packages_kernel_as_an_operator_of_torchs() -> None:
     kernel = kernels._as_operator("test", lambda query, key, value: (plain(query, key, value), None))
     again = kernels._as_operator("test", lambda query, key, value: (plain(query, key, value), None))
     bias = torch.zeros(1, 1, 1, 12)
-    compiled = torch.compile(lambda *given: kernel(*given, None) * 2, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda q, k, v: kernel(q, k, v, None) * 2, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*INPUTS), 2 * plain(*INPUTS))
     for one in (kernel(*INPUTS, None), again(*INPUTS, None), kernel(*INPUTS, bias)):
         torch.testing.assert_close(one, plain(*INPUTS))

@@ -133,7 +133,7 @@ def test_swapped_blocks_are_there_when_they_run(
         assert torch.equal(denoise(swapped, generator), expected)
     assert copies.late > 0  # a block is copied while another is used
 
-    block = sum(p.nbytes for p in generator.experts["transformer"].blocks[0].parameters())  # type: ignore[index, union-attr, misc]
+    block = sum(p.nbytes for p in generator.experts["transformer"].blocks[0].parameters())
     whole = sum(p.nbytes for p in generator.experts["transformer"].parameters())
     everywhere = LAYERS if resident_blocks is None else min(LAYERS, resident_blocks + PASSING_SLOTS)
     outside = 2 * (whole - LAYERS * block)
@@ -156,7 +156,7 @@ def test_a_pass_that_breaks_off_leaves_blocks_that_the_next_one_can_use(
 ) -> None:
     swapped = experts(deep, BlockSwap(CPU, HostBlocks(CPU), 1, copies=LateCopies()))
     for layer in range(LAYERS):
-        block: Any = swapped.use("transformer").blocks[layer]  # type: ignore[index, union-attr]
+        block: Any = swapped.use("transformer").blocks[layer]
         sample = generator.start(CASE)
 
         def fail(*_: object) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.symmetric_memory import OutOfStep, SymmetricMemory
 
 DEADLINE_S = 30
@@ -141,7 +141,8 @@ def test_runs_and_sums_are_those_of_one_device(ranks: int) -> None:
         for video, hidden in zip(videos, inside, strict=True):
             run = -(-video.shape[1] // ranks)
             padded = torch.cat([video, video.new_zeros(len(video), ranks * run - video.shape[1], FEATURES)], dim=1)
-            own, found = padded[:, rank * run : (rank + 1) * run], {}
+            own = padded[:, rank * run : (rank + 1) * run]
+            found: dict[int, torch.Tensor] = {}
             with pytest.raises(MemoryError):
                 peers.gather(own, short)  # and again
             peers.gather(own, found.__setitem__)

@@ -24,7 +24,7 @@ from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 
 BASE = next(iter(CASES.values()))
-SMALL = {"width": 16, "height": 16, "num_frames": 1}
+SMALL: dict[str, Any] = {"width": 16, "height": 16, "num_frames": 1}
 CPU = torch.device("cpu")
 FLOAT, HALF = torch.float32, torch.bfloat16
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from transformers import UMT5EncoderModel
 
-from benchmarks.model import dummy_checkpoint as dummy_checkpoint
+from benchmarks.model import dummy_checkpoint
 from serve_app.errors import CheckpointError
 from serve_app.wan.text import TextEncoder
 from serve_app.wan.vae.decoder import VideoDecoder
@@ -161,6 +162,7 @@ def test_what_is_no_file(copy: Path, name: str) -> None:
 
 def test_an_empty_vocabulary(copy: Path) -> None:
     path = copy / "tokenizer" / "tokenizer.json"
+    model: Any
     for model in ({"type": "Unigram", "vocab": []}, {"type": "Unigram", "vocab": {}}, {"vocab": ["a"]}, [], None):
         path.write_text(json.dumps({"model": model}))
         assert f"{path}: has no vocabulary that can be read" in refusal(copy)
@@ -194,6 +196,7 @@ def test_shards(copy: Path, component: str) -> None:
     assert f"{files[1]}: lacks the tensor {first!r}" in refusal(copy)
     index.write_text(json.dumps({"weight_map": {name: file for name, file in places.items() if name != first}}))
     assert f"{files[0]}: holds the tensor {first!r}, which {index.name} does not name" in refusal(copy)
+    wrong: dict[str, Any]
     for wrong in ({"weight_map": []}, {"weight_map": {"a": 1}}, {}):
         index.write_text(json.dumps(wrong))
         assert f"{index}: is not a safetensors index" in refusal(copy)

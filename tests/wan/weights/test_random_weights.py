@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.model import dummy_checkpoint as dummy_checkpoint
+from benchmarks.model import dummy_checkpoint
 from benchmarks.model.parity import run_ranks
 from serve_app.config import validate
 from serve_app.errors import ConfigError
