@@ -33,7 +33,6 @@ from serve_app.config import Config, StoreConfig
 from serve_app.db.tables import Job
 from serve_app.gateway.app import create_app
 from serve_app.jobs.store import JobStore
-from serve_app.launch.address import free_port
 from serve_app.request import VideoRequest, resolve
 from serve_app.storage import Storage
 

@@ -90,7 +90,8 @@ class EncoderConfig(Stage):
 
 class ParallelConfig(Section):
     """How the ranks of a group share a step; there are as many as the product. Or only how many: then the group picks,
-    by the memory of its devices, and logs what and why."""
+    by the memory of its devices, and logs what and why.
+    """
 
     tensor: PositiveInt = 1
     """Ranks that share every layer's weights. Must divide the attention heads and the feed-forward width."""

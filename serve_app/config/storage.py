@@ -15,7 +15,8 @@ _ENDPOINT = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})
 
 class StorageConfig(Section):
     """Where videos and saved samples go. Access keys of S3 come from the environment (`AWS_ACCESS_KEY_ID`,
-    `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, a web identity, a container's role) or from the instance."""
+    `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, a web identity, a container's role) or from the instance.
+    """
 
     url: str = ""
     """A folder, as a path or a `file:///` URL, or `s3://bucket/prefix`; empty is `<home>/videos`."""

@@ -58,7 +58,8 @@ class IdempotencyConflict(ServeAppError):
 @dataclass(frozen=True)
 class Idempotency:
     """A request's name, chosen by its client, and a digest of what it asks for: the same request makes one job however
-    often it comes."""
+    often it comes.
+    """
 
     key: str
     digest: str

@@ -43,7 +43,8 @@ class Backend(ABC):
     @abstractmethod
     def put(self, key: str, data: bytes | Path, filename: str | None, mark: str) -> None:
         """Store under a new key, visible only when whole; FileExistsError if it is taken, unless by what bears the same
-        mark."""
+        mark.
+        """
 
     def stat(self, key: str) -> Stat:
         """FileNotFoundError if there is nothing."""

@@ -158,7 +158,8 @@ class Storage:
 
     async def link(self, key: str, method: Method = "GET") -> str | None:
         """A URL that answers `method` for `presign_s` seconds to whoever knows it; None where there are none: on a
-        folder, and with `proxy`. Says nothing on whether the object is there."""
+        folder, and with `proxy`. Says nothing on whether the object is there.
+        """
         _check(key)
         return await self._call(self._backend.link, key, method)
 
@@ -180,7 +181,8 @@ class Storage:
 
     async def _call(self, function: Callable[..., T], *args: Any, missing: str | None = None) -> T:
         """What `function` returns, from a thread. obstore's own exceptions, which callers should not have to know,
-        become OSErrors."""
+        become OSErrors.
+        """
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._threads, function, *args)

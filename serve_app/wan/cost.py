@@ -68,7 +68,8 @@ def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int, mesh: M
 
 def text_bytes(config: dict[str, Any], itemsize: int, mesh: Mesh) -> int:
     """What an expert keeps on one rank for the texts of a guided sample: keys and values of all layers and heads,
-    and of both texts unless another rank makes the other half of guidance."""
+    and of both texts unless another rank makes the other half of guidance.
+    """
     width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
     texts = 2 // mesh.guidance
     return texts * 2 * int(config["num_layers"]) * MAX_TOKENS * width * itemsize

@@ -96,7 +96,8 @@ def unavailable(message: str, *, retry: bool) -> ApiError:
 
 async def _away(request: Request, error: Exception) -> JSONResponse:
     """Store or storage did not answer. Whether a create was written down nobody knows then, so it is not repeated
-    unasked unless it has a name to be recognised by."""
+    unasked unless it has a name to be recognised by.
+    """
     if isinstance(error, IntegrityError | ProgrammingError | DataError):  # a defect of ours, not of theirs
         logger.exception("database refused", exc_info=error)
         return internal_error().response()

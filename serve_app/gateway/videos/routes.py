@@ -127,7 +127,8 @@ def router(videos: Videos) -> APIRouter:
         last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
     ) -> Response:
         """The video now and after each change, as Server-Sent Events named by its status; the last is `completed`,
-        `failed` or `deleted`."""
+        `failed` or `deleted`.
+        """
         video = await videos.get(video_id, who)
         if video is None:
             raise no_video(video_id)
@@ -144,7 +145,8 @@ def router(videos: Videos) -> APIRouter:
     @routes.get("/v1/videos/{video_id}/content", responses={**_ENDED, **_FILE}, response_class=Response)
     async def get_content(video_id: str, request: Request, who: Reader, variant: Variant = "video") -> Response:
         """The mp4 of a completed video, or a JPEG variant of it. Takes `Range` and the conditions of HTTP
-        (`If-None-Match`, `If-Modified-Since`, `If-Match`, `If-Unmodified-Since`, `If-Range`)."""
+        (`If-None-Match`, `If-Modified-Since`, `If-Match`, `If-Unmodified-Since`, `If-Range`).
+        """
         key, stat = await videos.output(video_id, variant, who)
         head = request.method == "HEAD"
         if (url := await videos.storage.link(key, "HEAD" if head else "GET")) is not None:

@@ -120,7 +120,8 @@ def _(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
 
 def square_sums(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of squares over the last dimension of each tensor `[batch, tokens, width]`, float32, those of one behind
-    those of the other: `[batch, all tokens, 1]`."""
+    those of the other: `[batch, all tokens, 1]`.
+    """
     sums: torch.Tensor = torch.ops.wan_serve.square_sums(list(parts))
     return sums
 
@@ -177,7 +178,8 @@ def block_forward(
 @torch.library.custom_op("wan_serve::norm_modulate", mutates_args=())
 def _norm_modulate(hidden: torch.Tensor, modulation: torch.Tensor, first: int, eps: float) -> torch.Tensor:
     """LayerNorm, `[batch, tokens, width]`, times one and the scale, plus the shift: of the rows of `modulation`,
-    `[batch, rows, width]` in float32, `first` is the shift, and the next one the scale."""
+    `[batch, rows, width]` in float32, `first` is the shift, and the next one the scale.
+    """
     return _modulated(hidden, None, modulation, first, eps)[1]
 
 

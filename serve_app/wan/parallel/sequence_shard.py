@@ -31,7 +31,8 @@ class SequenceShard:
 
     def share(self, model: Any) -> None:
         """Have a `WanTransformer3DModel` work on this rank's run between its first block and its last layer. Who shares
-        it again has runs of that run."""
+        it again has runs of that run.
+        """
         model.blocks[0].register_forward_pre_hook(lambda _, args: (self._begin(args[0]), *args[1:]))
         # After the last layer, whose features are a hundredth of the blocks'.
         model.proj_out.register_forward_hook(lambda _, __, output: self._end(output), prepend=True)

@@ -43,7 +43,8 @@ _known: dict[str, SymmetricMemory] = {}
 
 class OutOfStep(RuntimeError):
     """A rank broke off between signals. Those that nobody has waited for would be taken for later ones, so its group is
-    of no use any more."""
+    of no use any more.
+    """
 
 
 class SymmetricMemory:

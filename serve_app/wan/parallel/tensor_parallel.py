@@ -47,7 +47,8 @@ class RowParallel(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks of `hidden`, `[batch, tokens, own features in]`: of this rank's run of the tokens,
-        `[batch, run, features out]`. The last run may end in rows that stand for no token."""
+        `[batch, run, features out]`. The last run may end in rows that stand for no token.
+        """
         total, others = torch.ops.wan_serve.row_parallel(hidden, self.weight, self._size, self._group)
         for part in others.unbind():  # which what is compiled adds up with all that follows
             total = total + part
@@ -73,7 +74,8 @@ class ColumnParallel(nn.Module):
 
     def forward(self, hidden: torch.Tensor, gelu: bool = False) -> torch.Tensor:
         """Of all ranks' runs of the tokens, `[batch, run, features in]`, as `column_parallel` does it; `[batch, tokens,
-        own features out]`. Those of the last run may end in rows that stand for no token."""
+        own features out]`. Those of the last run may end in rows that stand for no token.
+        """
         (product,) = column_parallel(hidden, hidden.shape[1] * self._size, self._group, self, gelu=gelu)
         return product
 
@@ -171,7 +173,8 @@ def parts_of(run: int) -> int:
 
 def _beside(rows: torch.Tensor, weight: torch.Tensor, ranks: int, group: Any, parts: int, total: torch.Tensor) -> None:
     """The product, `[tokens, features out]`, summed to `total`, this rank's run of it. On CUDA each part of every run
-    is added up on the collectives' own stream while the next one is made."""
+    is added up on the collectives' own stream while the next one is made.
+    """
     pending, start = [], 0
     for own in total.tensor_split(parts):
         product = rows.new_empty(ranks, len(own), weight.shape[0])

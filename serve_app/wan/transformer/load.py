@@ -180,7 +180,8 @@ def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
 
 def _whole(cross_attention: Any) -> dict[str, nn.Module]:
     """Those of its modules that each rank has whole, though DeepSpeed cuts some. Copies, since it cuts the parameters
-    themselves."""
+    themselves.
+    """
     return {
         name: copy.deepcopy(module)
         for name, module in cross_attention.named_children()

@@ -26,7 +26,8 @@ class Rotary(nn.Module):
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """For a block: `(cos, sin)` of this rank's tokens; where ranks share them also a tensor `[tokens, 0]` of all,
-        since what is compiled takes sizes from tensors, and for a number is compiled anew when it changes."""
+        since what is compiled takes sizes from tensors, and for a number is compiled anew when it changes.
+        """
         size = latents.shape[2:]
         if self._kept is None or size != self._size:
             cos, sin = self.rope(latents)
