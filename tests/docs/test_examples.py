@@ -105,7 +105,7 @@ def _check(words: list[str]) -> None:
 
 
 def _parse(known: dict[tuple[str, ...], Any], arguments: list[str]) -> None:
-    """Have typer's own parser read a command line, but for what only prints: `--help` and options of `wan-serve` itself."""
+    """Have typer's own parser read a command line; `--help` and options of `wan-serve` itself only have to exist."""
     if arguments[-1] == "--help":
         assert tuple(arguments[:-1]) in known, arguments
         return
