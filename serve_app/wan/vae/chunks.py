@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan
 from serve_app.wan.vae.tiles import Level, Tile, levels
 
 _BACK = 2  # frames that a causal convolution looks back
-_Memory = defaultdict[int, Any]
+_Cache = defaultdict[int, Any]
 
 
 class ChunkDecoder:
@@ -48,11 +48,11 @@ class ChunkDecoder:
         Args:
             latents: `[samples, channels, frames, height, width]`, scaled.
         """
-        decoder, memory = self._decoder, _empty()
+        decoder, cache = self._decoder, _new_cache()
         for frame in self._vae.post_quant_conv(latents).split(1, dim=2):
-            place = [0]
-            x = _causal(decoder.conv_in, frame, memory, place)
-            yield decoder.mid_block(x, feat_cache=memory, feat_idx=place)
+            cache_index = [0]
+            x = _causal_conv(decoder.conv_in, frame, cache, cache_index)
+            yield decoder.mid_block(x, feat_cache=cache, feat_idx=cache_index)
 
     def frames(self, features: Iterable[torch.Tensor], spans: Sequence[Tile]) -> Iterator[torch.Tensor]:
         """Yield a tile's pixels chunk by chunk, `[samples, 3, frames, rows, columns]`: one frame first, then four each.
@@ -61,34 +61,34 @@ class ChunkDecoder:
             features: of whole pictures, as `features` yields them.
             spans: input of each level, as `Picture.spans` returns it.
         """
-        decoder, memory, device = self._decoder, _empty(), self.device
+        decoder, cache, device = self._decoder, _new_cache(), self.device
         for index, feature in enumerate(features):
-            place, x = [0], _cut(feature.to(device, non_blocking=True), spans[0])
+            cache_index, x = [0], _crop(feature.to(device, non_blocking=True), spans[0])
             steps = zip(decoder.up_blocks, self.levels, itertools.pairwise(spans), strict=True)
-            for block, level, (given, wanted) in steps:
+            for block, level, (source, wanted) in steps:
                 last = block is decoder.up_blocks[-1]
-                x = block(x, feat_cache=memory, feat_idx=place, first_chunk=index == 0)
+                x = block(x, feat_cache=cache, feat_idx=cache_index, first_chunk=index == 0)
                 if last:
-                    x = _causal(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)), memory, place)
-                x = _cut(x, wanted, given, level.scale)
+                    x = _causal_conv(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)), cache, cache_index)
+                x = _crop(x, wanted, source, level.scale)
             yield x
 
 
-def _empty() -> _Memory:
+def _new_cache() -> _Cache:
     return defaultdict(lambda: None)
 
 
-def _causal(convolution: torch.nn.Module, x: torch.Tensor, memory: _Memory, place: list[int]) -> torch.Tensor:
+def _causal_conv(convolution: torch.nn.Module, x: torch.Tensor, cache: _Cache, cache_index: list[int]) -> torch.Tensor:
     """Apply a causal convolution that is outside of diffusers' blocks. Those do the same for the ones inside."""
-    before = memory[place[0]]
+    before = cache[cache_index[0]]
     recent = x[:, :, -_BACK:] if before is None else torch.cat([before, x[:, :, -_BACK:]], dim=2)[:, :, -_BACK:]
-    memory[place[0]] = recent.clone()
-    place[0] += 1
+    cache[cache_index[0]] = recent.clone()
+    cache_index[0] += 1
     result: torch.Tensor = convolution(x, before)
     return result
 
 
-def _cut(x: torch.Tensor, wanted: Tile, given: Tile | None = None, scale: int = 1) -> torch.Tensor:
-    """Cut the tile `wanted` out of pictures whose corner is that of `given`, enlarged by `scale`, or 0, 0."""
-    top, left = (given.rows[0] * scale, given.columns[0] * scale) if given else (0, 0)
+def _crop(x: torch.Tensor, wanted: Tile, source: Tile | None = None, scale: int = 1) -> torch.Tensor:
+    """Cut the tile `wanted` out of pictures whose corner is that of `source`, enlarged by `scale`; 0, 0 without it."""
+    top, left = (source.rows[0] * scale, source.columns[0] * scale) if source else (0, 0)
     return x[..., wanted.rows[0] - top : wanted.rows[1] - top, wanted.columns[0] - left : wanted.columns[1] - left]

@@ -71,7 +71,7 @@ class Weights:
         self._entries: dict[str, _Entry] = {}
         self._open: dict[Path, int] = {}
         self._opening = threading.Lock()
-        self._of_thread = threading.local()
+        self._per_thread = threading.local()
         for file in [where] if where.suffix == ".safetensors" else weight_files(where, stem):
             self._entries.update(_entries(file))
 
@@ -85,7 +85,7 @@ class Weights:
 
     def close(self) -> None:
         """Close the files and free the buffers. A later read opens them again."""
-        self._of_thread = threading.local()
+        self._per_thread = threading.local()
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -167,9 +167,9 @@ class Weights:
             written += len(values)
 
     def _conversion_buffer(self) -> torch.Tensor:
-        if not hasattr(self._of_thread, "buffer"):
-            self._of_thread.buffer = torch.empty(_BUFFER, dtype=torch.uint8)
-        buffer: torch.Tensor = self._of_thread.buffer
+        if not hasattr(self._per_thread, "buffer"):
+            self._per_thread.buffer = torch.empty(_BUFFER, dtype=torch.uint8)
+        buffer: torch.Tensor = self._per_thread.buffer
         return buffer
 
     def _file(self, path: Path) -> int:
