@@ -53,7 +53,7 @@ def test_an_installed_wheel_makes_a_video_without_the_checkout(wheel: Path, tmp_
 
     def run(program: str, *arguments: str) -> str:
         command = [python, "-c", program, *arguments]
-        done = subprocess.run(command, env=environment, cwd=elsewhere, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, env=environment, cwd=elsewhere, capture_output=True, text=True, timeout=1000)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -29,9 +29,8 @@ async def preflight(config: Config) -> list[str]:
     for error in found:
         if isinstance(error, BaseException) and not isinstance(error, ConfigError):
             raise error
-    if errors := dict.fromkeys(
-        str(error) for error in found if isinstance(error, ConfigError)
-    ):  # two checks may refuse `home`
+    # A dictionary, since two checks may refuse `home` with the same line.
+    if errors := dict.fromkeys(str(error) for error in found if isinstance(error, ConfigError)):
         raise ConfigError("\n".join(errors))
     return [line for line in found if isinstance(line, str)]
 
