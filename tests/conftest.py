@@ -38,11 +38,13 @@ def _gradients() -> Iterator[None]:
 
 _KINDS = {
     "accounts": "db",
+    "cli/test_generate.py": "db",
     "cli/test_jobs.py": "db",
     "cluster": "cluster",
     "db": "db",
     "dispatch": "db",
     "dispatch/test_deployment.py": "ray",
+    "docs/test_examples.py": "db",
     "gateway": "db",
     "gateway/test_serve.py": "ray",
     "gateway/test_serve_rabbitmq.py": "ray",
@@ -55,6 +57,7 @@ _KINDS = {
     "stages": "ray",
     "storage": "db",
     "test_deployment.py": "ray",
+    "test_wheel.py": "ray",
 }
 """Markers of folders and files, by their path in tests/. The longest that fits holds; where none does, it is `unit`."""
 
