@@ -45,7 +45,7 @@ cluster: setup ## several hosts on this machine until Ctrl-C (NODES=3 CLUSTER="-
 test: setup ## all tests that this machine can run, in two lanes (LANES=2)
 	@$(BIN)/python -m pytest -n $(LANES)
 
-test-fast: setup ## the tests without Ray, databases and GPUs
+test-fast: setup ## the tests without Ray, databases, GPUs and groups of processes
 	@$(BIN)/python -m pytest -n $(LANES) -m unit
 
 test-all: setup ## also the slow ones, one by one: every fault between hosts (root, iproute2, redis-server)

@@ -58,6 +58,11 @@ _KINDS = {
     "storage": "db",
     "test_deployment.py": "ray",
     "test_wheel.py": "ray",
+    "wan/parallel/test_collectives.py": "ranks",
+    "wan/test_parity.py": "ranks",
+    "wan/test_rank_memory.py": "ranks",
+    "wan/transformer/test_compile.py": "ranks",
+    "wan/vae/test_memory.py": "ranks",
 }
 """Markers of folders and files, by their path in tests/. The longest that fits holds; where none does, it is `unit`."""
 
