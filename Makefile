@@ -11,7 +11,7 @@ NODES ?= 3
 LANES ?= 2
 CLUSTER ?=
 
-.PHONY: help setup demo serve cluster test test-all bench bench-gpu lint format docs docs-reference clean
+.PHONY: help setup demo serve cluster test test-fast test-all bench bench-gpu lint format docs docs-reference clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -44,6 +44,9 @@ cluster: setup ## several hosts on this machine until Ctrl-C (NODES=3 CLUSTER="-
 
 test: setup ## all tests that this machine can run, in two lanes (LANES=2)
 	@$(BIN)/python -m pytest -n $(LANES)
+
+test-fast: setup ## the tests without Ray, databases, GPUs and groups of processes
+	@$(BIN)/python -m pytest -n $(LANES) -m unit
 
 test-all: setup ## also the slow ones, one by one: every fault between hosts (root, iproute2, redis-server)
 	@$(BIN)/python -m pytest --slow

@@ -38,11 +38,13 @@ def _gradients() -> Iterator[None]:
 
 _KINDS = {
     "accounts": "db",
+    "cli/test_generate.py": "db",
     "cli/test_jobs.py": "db",
     "cluster": "cluster",
     "db": "db",
     "dispatch": "db",
     "dispatch/test_deployment.py": "ray",
+    "docs/test_examples.py": "db",
     "gateway": "db",
     "gateway/test_serve.py": "ray",
     "gateway/test_serve_rabbitmq.py": "ray",
@@ -56,6 +58,11 @@ _KINDS = {
     "storage": "db",
     "test_deployment.py": "ray",
     "test_wheel.py": "ray",
+    "wan/parallel/test_collectives.py": "ranks",
+    "wan/test_parity.py": "ranks",
+    "wan/test_rank_memory.py": "ranks",
+    "wan/transformer/test_compile.py": "ranks",
+    "wan/vae/test_memory.py": "ranks",
 }
 """Markers of folders and files, by their path in tests/. The longest that fits holds; where none does, it is `unit`."""
 
