@@ -153,31 +153,30 @@ def _sums_of(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0].new_empty(parts[0].shape[0], tokens, 1, dtype=torch.float32)
 
 
-def block_forward(
-    block: Any, hidden: torch.Tensor, text: torch.Tensor, embedding: torch.Tensor, rotary_emb: tuple[torch.Tensor, ...]
-) -> torch.Tensor:
-    """What a `WanTransformerBlock` does, with the norms that are modulated as kernels of their own.
+def norm_modulate(hidden: torch.Tensor, modulation: torch.Tensor, first: int, eps: float) -> torch.Tensor:
+    """Normalise each token and modulate it: LayerNorm times one plus a scale, plus a shift.
 
     Args:
         hidden: `[batch, tokens, width]`.
-        text: what `attn2` takes for it.
-        embedding: of the timestep, `[batch, 6, width]`.
+        modulation: `[batch, rows, width]`, float32. Row `first` is the shift, the next one the scale.
+
+    Returns:
+        A tensor of the shape of `hidden`.
     """
-    modulation = block.scale_shift_table + embedding.float()
-    _, _, gate, _, _, last_gate = modulation.chunk(6, dim=1)
-    normed = torch.ops.wan_serve.norm_modulate(hidden, modulation, 0, block.norm1.eps)
-    attended = block.attn1(normed, None, None, rotary_emb)
-    hidden = (hidden.float() + attended * gate).type_as(hidden)
-    told = block.attn2(block.norm2(hidden.float()).type_as(hidden), text, None, None)
-    hidden, normed = torch.ops.wan_serve.add_norm_modulate(hidden, told, modulation, 3, block.norm3.eps)
-    output: torch.Tensor = (hidden.float() + block.ffn(normed).float() * last_gate).type_as(hidden)
-    return output
+    modulated: torch.Tensor = torch.ops.wan_serve.norm_modulate(hidden, modulation, first, eps)
+    return modulated
+
+
+def add_norm_modulate(
+    hidden: torch.Tensor, added: torch.Tensor, modulation: torch.Tensor, first: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of `hidden` and `added`, and what `norm_modulate` makes of the sum."""
+    total, modulated = torch.ops.wan_serve.add_norm_modulate(hidden, added, modulation, first, eps)
+    return total, modulated
 
 
 @torch.library.custom_op("wan_serve::norm_modulate", mutates_args=())
 def _norm_modulate(hidden: torch.Tensor, modulation: torch.Tensor, first: int, eps: float) -> torch.Tensor:
-    """LayerNorm, `[batch, tokens, width]`, times one and the scale, plus the shift: of the rows of `modulation`,
-    `[batch, rows, width]` in float32, `first` is the shift, and the next one the scale."""
     return _modulated(hidden, None, modulation, first, eps)[1]
 
 
@@ -190,7 +189,6 @@ def _(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
 def _add_norm_modulate(
     hidden: torch.Tensor, added: torch.Tensor, modulation: torch.Tensor, first: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of both, and what `norm_modulate` makes of it."""
     return _modulated(hidden, added, modulation, first, eps)
 
 

@@ -77,7 +77,7 @@ class BlockSwap:
         self._expert: Expert | None = None
 
     def take(self, expert: Expert, blocks: Sequence[nn.Module], parts: Sequence[ShardSlice], weights: Weights) -> None:
-        """Bring in an expert: from now on its blocks find their weights in a slot when they are called.
+        """Bring in an expert. Its forward pass calls `wait_for_block` before each block, and `release_block` after it.
 
         Args:
             parts: of `weights`, all that are the blocks' parameters, by their name in the expert.
@@ -101,8 +101,6 @@ class BlockSwap:
                 setattr(block.get_submodule(owner), leaf, parameter)
                 parameters.append(parameter)
             self._blocks[key], self._bound[key] = parameters, slot
-            block.register_forward_pre_hook(self._before(key), prepend=True)
-            block.register_forward_hook(self._after(key))
 
     @property
     def device_bytes(self) -> int:
@@ -118,6 +116,38 @@ class BlockSwap:
         layers = sorted([*self._stay, *self._pass[:PASSING]])
         for layer in layers:
             self._fetch((expert, layer))
+
+    def wait_for_block(self, expert: Expert, layer: int) -> None:
+        """Have a block's weights on the device before it runs; the device waits, not this thread, where it can.
+
+        Raises:
+            CheckpointError: the weights are damaged.
+        """
+        key = (expert, layer)
+        if key not in self._place:
+            self._fetch(key)
+        slot = self._place[key]
+        if slot.arrival is not None:
+            try:
+                event = slot.arrival()
+            except BaseException:  # not there, so whoever wants it next fetches it again
+                self._forget(slot)
+                raise
+            self._copies.wait(event)
+            slot.arrival = None
+        if self._bound[key] is not slot:
+            for parameter, view in zip(self._blocks[key], slot.views, strict=True):
+                parameter.data = view
+            self._bound[key] = slot
+
+    def release_block(self, expert: Expert, layer: int) -> None:
+        """Note that a block has run, and fetch into its slot the block that comes through there next."""
+        slot = self._place[expert, layer]
+        slot.left = self._copies.done()
+        if layer in self._pass:
+            behind = self._pass[(self._pass.index(layer) + PASSING) % len(self._pass)]
+            if (expert, behind) not in self._place:
+                self._fetch((expert, behind), slot)
 
     def _allocate(self, layout: Layout, layers: int) -> None:
         fit = layers if self._room >= layers * layout.nbytes else int(self._room // layout.nbytes)
@@ -136,39 +166,6 @@ class BlockSwap:
         # Evenly among those that stay, whose time is then there to fetch them in.
         self._pass = [layers * index // passing for index in range(passing)]
         self._stay = {layer: slot for slot, layer in enumerate(sorted(set(range(layers)) - set(self._pass)))}
-
-    def _before(self, key: Key) -> Callable[..., None]:
-        def ready(*_: object) -> None:
-            if key not in self._place:
-                self._fetch(key)
-            slot = self._place[key]
-            if slot.arrival is not None:
-                try:
-                    event = slot.arrival()
-                except BaseException:  # not there, so whoever wants it next fetches it again
-                    self._forget(slot)
-                    raise
-                self._copies.wait(event)
-                slot.arrival = None
-            if self._bound[key] is not slot:
-                for parameter, view in zip(self._blocks[key], slot.views, strict=True):
-                    parameter.data = view
-                self._bound[key] = slot
-
-        return ready
-
-    def _after(self, key: Key) -> Callable[..., None]:
-        expert, layer = key
-
-        def used(*_: object) -> None:
-            slot = self._place[key]
-            slot.left = self._copies.done()
-            if layer in self._pass:
-                behind = self._pass[(self._pass.index(layer) + PASSING) % len(self._pass)]
-                if (expert, behind) not in self._place:
-                    self._fetch((expert, behind), slot)
-
-        return used
 
     def _fetch(self, key: Key, slot: _Slot | None = None) -> None:
         if slot is None:

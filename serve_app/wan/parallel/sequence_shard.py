@@ -10,8 +10,6 @@ Ranks that share weights have runs as well, between their layers (`row_parallel`
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from serve_app.wan.parallel.process_groups import Axis
@@ -26,17 +24,8 @@ class SequenceShard:
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
-        self._all = 0
-        """Tokens of the present pass, on all ranks together."""
 
-    def share(self, model: Any) -> None:
-        """Have a `WanTransformer3DModel` work on this rank's run between its first block and its last layer. Who shares
-        it again has runs of that run."""
-        model.blocks[0].register_forward_pre_hook(lambda _, args: (self._begin(args[0]), *args[1:]))
-        # After the last layer, whose features are a hundredth of the blocks'.
-        model.proj_out.register_forward_hook(lambda _, __, output: self._end(output), prepend=True)
-
-    def own(self, whole: torch.Tensor) -> torch.Tensor:
+    def take_own(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's run of `[batch, tokens, ...]`; the last one may end in zeros."""
         run = -(-whole.shape[1] // self._axis.size)
         part = whole[:, self._axis.index * run : (self._axis.index + 1) * run]
@@ -44,6 +33,10 @@ class SequenceShard:
             return torch.cat([part, part.new_zeros(part.shape[0], run - part.shape[1], *part.shape[2:])], dim=1)
         # A copy: what is compiled would take a view that begins elsewhere for something else.
         return part.clone(memory_format=torch.contiguous_format)
+
+    def gather_all(self, own: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Bring the shards of all ranks, `[batch, run, ...]` each, together: `[batch, tokens, ...]` on every rank."""
+        return torch.cat(self._axis.gather(own), dim=1)[:, :tokens]
 
     def to_heads(self, tokens: int, *parts: torch.Tensor) -> list[torch.Tensor]:
         """From `[batch, own tokens, heads, features]` to `[batch, all tokens, own heads, features]`, in one message."""
@@ -62,13 +55,6 @@ class SequenceShard:
         runs = hidden.unflatten(1, (size, run))  # [batch, size, run, own heads, features]
         came = self._exchange(runs.transpose(0, 1))  # [size, batch, run, own heads, features]
         return came.permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-    def _begin(self, hidden: torch.Tensor) -> torch.Tensor:
-        self._all = hidden.shape[1]
-        return self.own(hidden)
-
-    def _end(self, output: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self._axis.gather(output), dim=1)[:, : self._all]
 
     def _exchange(self, parts: torch.Tensor) -> torch.Tensor:
         """What the others have for this rank, `[size, ...]`, for what it has for them."""

@@ -107,22 +107,6 @@ class CrossAttention:
         self.group = group
         self.memory = memory
 
-    def give(self, block: nn.Module, layer: int) -> None:
-        """Have a block get keys and values where its model gives it the text.
-
-        They are made outside of the block, so that what is compiled of it neither knows nor asks whether they are kept.
-        """
-
-        def replace(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden, text, *others = args
-            known = self.memory.get(layer)
-            if known is None:
-                known = self.keys_values(block.attn2, text)
-                self.memory.put(layer, known)
-            return (hidden, known, *others)
-
-        block.register_forward_pre_hook(replace)
-
     def keys_values(self, attn: WanAttention, text: torch.Tensor) -> torch.Tensor:
         """What cross-attention makes of a text `[batch, tokens, dim]`: `[2, batch, tokens, heads, features]`."""
         (key,) = _normalised(self.group, (attn.norm_k, attn.to_k(text)))

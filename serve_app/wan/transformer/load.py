@@ -8,7 +8,6 @@ modules that stay in float32, and weights that go from the file to the shard wit
 from __future__ import annotations
 
 import copy
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -18,12 +17,13 @@ from torch import nn
 from serve_app.errors import CheckpointError
 from serve_app.logs import get_logger
 from serve_app.wan.kernels.backends import KernelName, pick_kernel
-from serve_app.wan.kernels.fused import LinearGelu, block_forward
+from serve_app.wan.kernels.fused import LinearGelu
 from serve_app.wan.offload.block_swap import BlockSwap
 from serve_app.wan.parallel.process_groups import Axis, ProcessGroups
 from serve_app.wan.parallel.sequence_shard import SequenceShard
 from serve_app.wan.parallel.tensor_parallel import ColumnParallel, RowParallel
 from serve_app.wan.transformer.attention import CrossAttention, SelfAttention, ShardedNorm
+from serve_app.wan.transformer.forward import ForwardPass
 from serve_app.wan.transformer.rotary import Rotary
 from serve_app.wan.transformer.text_cache import TextCache
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
@@ -52,8 +52,8 @@ def load_expert(
 ) -> nn.Module:
     """An expert, or this rank's shard of it, ready to run.
 
-    The module is called as `WanTransformer3DModel` is, by all ranks with the same arguments, and returns the same
-    prediction on all of them. The memory of the process grows by the shard and little more.
+    The module is called as `ForwardPass` says, by all ranks with the same arguments. The memory of the process grows by
+    the shard and little more.
 
     Args:
         dtype: of weights and activations; the modules that diffusers keeps in float32 stay so.
@@ -83,14 +83,11 @@ def load_expert(
     model.text_cache = TextCache(text_memory_bytes, fold)
     tokens = SequenceShard(world.sequence) if world.sequence.size > 1 else None
     fused = compiled and device.type == "cuda" and dtype == torch.bfloat16
-    for layer, block in enumerate(model.blocks):
+    for block in model.blocks:
         if fused:
             block.ffn.net[0] = LinearGelu(block.ffn.net[0].proj)
-            block.forward = MethodType(block_forward, block)
         block.attn1.set_processor(SelfAttention(kernel, tensor.group, tokens, fused))
-        cross = CrossAttention(kernel, tensor.group, model.text_cache)
-        block.attn2.set_processor(cross)
-        cross.give(block, layer)
+        block.attn2.set_processor(CrossAttention(kernel, tensor.group, model.text_cache))
     with _source(checkpoint, expert, tensor, device, sharded) as weights:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if sharded is None:
@@ -106,15 +103,8 @@ def load_expert(
     # Not part of a checkpoint: computed from the configuration.
     rope = WanRotaryPosEmbed(model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len)
     model.rope = Rotary(rope.to(device), tokens)
-    if tokens is not None:
-        tokens.share(model)
-    if tensor.size > 1:
-        SequenceShard(tensor).share(model)
-    if compiled:
-        # One graph serves all layers: what differs between them are parameters and inputs. Sizes are fixed in the first
-        # one, and those that are seen to change are free in the next.
-        for block in model.blocks:
-            block.forward = torch.compile(block.forward)
+    shards = [SequenceShard(axis) for axis in (world.sequence, tensor) if axis.size > 1]
+    model.forward = ForwardPass(model, expert, model.text_cache, shards, slots, fused, compiled)
     return model
 
 

@@ -33,7 +33,7 @@ class Rotary(nn.Module):
             whole: tuple[torch.Tensor, ...] = ()
             if self._tokens is not None:
                 whole = (cos.new_empty(cos.shape[1], 0),)
-                cos, sin = self._tokens.own(cos), self._tokens.own(sin)
+                cos, sin = self._tokens.take_own(cos), self._tokens.take_own(sin)
             # Copies: of a view, what is compiled would also fix the sizes of what it is a view of.
             self._size, self._kept = size, (cos.clone(), sin.clone(), *whole)
         return self._kept

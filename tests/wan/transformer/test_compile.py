@@ -8,31 +8,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch._dynamo.utils import counters
 
 from benchmarks.model.parity import relative_error, run_ranks
 from serve_app.request import Params
 from serve_app.wan.generate import Generator
 from serve_app.wan.kernels import fused
-from serve_app.wan.kernels.fused import block_forward
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import init_process_groups
 from serve_app.wan.sampling.sample import Sample
 from serve_app.wan.sampling.sampler import advance
 from serve_app.wan.sampling.warm_up import warm_up
+from serve_app.wan.transformer import forward
 from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint
-from tests.wan.kernels.test_fused import modulated
 from tests.wan.sampling.test_sampler import BASE
+from tests.wan.transformer.test_forward import modulated
 
 
-@pytest.fixture(params=[False, True], ids=["blocks of diffusers", "our own blocks"])
+@pytest.fixture(params=[False, True], ids=["plain blocks", "fused blocks"])
 def compiled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Generator]:
     """Both experts, traced and guarded as on a GPU, but run as they are."""
     torch._dynamo.reset()
     if request.param:
-        monkeypatch.setattr(WanTransformerBlock, "forward", block_forward)
+        monkeypatch.setattr(forward, "block_forward", forward.fused_block_forward)
         monkeypatch.setattr(fused, "_modulated", modulated)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     yield Generator(checkpoint, compiled=True)
@@ -97,9 +96,7 @@ def passes(rank: int, mesh: Mesh, port: int, checkpoint: Path, output: Path) -> 
         latents, texts = draw(*shape), [draw(1, 512, ours.config.text_dim) for _ in range(shape[0])]
         predictions = []
         for model in (ours, theirs):
-            with model.text_cache.serving(texts) as text:
-                times = torch.full(shape[:1], 500)
-                predictions += model(latents, times, text, return_dict=False)
+            predictions.append(model(latents, torch.full(shape[:1], 500), texts))
         errors.append(relative_error(*predictions))
         made.append(graphs())
     torch.save((made, errors), output / f"{rank}.pt")
