@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from serve_app.compat import set_cuda_allocator
 from serve_app.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def limit_memory(device: torch.device, fraction: float) -> float:
     if device.type != "cuda":
         return math.inf
     if not any(name in os.environ for name in _ALLOCATOR_OPTIONS):
-        torch._C._accelerator_setAllocatorSettings(_ALLOCATOR)
+        set_cuda_allocator(_ALLOCATOR)
     torch.cuda.set_per_process_memory_fraction(fraction, device)
     return fraction * torch.cuda.get_device_properties(device).total_memory
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import shlex
@@ -16,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import parameter
-from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
+from serve_app.compat import any_agent_port, token_auth_enabled
 from serve_app.errors import ServeAppError, one_line
 from serve_app.launch import claim, guard, ray_probe
 
@@ -129,7 +127,7 @@ class RaySession:
         _put_first("PATH", str(Path(sys.executable).parent))
         _put_first("PYTHONPATH", _PACKAGE_FOLDER)
         try:
-            with _signal_handlers_kept(), _any_agent_port():
+            with _signal_handlers_kept(), any_agent_port():
                 context = ray.init(
                     address="local",
                     namespace="serve",
@@ -169,7 +167,7 @@ class RaySession:
         if self._dashboard_url:
             exports["RAY_DASHBOARD_ADDRESS"] = url = f"http://{self._dashboard_url}"
             lines.append(f"Ray's dashboard: {url}")
-        if is_token_auth_enabled():
+        if token_auth_enabled():
             exports["RAY_AUTH_MODE"] = "token"
             if os.environ.get("RAY_AUTH_TOKEN"):
                 exports["RAY_AUTH_TOKEN"] = "…"  # a secret of whoever set it here
@@ -200,17 +198,3 @@ def _signal_handlers_kept() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _any_agent_port() -> Iterator[None]:
-    """Let Ray's agent listen on any free port. Beside another Ray it cannot have the usual one, and takes no jobs then.
-
-    `ray start` has an option for it, `ray.init` has none.
-    """
-    with_usual_port = parameter.RayParams
-    parameter.RayParams = functools.partial(with_usual_port, dashboard_agent_listen_port=0)
-    try:
-        yield
-    finally:
-        parameter.RayParams = with_usual_port

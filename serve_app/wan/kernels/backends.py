@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from serve_app.compat import flash_attention4_forward
 from serve_app.errors import ConfigError, one_line
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -99,10 +100,10 @@ def _flash3() -> Kernel:
 
 
 def _flash4() -> Kernel:
-    from flash_attn.cute import flash_attn_func, interface  # type: ignore[import-not-found,unused-ignore]
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found,unused-ignore]
 
-    # Not promised by the package: a release without it is 1 to 2 % slower, which the next kernel would be by more.
-    forward: Any = getattr(interface, "_flash_attn_fwd", None)
+    # A release without it is 1 to 2 % slower; the next kernel would be slower by more.
+    forward: Any = flash_attention4_forward()
     tiled = forward is not None and set(_TILED) <= set(inspect.signature(forward).parameters)
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> object:

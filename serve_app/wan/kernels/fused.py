@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from serve_app.compat import linear_gelu
 from serve_app.wan.parallel.tensor_parallel import ColumnParallel
 
 _WARPS, _WARPS_MODULATED = 4, 4
@@ -45,7 +46,7 @@ class LinearGelu(nn.Module):
 def _linear_gelu(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1])
     # On CUDA alone this is the tanh approximation.
-    activated = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+    activated = linear_gelu(rows, weight, bias)
     return activated.view(*hidden.shape[:-1], -1)
 
 

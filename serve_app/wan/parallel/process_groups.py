@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 
+from serve_app.compat import collectives_begun, disable_compiled_operators, shared_memory_all_reduce
 from serve_app.errors import ConfigError
 from serve_app.wan.parallel import collectives as exchange
 from serve_app.wan.parallel import symmetric_memory as symmetric_memory
@@ -68,7 +69,7 @@ class ProcessGroups:
         groups = [axis.group for axis in self.axes.values() if axis.group is not None]
         peers = [symmetric_memory.of(group.group_name) for group in groups]
         begun = sum(one.exchanged for one in peers if one is not None)
-        return begun + sum(group._get_sequence_number_for_group() for group in groups)
+        return begun + sum(collectives_begun(group) for group in groups)
 
     def close(self) -> None:
         """Leave the group. The process cannot join another one afterwards."""
@@ -111,7 +112,7 @@ def init_process_groups(
         raise RuntimeError(f"DeepSpeed was imported earlier, for {accelerator!r}; set DS_ACCELERATOR={device.type}")
     # DeepSpeed's own CPU all-reduce works through shared memory: it needs ranks on one host, and a C++ compiler and
     # ninja when first used. An empty table of compatible operators leaves gloo, and saves the probing of all compilers.
-    deepspeed.ops.__compatible_ops__ = {}
+    disable_compiled_operators()
     deepspeed.init_distributed(
         dist_backend="nccl" if cuda else "gloo",
         auto_mpi_discovery=False,
@@ -121,7 +122,7 @@ def init_process_groups(
         rank=rank,
         world_size=mesh.ranks,
     )
-    if deepspeed.comm.comm.cdb.shm_comm_op is not None:
+    if shared_memory_all_reduce() is not None:
         raise RuntimeError("DeepSpeed's shared-memory all-reduce is on although it was disabled; is its version newer?")
     if cuda:
         torch.cuda.set_device(device)

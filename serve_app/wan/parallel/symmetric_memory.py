@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from serve_app.compat import enable_symmetric_memory, symmetric_workspace
 from serve_app.errors import one_line
 from serve_app.logs import get_logger
 from serve_app.wan.parallel import collectives as exchange
@@ -215,10 +216,8 @@ class SymmetricMemory:
 
     def _hold(self, size: int) -> None:
         """Have so much memory at least; all ranks meet here if there is less."""
-        from torch.distributed import _symmetric_memory as symmetric_memory
-
         torch.cuda.empty_cache()  # what the allocator keeps for later may be what is missing
-        self._memory: Any = symmetric_memory.get_symm_mem_workspace(self._group.group_name, size)
+        self._memory: Any = symmetric_workspace(self._group.group_name, size)
         self._me, self._size = self._memory.rank, self._memory.world_size
         # torch may have a device still clear its signals, which others would give in vain.
         exchange.gather(torch.zeros(1, device=self._device), self._group)
@@ -240,9 +239,7 @@ def connect(group: Any, device: torch.device, timeout_s: float, wanted: bool = T
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # newer versions of torch do without
-                from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-                enable_symm_mem_for_group(group.group_name)
+                enable_symmetric_memory(group.group_name)
             made = SymmetricMemory(group, device, timeout_s)
         except Exception as error:  # whatever versions of torch and drivers come up with
             why = one_line(error)

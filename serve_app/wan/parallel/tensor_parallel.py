@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from serve_app.compat import linear_gelu, process_group
 from serve_app.wan.parallel import collectives as exchange
 from serve_app.wan.parallel import symmetric_memory as symmetric_memory
 
@@ -119,7 +120,7 @@ def _column_parallel(
     if peers is not None:
         peers.gather(hidden, use)
         return products
-    runs, coming = exchange.stack(hidden, _group(group_name))  # [ranks, batch, run, features]
+    runs, coming = exchange.stack(hidden, process_group(group_name))  # [ranks, batch, run, features]
     if coming is not None:
         coming.wait()
     use(0, runs.transpose(0, 1).flatten(1, 2))
@@ -133,7 +134,7 @@ def _(hidden: torch.Tensor, weights: list[torch.Tensor], *others: Any) -> list[t
 
 def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool, out: torch.Tensor) -> None:
     if gelu:
-        torch._addmm_activation(bias, rows, weight.t(), use_gelu=True, out=out)
+        linear_gelu(rows, weight, bias, out)
     else:
         torch.addmm(bias, rows, weight.t(), out=out)
 
@@ -148,7 +149,7 @@ def _row_parallel(
     if peers is not None:
         peers.share_products(hidden, weight, total, others)
         return total, others
-    group, parts = _group(group_name), parts_of(total.shape[1])
+    group, parts = process_group(group_name), parts_of(total.shape[1])
     for rows, sums in zip(hidden, total, strict=True):
         _beside(rows, weight, ranks, group, parts, sums)
     return total, others
@@ -185,7 +186,3 @@ def _beside(rows: torch.Tensor, weight: torch.Tensor, ranks: int, group: Any, pa
     for one in pending:
         if one is not None:
             one.wait()  # the stream waits, not this thread
-
-
-def _group(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type,unused-ignore]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import WanTransformer3DModel
 
+from serve_app.compat import float32_modules
 from serve_app.errors import CheckpointError
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 from serve_app.wan.weights.reader import Weights
@@ -143,5 +144,5 @@ def held_bytes(weights: Weights, dtype: torch.dtype, tensor: int) -> dict[str, f
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """That of a parameter in a model whose others are `dtype`."""
     # Called by the name that diffusers' own loader goes by: a part of the path, not a substring.
-    float32 = set(WanTransformer3DModel._keep_in_fp32_modules)
+    float32 = float32_modules()
     return torch.float32 if float32.intersection(name.split(".")) else dtype
