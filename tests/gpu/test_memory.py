@@ -34,7 +34,7 @@ def experts(folder: Path, slots: BlockSwap | None = None, sharded: ShardedCheckp
     checkpoint, world = Checkpoint(folder), ProcessGroups.alone(DEVICE)
 
     def load(name: Expert) -> torch.nn.Module:
-        return load_expert(checkpoint, name, world, torch.bfloat16, DEVICE, sharded=sharded, slots=slots)
+        return load_expert(checkpoint, name, world, torch.bfloat16, DEVICE, sharded=sharded, block_swap=slots)
 
     return Experts(checkpoint.experts, load, slots)
 

@@ -1,6 +1,6 @@
-"""What a compiled block does on CUDA in one kernel where the compiler takes several, or a slower one.
+"""Fused operations of a compiled block on CUDA: one kernel each, where the compiler takes several or a slower one.
 
-Rounded where the compiler's kernels round, and no less exact: the values in between stay in float32.
+They round where the compiler's kernels round, and are no less exact: values in between stay in float32.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from serve_app.wan.parallel.tensor_parallel import ColumnParallel
 
 _WARPS, _WARPS_MODULATED = 4, 4
 _WARPS_SQUARED, _ROWS_SQUARED, _SOME_SQUARED = 8, 4, 1024
-"""Of a program of `square_sums`: warps, tokens, and features at a time."""
+"""Warps and tokens of a program of `square_sums`, and features that it reads at a time."""
 _ROWS = 2
-"""Tokens that share what scales and shifts them: read for each of them, it is more than the token."""
+"""Tokens of a program that share one read of scale and shift, which are larger than a token."""
 
 
 class LinearGelu(nn.Module):
-    """Stands in for diffusers' `GELU` with its tanh approximation: the product writes what GELU makes of it.
+    """A linear layer with GELU in the kernel of its product, in place of diffusers' `GELU` with tanh approximation.
 
     Args:
-        proj: the linear layer, `weight` `[features out, features in]`, `bias` `[features out]`; or one whose tokens are
-            on several ranks, which brings them together.
+        proj: the linear layer, `weight` `[features out, features in]`, `bias` `[features out]`; or a `ColumnParallel`,
+            which gathers the tokens of several ranks first.
     """
 
     def __init__(self, proj: nn.Module) -> None:
@@ -35,7 +35,7 @@ class LinearGelu(nn.Module):
         self.proj = proj
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[..., features in]` to `[..., features out]`."""
+        """Return `[..., features out]` for `hidden`, `[..., features in]`."""
         if isinstance(self.proj, ColumnParallel):
             return self.proj(hidden, gelu=True)
         activated: torch.Tensor = torch.ops.wan_serve.linear_gelu(hidden, self.proj.weight, self.proj.bias)
@@ -62,13 +62,14 @@ def norm_rotate(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> torch.Tensor:
-    """RMSNorm over all heads together and the rotary position embedding of each, pairs being neighbours.
+    """Normalise over all heads together (RMSNorm), and rotate pairs of neighbouring features of each head.
 
     Args:
         hidden: `[batch, tokens, own heads * head features]`.
-        norm: its `weight`, `[own heads * head features]`, its `eps` and, with `squares`, `features` of all ranks.
-        squares: their sum over the heads of all ranks, `[batch, tokens, 1]`, float32; None where this rank has all.
-        cos, sin: `[1, tokens, 1, head features]`, float32, both of a pair's values the same.
+        norm: has `weight`, `[own heads * head features]`, `eps` and, with `squares`, `features`, those of all ranks.
+        squares: sum of squares over the heads of all ranks, `[batch, tokens, 1]`, float32; None for one rank.
+        cos: `[1, tokens, 1, head features]`, float32, both values of a pair being the same.
+        sin: like `cos`.
 
     Returns:
         `[batch, tokens, own heads, head features]`.
@@ -120,15 +121,17 @@ def _(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
 
 
 def square_sums(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of squares over the last dimension of each tensor `[batch, tokens, width]`, float32, those of one behind
-    those of the other: `[batch, all tokens, 1]`."""
+    """Return the sums of squares of tensors `[batch, tokens, width]` over their last dimension, in float32.
+
+    Those of all tensors lie behind each other, `[batch, tokens of all tensors, 1]`.
+    """
     sums: torch.Tensor = torch.ops.wan_serve.square_sums(list(parts))
     return sums
 
 
 @torch.library.custom_op("wan_serve::square_sums", mutates_args=())
 def _square_sums(parts: list[torch.Tensor]) -> torch.Tensor:
-    sums = _sums_of(parts)
+    sums = _allocate_sums(parts)
     first = 0
     for part in parts:
         batch, tokens, width = part.shape
@@ -148,8 +151,8 @@ def _square_sums(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 @_square_sums.register_fake
-def _sums_of(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Memory for it."""
+def _allocate_sums(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Allocate what `_square_sums` returns."""
     tokens = sum(part.shape[1] for part in parts)
     return parts[0].new_empty(parts[0].shape[0], tokens, 1, dtype=torch.float32)
 
@@ -159,7 +162,9 @@ def norm_modulate(hidden: torch.Tensor, modulation: torch.Tensor, first: int, ep
 
     Args:
         hidden: `[batch, tokens, width]`.
-        modulation: `[batch, rows, width]`, float32. Row `first` is the shift, the next one the scale.
+        modulation: `[batch, rows, width]`, float32.
+        first: the row of `modulation` that is the shift; the next one is the scale.
+        eps: added to the variance.
 
     Returns:
         A tensor of the shape of `hidden`.

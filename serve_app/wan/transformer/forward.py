@@ -123,6 +123,7 @@ def block_forward(
     """Run one `WanTransformerBlock`: self-attention, cross-attention, feed-forward.
 
     Args:
+        block: with `SelfAttention` and `CrossAttention` in place of its attention.
         hidden: this rank's tokens, `[batch, tokens, width]`.
         keys_values: of the texts, as `CrossAttention.keys_values` makes them.
         modulation: what the timestep adds to the block's scales, shifts and gates, `[batch, 6, width]`.

@@ -102,7 +102,9 @@ def experts(
     checkpoint, place = Checkpoint(folder), world or ProcessGroups.alone(CPU)
 
     def load(name: Expert) -> torch.nn.Module:
-        return load_expert(checkpoint, name, place, torch.float32, CPU, compiled=compiled, sharded=sharded, slots=slots)
+        return load_expert(
+            checkpoint, name, place, torch.float32, CPU, compiled=compiled, sharded=sharded, block_swap=slots
+        )
 
     return Experts(checkpoint.experts, load, slots)
 
