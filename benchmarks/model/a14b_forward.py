@@ -34,7 +34,7 @@ from benchmarks.model import dummy_checkpoint as dummy_checkpoint
 from benchmarks.model import trace
 from benchmarks.model.parity import Seen, relative_error, run_ranks
 from serve_app.wan.cost import step_flops
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import ProcessGroups, init_process_groups
 from serve_app.wan.sampling.sampler import predict

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from benchmarks.machine import describe, timed, tokens_of
 from benchmarks.model.parity import Seen, run_ranks
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import init_process_groups
 from serve_app.wan.parallel.tensor_parallel import _overlapped, chunks_of, column_parallel

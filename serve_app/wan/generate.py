@@ -26,7 +26,7 @@ class Generator:
         folder: in the diffusers layout.
         device: where everything runs.
         dtype: of text encoder and experts; the video decoder is float32.
-        world: the ranks that share the experts, which all make the same calls; None for this process alone.
+        groups: the ranks that share the experts, which all make the same calls; None for this process alone.
         compiled: see `load_expert`.
         random: use random weights, see `Checkpoint`.
     """
@@ -36,7 +36,7 @@ class Generator:
         folder: Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        world: ProcessGroups | None = None,
+        groups: ProcessGroups | None = None,
         compiled: bool = False,
         random: bool = False,
     ) -> None:
@@ -45,9 +45,9 @@ class Generator:
         self.device = device
         self.dtype = dtype
         self.text = TextEncoder(self.checkpoint, device, dtype)
-        world = world or ProcessGroups.alone(device)
+        groups = groups or ProcessGroups.alone(device)
         self.experts: dict[Expert, nn.Module] = {
-            expert: load_expert(self.checkpoint, expert, world, dtype, device, compiled=compiled)
+            expert: load_expert(self.checkpoint, expert, groups, dtype, device, compiled=compiled)
             for expert in self.checkpoint.experts
         }
         self.decoder = VideoDecoder(self.checkpoint, device, torch.float32)

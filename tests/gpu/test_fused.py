@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.model.parity import run_ranks
 from serve_app.wan.kernels.fused import LinearGelu, norm_rotate, square_sums
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import init_process_groups
 from serve_app.wan.parallel.tensor_parallel import ROWS, RowParallel

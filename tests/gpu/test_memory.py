@@ -1,4 +1,4 @@
-"""What only a device with memory of its own can show: samples that leave it, and experts that take turns on it."""
+"""Tests of a device's own memory: samples that leave it, and experts that take turns on it."""
 
 from __future__ import annotations
 

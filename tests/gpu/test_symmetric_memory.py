@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
 from benchmarks.model.parity import Seen, run_ranks
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import ProcessGroups, init_process_groups
 from serve_app.wan.parallel.symmetric_memory import OutOfStep, SymmetricMemory
@@ -74,7 +74,7 @@ def videos() -> list[torch.Tensor]:
 
 
 def on_one(rank: int, mesh: Mesh, port: int) -> None:
-    """What both ranks have of random runs and weights, again and again, one of them being late in turns."""
+    """Return what both ranks have of random runs and weights, again and again, each rank being late in turn."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"

@@ -232,7 +232,7 @@ def _compare(rank: int, mesh: Mesh, port: int, folder: Path) -> None:
     """Denoise with and without slots on one group, and fail if a bit differs."""
     torch.set_num_threads(1)
     world = init_process_groups(rank, mesh, "127.0.0.1", port, CPU, timeout_s=120)
-    generator = Generator(folder, world=world)
+    generator = Generator(folder, groups=world)
     those = experts(folder, BlockSwap(CPU, HostBlocks(CPU), 1), world=world)
     assert torch.equal(denoise(those, generator), generator.latents(CASE))
     world.close()

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.symmetric_memory import OutOfStep, SymmetricMemory
 
 DEADLINE_S = 30
@@ -28,7 +28,7 @@ FEATURES, INSIDE = 6, 12
 
 
 class Host:
-    """What ranks have in common: memory, signals that are given or taken, and where they meet."""
+    """The memory, signals and meeting points that ranks have in common."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks

@@ -1,4 +1,4 @@
-"""What is compiled serves every layer, prompt, size and batch, and both experts, once it has seen sizes change."""
+"""Compiled blocks serve every layer, prompt, size and batch, and both experts, once they have seen sizes change."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def passes(rank: int, mesh: Mesh, port: int, checkpoint: Path, output: Path) -> 
 
 @pytest.mark.parametrize("mesh", [Mesh(tensor=2), pytest.param(Mesh(sequence=2), marks=pytest.mark.slow)], ids=str)
 def test_all_ranks_compile_the_same_and_the_last_size_nothing(checkpoint: Path, tmp_path: Path, mesh: Mesh) -> None:
-    """With numbers of tokens that two ranks do not divide, among others."""
+    """Among others the ranks divide odd numbers of tokens."""
     run_ranks(passes, mesh, checkpoint, tmp_path)
     (first, errors), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second

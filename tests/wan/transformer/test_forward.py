@@ -42,7 +42,7 @@ def test_a_block_is_that_of_diffusers(monkeypatch: pytest.MonkeyPatch, ours: Cal
 
 @torch.no_grad()
 def test_a_pass_is_that_of_diffusers(checkpoint: Path, generator: Generator) -> None:
-    """With texts without padding, for which one token does not stand in; all but attention is computed alike."""
+    """The texts have no padding, for which one token would stand."""
     theirs = WanTransformer3DModel.from_pretrained(checkpoint / "transformer").eval()
     torch.manual_seed(0)
     latents, texts = torch.randn(2, 16, 3, 10, 6), [torch.randn(1, 512, theirs.config.text_dim) for _ in range(2)]
