@@ -166,7 +166,7 @@ def _check_parallel(parallel: ParallelConfig, checkpoint: Checkpoint) -> None:
     for expert in checkpoint.experts:
         shape = checkpoint.expert_config(expert)
         if (mesh := Mesh.of(parallel)) is not None:
-            mesh.check(shape)
+            mesh.check_fits(shape)
         else:
             default_mesh(parallel.size, shape, weight_bytes=lambda tensor: 0, device_bytes=1)
 

@@ -1,4 +1,4 @@
-"""Where a process does its math: on which device, and in which thread."""
+"""The device and the thread on which a process does its math."""
 
 from __future__ import annotations
 
@@ -10,45 +10,48 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from serve_app.compat import set_cuda_allocator
 from serve_app.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
 SEE_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-"""Environment of processes that shall see them: Ray hides from one with a share of a GPU all others of its host."""
+"""Environment of processes that shall see all GPUs of their host: Ray shows a process only those it gave to it."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "status_alloc_failed", "bad_alloc")
-# All that oneDNN says when it was refused memory. It was seen to.
+# The whole message of oneDNN when memory was refused, as observed.
 _OUT_OF_MEMORY_ALONE = ("could not create a primitive", "could not execute a primitive")
 
 _ALLOCATOR = "expandable_segments:True"
 """Setting of torch for CUDA memory: freed memory can then be had again in other sizes. `benchmarks.model.vae_decode`
 prints what the allocator holds beside what is allocated."""
 _ALLOCATOR_OPTIONS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Where whoever deploys says otherwise."""
+"""Environment variables by which a deployer chooses other settings."""
 
 
 def pick_device(wanted: str) -> torch.device:
-    """The device that the configuration names; `auto` is CUDA where there is one, because nothing else is as fast."""
+    """Return the device that the configuration names; `auto` is CUDA where there is one, else the CPU."""
     import torch
 
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(wanted)
-    # Ray shows a process its own devices alone, or they are the first. What sets limits wants to be told which.
+    # A process's own devices are the only ones it sees, or the first. Setting limits needs an index.
     return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
 def pick_devices(wanted: str, count: int, own: Sequence[str] = ()) -> list[torch.device]:
-    """So many devices of the kind that the decoder's configuration names.
+    """Return `count` devices of the kind that the decoder's configuration names.
 
     Args:
-        own: what Ray gave this process, of the GPUs that it sees, as `CUDA_VISIBLE_DEVICES` names them. With several
-            devices the first is among these, and those behind it follow.
+        wanted: the kind, see `pick_device`.
+        count: number of devices.
+        own: the GPUs that Ray gave this process, as `CUDA_VISIBLE_DEVICES` names them. With several devices the first
+            is one of these, and the next ones of the host follow.
 
     Raises:
         ConfigError: there are fewer.
@@ -67,14 +70,14 @@ def pick_devices(wanted: str, count: int, own: Sequence[str] = ()) -> list[torch
 
 
 def see_own_first(own: Sequence[str], there: int) -> None:
-    """Let this process see all GPUs of its host, the one that is its own as the first; before anything asks CUDA.
+    """Let this process see all GPUs of its host, its own first. Call this before anything asks CUDA.
 
-    Whoever shows its device's memory to others looks at how the devices are joined, see
+    Symmetric memory needs it, since it looks at how the devices are joined, see
     `serve_app.wan.parallel.symmetric_memory`.
 
     Args:
-        own: what Ray gave this process, as `CUDA_VISIBLE_DEVICES` names it; empty where it has none.
-        there: GPUs of the host that Ray knows of.
+        own: the GPUs that Ray gave this process, as `CUDA_VISIBLE_DEVICES` names them; empty where it has none.
+        there: number of GPUs of the host that Ray knows of.
     """
     if own:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -83,26 +86,26 @@ def see_own_first(own: Sequence[str], there: int) -> None:
 
 
 def limit_memory(device: torch.device, fraction: float) -> float:
-    """Let this process take so much of a device's memory, and fail as if it had no more.
+    """Limit this process to a fraction of a device's memory; it fails beyond that as if the device had no more.
 
     Returns:
-        Bytes that it may take; infinite on a CPU.
+        Bytes that the process may take; infinite on a CPU.
     """
     import torch
 
     if device.type != "cuda":
         return math.inf
     if not any(name in os.environ for name in _ALLOCATOR_OPTIONS):
-        torch._C._accelerator_setAllocatorSettings(_ALLOCATOR)
+        set_cuda_allocator(_ALLOCATOR)
     torch.cuda.set_per_process_memory_fraction(fraction, device)
     return fraction * torch.cuda.get_device_properties(device).total_memory
 
 
 def settle() -> None:
-    """Take all objects that are there now out of the garbage collector's rounds; for when first-time work is done.
+    """Exempt all present objects from garbage collection, once first-time work is done.
 
-    A round through all that a rank has imported takes a good part of a second
-    (benchmarks/results/2026-11-26-a14b-2xh200.md), in which it gives its GPU nothing to do.
+    A collection that goes through all that a rank has imported takes a good part of a second
+    (benchmarks/results/2026-11-26-a14b-2xh200.md), in which its GPU idles.
     """
     gc.collect()
     gc.freeze()
@@ -121,9 +124,9 @@ def set_threads(threads: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a device or on the host.
+    """Tell whether an error means that an allocation failed, on a device or on the host.
 
-    By text as well: neither the CPU's allocator nor the libraries behind the layers have an exception of their own.
+    Texts count as well: neither the CPU's allocator nor the libraries behind the layers have their own exception.
     """
     import torch
 
@@ -135,8 +138,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class MathThread:
-    """The one thread that does a replica's math, so that its event loop stays free to answer health checks and to
-    collect the next batch.
+    """The one thread that does a replica's math.
+
+    The replica's event loop stays free to answer health checks and to collect the next batch.
 
     Args:
         threads: CPU threads that one operation may use; 0 is all cores.
@@ -146,9 +150,9 @@ class MathThread:
         self._executor = ThreadPoolExecutor(1, "math", initializer=set_threads, initargs=(threads,))
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run there and wait."""
+        """Run a function in the thread and wait for its result."""
         return self._executor.submit(function, *args, **kwargs).result()
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run there without holding up the event loop."""
+        """Run a function in the thread without blocking the event loop."""
         return await asyncio.wrap_future(self._executor.submit(function, *args, **kwargs))

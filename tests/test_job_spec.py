@@ -13,4 +13,4 @@ def test_a_job_survives_the_way_to_another_process_and_cannot_be_changed() -> No
     job = JobSpec("video_1", PARAMS, "videos/video_1/2", attempt=2, priority="batch", losses=1)
     assert pickle.loads(pickle.dumps(job)) == job
     with pytest.raises(dataclasses.FrozenInstanceError):
-        job.attempt = 3  # type: ignore[misc]
+        job.attempt = 3

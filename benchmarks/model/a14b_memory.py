@@ -219,7 +219,7 @@ def _denoised(ours: Rank, params: Params, first: bool, gap_ms: float) -> dict[st
     usual = statistics.median(seconds)
     slow = {step: round(one, 3) for step, one in enumerate(seconds, 1) if one > 1.05 * usual}
     middle = admitted.boundary if 0 < admitted.boundary < steps else 0
-    slots = ours.model.experts._slots
+    slots = ours.model.experts._block_swap
     free, total = torch.cuda.mem_get_info() if cuda else (0, 1)
     return {
         "warm": warm,

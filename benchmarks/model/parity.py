@@ -171,7 +171,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def _denoise_cases(rank: int, mesh: Mesh, port: int, folder: Path, cases: list[str], output: Path) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // mesh.ranks))
     groups = init_process_groups(rank, mesh, "127.0.0.1", port, torch.device("cpu"), timeout_s=120)
-    generator = Generator(folder, world=groups)
+    generator = Generator(folder, groups=groups)
     torch.save({name: generator.latents(CASES[name]) for name in cases}, output / f"{rank}.pt")
     groups.close()
 

@@ -24,7 +24,7 @@ from benchmarks.model.parity import Seen, run_ranks
 from serve_app.wan.parallel import symmetric_memory
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import init_process_groups
-from serve_app.wan.parallel.tensor_parallel import _beside, column_parallel, parts_of
+from serve_app.wan.parallel.tensor_parallel import _overlapped, chunks_of, column_parallel
 
 _WIDTH = 5120
 _GATHERED = {"query, key, value": 3 * _WIDTH, "feed-forward, first": 13824}
@@ -65,7 +65,7 @@ def _measure(rank: int, mesh: Mesh, port: int, options: argparse.Namespace) -> N
             times = [None if way is None else _milliseconds(way, options.repeats) for way in ways]
             if rank == 0:
                 numbers = ["" if one is None else f"{one:.2f}" for one in times]
-                takes = "" if layer in _GATHERED else f"{parts_of(run)}"
+                takes = "" if layer in _GATHERED else f"{chunks_of(run)}"
                 print(f"| {size} | {layer} | {' | '.join([*numbers[:-1], takes, numbers[-1]])} |", flush=True)
     groups.close()
 
@@ -114,7 +114,7 @@ def _summed(own: torch.Tensor, features: int, ranks: int, group: object, options
         exchange()
 
     def parts(count: int) -> Callable[[], object]:
-        return lambda: _beside(rows, weight, ranks, group, count, own[0])
+        return lambda: _overlapped(rows, weight, ranks, group, count, own[0])
 
     def beside() -> None:
         peers = _peers(group)

@@ -9,9 +9,9 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
+from serve_app.compat import ingress_name, serve_client, set_version
 from serve_app.errors import ConfigError, ServeAppError
 
 # Shorter than the time that a guard gives its server to stop.
@@ -35,7 +35,7 @@ class Applications:
         self._serve_was_there = False
         self._deploying = False
         for target in targets:
-            target.target._bound_deployment._version = self._mark
+            set_version(target.target, self._mark)
 
     def check_free(self, ray_address: str, http: dict[str, Any], *, replace: bool) -> bool:
         """Check that a running Serve, if there is one, can take these applications. Called before anything starts.
@@ -51,7 +51,7 @@ class Applications:
         Raises:
             ServeAppError: it runs applications of these names, or others at the same routes, or listens elsewhere.
         """
-        client = _get_global_client(raise_if_no_controller_running=False)
+        client = serve_client(needed=False)
         self._serve_was_there = client is not None
         if client is None:
             return False
@@ -93,7 +93,7 @@ class Applications:
             ServeAppError: one is gone, or somebody else has deployed it since.
         """
         try:
-            client = _get_global_client()
+            client = serve_client()
             there = {one.name: one.app_status.status.value for one in client.list_serve_statuses()}
             for target in self._targets:
                 if there.get(target.name, _GONE) in (_GONE, "DELETING"):
@@ -114,7 +114,7 @@ class Applications:
         if not self._deploying:
             return
         try:
-            client = _get_global_client()
+            client = serve_client()
             there = {one.name for one in client.list_serve_statuses()}
             ours = [one.name for one in self._targets if one.name in there and self._is_ours(client, one)]
             client.delete_apps([name for name in ours if only is None or name in only], blocking=False)
@@ -131,7 +131,7 @@ class Applications:
 
     def _is_ours(self, client: Any, target: serve.RunTarget) -> bool:
         try:
-            info, _ = client.get_deployment_info(target.target._bound_deployment.name, target.name)
+            info, _ = client.get_deployment_info(ingress_name(target.target), target.name)
         except ray.exceptions.RayTaskError:
             return True  # Serve makes an application's deployments a moment after it
         return bool(info.version == self._mark)

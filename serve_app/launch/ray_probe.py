@@ -14,14 +14,18 @@ from dataclasses import dataclass
 
 import grpc
 import ray
-from ray._private import services
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
-from ray._private.grpc_utils import init_grpc_channel
-from ray._private.utils import read_ray_address
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest, GetAllNodeInfoRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
+from serve_app.compat import (
+    bootstrap_address,
+    control_addresses,
+    enable_token_auth,
+    grpc_channel,
+    last_started_address,
+    node_ids,
+)
 from serve_app.errors import ConfigError, ServeAppError
 
 _ANSWER_S = 5
@@ -75,7 +79,7 @@ def find(say: Callable[[str], None]) -> Address | None:
         _check_for_a_while(address)
         return address
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it warns of what it does by default
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    enable_token_auth()
     for address in _seen_here():
         try:
             _check_for_a_while(address)
@@ -99,7 +103,7 @@ def _wished(wish: str) -> Address:
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"RAY_ADDRESS has value {wish!r}, {expected}")
     try:
-        return Address(services.canonicalize_bootstrap_address(wish) or wish, f"RAY_ADDRESS={wish}", wished=True)
+        return Address(bootstrap_address(wish) or wish, f"RAY_ADDRESS={wish}", wished=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"RAY_ADDRESS has value {wish!r}, {expected}: {error}") from None
 
@@ -107,15 +111,14 @@ def _wished(wish: str) -> Address:
 def _seen_here() -> list[Address]:
     """Return the Rays that this machine knows: first that of the last `ray start`, then those whose nodes run here."""
     found = []
-    if last := read_ray_address():
+    if last := last_started_address():
         found.append(Address(last, "the last `ray start` here", wished=False))
     found += [Address(one, "a node of it runs here", wished=False) for one in _raylets() if one != last]
     return found
 
 
 def _raylets() -> list[str]:
-    services.find_gcs_addresses.cache_clear()
-    return sorted(services.find_gcs_addresses())
+    return sorted(control_addresses())
 
 
 def _check_for_a_while(address: Address) -> None:
@@ -135,7 +138,7 @@ def _check_for_a_while(address: Address) -> None:
 
 def answers(host_port: str) -> bool:
     """Tell whether a control process answers there at the moment."""
-    channel = init_grpc_channel(host_port, [("grpc.enable_http_proxy", 0)])
+    channel = grpc_channel(host_port, [("grpc.enable_http_proxy", 0)])
     try:
         NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=_ANSWER_S)
     except grpc.RpcError:
@@ -151,7 +154,7 @@ def check_can_join(address: Address) -> None:
     Raises:
         RayAway: it cannot.
     """
-    channel = init_grpc_channel(address.host_port, [("grpc.enable_http_proxy", 0)])
+    channel = grpc_channel(address.host_port, [("grpc.enable_http_proxy", 0)])
     try:
         nodes = NodeInfoGcsServiceStub(channel)
         version = nodes.CheckAlive(CheckAliveRequest(), timeout=_ANSWER_S).ray_version
@@ -162,7 +165,7 @@ def check_can_join(address: Address) -> None:
         channel.close()
     if version != ray.__version__:
         raise RayAway(f"{address} has version {version}, expected {ray.__version__}; {_INSTEAD}")
-    here = services.find_node_ids()
+    here = node_ids()
     raylets = [
         f"{node.node_manager_address}:{node.node_manager_port}"
         for node in alive.node_info_list
@@ -180,7 +183,7 @@ def check_can_join(address: Address) -> None:
 
 def _check_raylet(address: Address, raylet: str) -> None:
     """Check that a node's own process answers, since `ray.init` would wait for it."""
-    channel = init_grpc_channel(raylet, [("grpc.enable_http_proxy", 0)])
+    channel = grpc_channel(raylet, [("grpc.enable_http_proxy", 0)])
     try:
         grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
     except grpc.FutureTimeoutError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import shlex
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import parameter, worker
-from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
+from serve_app.compat import any_agent_port, dead_processes, token_auth_enabled
 from serve_app.errors import ServeAppError, one_line
 from serve_app.launch import claim, guard, ray_probe
 
@@ -142,7 +140,7 @@ class RaySession:
         _put_first("PATH", str(Path(sys.executable).parent))
         _put_first("PYTHONPATH", _PACKAGE_FOLDER)
         try:
-            with _signal_handlers_kept(), _any_agent_port():
+            with _signal_handlers_kept(), any_agent_port():
                 context = ray.init(
                     address="local",
                     namespace="serve",
@@ -175,8 +173,7 @@ class RaySession:
         """
         if self.own:
             # Nothing brings back what was started here.
-            dead = {kind for kind, _ in worker._global_node.dead_processes()} & {"gcs_server", "raylet"}
-            self.gone = bool(dead)
+            self.gone = bool(dead_processes() & {"gcs_server", "raylet"})
         elif ray_probe.answers(self.address):
             self._answered = time.monotonic()
         elif time.monotonic() - self._answered > _GONE_S:
@@ -200,7 +197,7 @@ class RaySession:
         if self._dashboard_url:
             exports["RAY_DASHBOARD_ADDRESS"] = url = f"http://{self._dashboard_url}"
             lines.append(f"Ray's dashboard: {url}")
-        if is_token_auth_enabled():
+        if token_auth_enabled():
             exports["RAY_AUTH_MODE"] = "token"
             if os.environ.get("RAY_AUTH_TOKEN"):
                 exports["RAY_AUTH_TOKEN"] = "…"  # a secret of the user who set it here
@@ -231,17 +228,3 @@ def _signal_handlers_kept() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _any_agent_port() -> Iterator[None]:
-    """Let Ray's agent listen on any free port, since another Ray may hold the usual one; without one it takes no jobs.
-
-    `ray start` has an option for this, `ray.init` has none.
-    """
-    with_usual_port = parameter.RayParams
-    parameter.RayParams = functools.partial(with_usual_port, dashboard_agent_listen_port=0)
-    try:
-        yield
-    finally:
-        parameter.RayParams = with_usual_port

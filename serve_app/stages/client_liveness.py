@@ -13,6 +13,7 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, RayError
 
+from serve_app.compat import actor_id, actor_ready
 from serve_app.logs import get_logger
 
 logger = get_logger(__name__)
@@ -40,7 +41,7 @@ class ClientLiveness:
         if caller is None or task is None:
             yield
             return
-        name = caller._actor_id.hex()
+        name = actor_id(caller)
         self._tasks.setdefault(name, set()).add(task)
         if name not in self._watchers:
             self._watchers[name] = asyncio.create_task(self._watch(name, caller), name=f"caller-{name}")
@@ -56,7 +57,7 @@ class ClientLiveness:
         while True:
             await asyncio.sleep(_PERIOD_S)
             try:
-                await asyncio.wait_for(caller.__ray_ready__.remote(), _ANSWER_S)
+                await asyncio.wait_for(actor_ready(caller), _ANSWER_S)
             except ActorDiedError:
                 break
             except (RayError, TimeoutError):

@@ -11,12 +11,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-from ray.serve._private.long_poll import LongPollNamespace
 
+from serve_app.compat import replicas_key, serve_controller
 from serve_app.errors import one_line
 from serve_app.logs import get_logger
 
@@ -34,12 +32,12 @@ async def watch_routing(on_change: Callable[[bool], None]) -> None:
             list is incomplete for a moment after the controller restarted.
     """
     own: Any = serve.get_replica_context().replica_id
-    key = (LongPollNamespace.DEPLOYMENT_TARGETS, own.deployment_id)
+    key = replicas_key(own.deployment_id)
     snapshot = -1
     listed: bool | None = None
     while True:
         try:
-            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            controller = serve_controller()
             updates = await controller.listen_for_change.remote({key: snapshot})
         except (RayError, ValueError) as error:  # ValueError: there is no such actor at this moment
             logger.info("controller away", extra={"error": one_line(error)})

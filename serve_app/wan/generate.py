@@ -1,4 +1,4 @@
-"""A checkpoint and parameters in, frames out: the whole model path in one process, for notebooks and comparisons."""
+"""The whole model path in one process, from a prompt to frames, for notebooks and comparisons."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Generator:
         folder: in the diffusers layout.
         device: where everything runs.
         dtype: of text encoder and experts; the video decoder is float32.
-        world: the group to share the experts with; alone if not given. All ranks make the same calls.
+        groups: the ranks that share the experts, which all make the same calls; None for this process alone.
         compiled: see `load_expert`.
-        random: draw the weights, see `Checkpoint`.
+        random: use random weights, see `Checkpoint`.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Generator:
         folder: Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        world: ProcessGroups | None = None,
+        groups: ProcessGroups | None = None,
         compiled: bool = False,
         random: bool = False,
     ) -> None:
@@ -45,30 +45,30 @@ class Generator:
         self.device = device
         self.dtype = dtype
         self.text = TextEncoder(self.checkpoint, device, dtype)
-        world = world or ProcessGroups.alone(device)
+        groups = groups or ProcessGroups.alone(device)
         self.experts: dict[Expert, nn.Module] = {
-            expert: load_expert(self.checkpoint, expert, world, dtype, device, compiled=compiled)
+            expert: load_expert(self.checkpoint, expert, groups, dtype, device, compiled=compiled)
             for expert in self.checkpoint.experts
         }
         self.decoder = VideoDecoder(self.checkpoint, device, torch.float32)
 
     def start(self, params: Params) -> Sample:
-        """A sample before its first step."""
+        """Return a sample before its first step."""
         prompts = [params.prompt, params.negative_prompt] if params.guided else [params.prompt]
-        # One at a time: the numbers are then those of WanPipeline, which encodes them in two passes.
+        # One prompt at a time, so that numbers equal those of WanPipeline, which encodes them in two passes.
         embeddings = [self.text.encode([prompt])[0] for prompt in prompts]
         negative = embeddings[1] if params.guided else None
         return Sample.start(params, self.checkpoint, embeddings[0], negative, self.device, self.dtype)
 
     def latents(self, params: Params, on_step: Callable[[Sample], None] | None = None) -> torch.Tensor:
-        """Denoised latents, `[1, channels, frames, height, width]`, float32."""
+        """Return denoised latents, `[1, channels, frames, height, width]`, float32."""
         return denoise(self.experts, self.start(params), on_step)
 
     def frames(self, params: Params, on_step: Callable[[Sample], None] | None = None) -> np.ndarray:
-        """A video, `[frames, height, width, 3]`, uint8 RGB."""
+        """Return a video, `[frames, height, width, 3]`, uint8 RGB."""
         return self.decoder.decode(self.latents(params, on_step))[0]
 
 
 def generate(folder: Path, params: Params, device: torch.device | str = "cpu") -> np.ndarray:
-    """One video, `[frames, height, width, 3]`, uint8 RGB. For more than one, keep a `Generator`."""
+    """Return one video, `[frames, height, width, 3]`, uint8 RGB. For more than one, keep a `Generator`."""
     return Generator(folder, device).frames(params)

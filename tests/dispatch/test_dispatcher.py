@@ -37,7 +37,7 @@ async def test_drives_jobs_to_the_end(store: JobStore, storage: Storage, start: 
         attempt=1,
         state_prefix=f"samples/{ids[0]}",
         priority="standard",
-        created_at=id_time(ids[0]),
+        created_at=id_time(ids[0]) or 0.0,
         losses=0,
     )
 

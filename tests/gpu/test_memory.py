@@ -1,4 +1,4 @@
-"""What only a device with memory of its own can show: samples that leave it, and experts that take turns on it."""
+"""Tests of a device's own memory: samples that leave it, and experts that take turns on it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def experts(folder: Path, slots: BlockSwap | None = None, sharded: ShardedCheckp
     checkpoint, world = Checkpoint(folder), ProcessGroups.alone(DEVICE)
 
     def load(name: Expert) -> torch.nn.Module:
-        return load_expert(checkpoint, name, world, torch.bfloat16, DEVICE, sharded=sharded, slots=slots)
+        return load_expert(checkpoint, name, world, torch.bfloat16, DEVICE, sharded=sharded, block_swap=slots)
 
     return Experts(checkpoint.experts, load, slots)
 

@@ -74,7 +74,7 @@ def videos() -> list[torch.Tensor]:
 
 
 def on_one(rank: int, mesh: Mesh, port: int) -> None:
-    """What both ranks have of random runs and weights, again and again, one of them being late in turns."""
+    """Return what both ranks have of random runs and weights, again and again, each rank being late in turn."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"

@@ -1,4 +1,4 @@
-"""Whether the host waits for the device while it hands out the work of a step."""
+"""The host does not wait for the device while it hands out the work of a step."""
 
 from __future__ import annotations
 

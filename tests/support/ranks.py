@@ -24,7 +24,7 @@ def main(rank: int, size: int, address: str, port: int, folder: str, output: str
     torch.set_num_threads(1)
     world = init_process_groups(rank, Mesh(tensor=size), address, port, torch.device("cpu"), timeout_s=120)
     for dtype in dtypes:
-        generator = Generator(Path(folder), dtype=getattr(torch, dtype), world=world)
+        generator = Generator(Path(folder), dtype=getattr(torch, dtype), groups=world)
         result = {
             "latents": generator.latents(CASES[CASE]),
             "dtypes": {name: p.dtype for name, p in generator.experts["transformer"].named_parameters()},

@@ -1,6 +1,6 @@
-"""What computes attention: the fastest kernel that works on a device, and why it was taken.
+"""Attention backends: choosing the fastest kernel that works on a device, and saying why.
 
-Speeds and errors differ by kernel; results differ by rounding. Knows nothing of the model.
+Kernels differ in speed and error; their results differ by rounding. Knows nothing of the model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from serve_app.compat import flash_attention4_forward
 from serve_app.errors import ConfigError, one_line
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -26,21 +27,24 @@ BY_SPEED: tuple[KernelName, ...] = get_args(KernelName)
 
 _HOPPER = 9
 _TILED: dict[str, Any] = {"tile_mn": (192, 128), "mma_pv_is_rs": False, "intra_wg_overlap": True}
-"""Of FlashAttention-4 on Hopper, for heads of 128 features: queries and keys of a tile, and probabilities in shared
-memory. 1 to 2 % faster than its own choice on A14B's shapes (`python -m benchmarks.model.kernels`)."""
+"""Options of FlashAttention-4 on Hopper for heads of 128 features: tile sizes, and probabilities in shared memory.
+
+1 to 2 % faster than its own choice on A14B's shapes (`python -m benchmarks.model.kernels`)."""
 
 _TOLERANCE = 2e-2
-"""Relative error on random numbers that a kernel may have; bfloat16 has 1e-3 to 1e-2."""
+"""Largest relative error that a kernel may have on random numbers; bfloat16 has 1e-3 to 1e-2."""
 
 
 def pick_kernel(
     wanted: KernelName | Literal["auto"], device: torch.device, dtype: torch.dtype, features: int
 ) -> tuple[Kernel, str]:
-    """A kernel, and in words which one and why. Each candidate is tried on random numbers first.
+    """Choose a kernel; return it, and in words which one it is and why. Each candidate is tried on random numbers.
 
     Args:
+        wanted: a kernel's name, or `auto` for the fastest that works.
+        device: where it runs.
         dtype: of queries, keys and values.
-        features: of a head.
+        features: number of features of a head.
 
     Raises:
         ConfigError: the wanted one does not work here.
@@ -83,7 +87,7 @@ def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: tor
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).permute(0, 2, 1, 3)
 
 
-def _of_torch(backend: SDPBackend) -> Kernel:
+def _torch_backend(backend: SDPBackend) -> Kernel:
     def kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         with sdpa_kernel(backend):
             return _sdpa(query, key, value, bias)
@@ -99,10 +103,10 @@ def _flash3() -> Kernel:
 
 
 def _flash4() -> Kernel:
-    from flash_attn.cute import flash_attn_func, interface  # type: ignore[import-not-found,unused-ignore]
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found,unused-ignore]
 
-    # Not promised by the package: a release without it is 1 to 2 % slower, which the next kernel would be by more.
-    forward: Any = getattr(interface, "_flash_attn_fwd", None)
+    # A release without it is 1 to 2 % slower; the next kernel would be slower by more.
+    forward: Any = flash_attention4_forward()
     tiled = forward is not None and set(_TILED) <= set(inspect.signature(forward).parameters)
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> object:
@@ -114,7 +118,7 @@ def _flash4() -> Kernel:
 
 
 def _as_operator(name: str, function: Callable[..., object]) -> Kernel:
-    """A package's kernel as an operator of torch's: what is compiled then calls it without looking inside."""
+    """Make a package's kernel an operator of torch, which the compiler calls without looking inside."""
 
     def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         output = function(query.contiguous(), key.contiguous(), value.contiguous())
@@ -140,7 +144,7 @@ def _as_operator(name: str, function: Callable[..., object]) -> Kernel:
 _KERNELS: dict[KernelName, Callable[[], Kernel]] = {
     "flash4": _flash4,
     "flash3": _flash3,
-    "cudnn": lambda: _of_torch(SDPBackend.CUDNN_ATTENTION),
-    "flash": lambda: _of_torch(SDPBackend.FLASH_ATTENTION),
+    "cudnn": lambda: _torch_backend(SDPBackend.CUDNN_ATTENTION),
+    "flash": lambda: _torch_backend(SDPBackend.FLASH_ATTENTION),
     "native": lambda: _sdpa,
 }

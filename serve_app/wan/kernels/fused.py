@@ -1,6 +1,6 @@
-"""What a compiled block does on CUDA in one kernel where the compiler takes several, or a slower one.
+"""Fused operations of a compiled block on CUDA: one kernel each, where the compiler takes several or a slower one.
 
-Rounded where the compiler's kernels round, and no less exact: the values in between stay in float32.
+They round where the compiler's kernels round, and are no less exact: values in between stay in float32.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from serve_app.compat import linear_gelu
 from serve_app.wan.parallel.tensor_parallel import ColumnParallel
 
 _WARPS, _WARPS_MODULATED = 4, 4
 _WARPS_SQUARED, _ROWS_SQUARED, _SOME_SQUARED = 8, 4, 1024
-"""Of a program of `square_sums`: warps, tokens, and features at a time."""
+"""Warps and tokens of a program of `square_sums`, and features that it reads at a time."""
 _ROWS = 2
-"""Tokens that share what scales and shifts them: read for each of them, it is more than the token."""
+"""Tokens of a program that share one read of scale and shift, which are larger than a token."""
 
 
 class LinearGelu(nn.Module):
-    """Stands in for diffusers' `GELU` with its tanh approximation: the product writes what GELU makes of it.
+    """A linear layer with GELU in the kernel of its product, in place of diffusers' `GELU` with tanh approximation.
 
     Args:
-        proj: the linear layer, `weight` `[features out, features in]`, `bias` `[features out]`; or one whose tokens are
-            on several ranks, which brings them together.
+        proj: the linear layer, `weight` `[features out, features in]`, `bias` `[features out]`; or a `ColumnParallel`,
+            which gathers the tokens of several ranks first.
     """
 
     def __init__(self, proj: nn.Module) -> None:
@@ -34,7 +35,7 @@ class LinearGelu(nn.Module):
         self.proj = proj
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[..., features in]` to `[..., features out]`."""
+        """Return `[..., features out]` for `hidden`, `[..., features in]`."""
         if isinstance(self.proj, ColumnParallel):
             return self.proj(hidden, gelu=True)
         activated: torch.Tensor = torch.ops.wan_serve.linear_gelu(hidden, self.proj.weight, self.proj.bias)
@@ -45,7 +46,7 @@ class LinearGelu(nn.Module):
 def _linear_gelu(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     rows = hidden.reshape(-1, hidden.shape[-1])
     # On CUDA alone this is the tanh approximation.
-    activated = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
+    activated = linear_gelu(rows, weight, bias)
     return activated.view(*hidden.shape[:-1], -1)
 
 
@@ -61,13 +62,14 @@ def norm_rotate(
     cos: torch.Tensor,
     sin: torch.Tensor,
 ) -> torch.Tensor:
-    """RMSNorm over all heads together and the rotary position embedding of each, pairs being neighbours.
+    """Normalise over all heads together (RMSNorm), and rotate pairs of neighbouring features of each head.
 
     Args:
         hidden: `[batch, tokens, own heads * head features]`.
-        norm: its `weight`, `[own heads * head features]`, its `eps` and, with `squares`, `features` of all ranks.
-        squares: their sum over the heads of all ranks, `[batch, tokens, 1]`, float32; None where this rank has all.
-        cos, sin: `[1, tokens, 1, head features]`, float32, both of a pair's values the same.
+        norm: has `weight`, `[own heads * head features]`, `eps` and, with `squares`, `features`, those of all ranks.
+        squares: sum of squares over the heads of all ranks, `[batch, tokens, 1]`, float32; None for one rank.
+        cos: `[1, tokens, 1, head features]`, float32, both values of a pair being the same.
+        sin: like `cos`.
 
     Returns:
         `[batch, tokens, own heads, head features]`.
@@ -119,8 +121,9 @@ def _(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
 
 
 def square_sums(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of squares over the last dimension of each tensor `[batch, tokens, width]`, float32, those of one behind
-    those of the other: `[batch, all tokens, 1]`.
+    """Return the sums of squares of tensors `[batch, tokens, width]` over their last dimension, in float32.
+
+    Those of all tensors lie behind each other, `[batch, tokens of all tensors, 1]`.
     """
     sums: torch.Tensor = torch.ops.wan_serve.square_sums(list(parts))
     return sums
@@ -128,7 +131,7 @@ def square_sums(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 @torch.library.custom_op("wan_serve::square_sums", mutates_args=())
 def _square_sums(parts: list[torch.Tensor]) -> torch.Tensor:
-    sums = _sums_of(parts)
+    sums = _allocate_sums(parts)
     first = 0
     for part in parts:
         batch, tokens, width = part.shape
@@ -148,38 +151,38 @@ def _square_sums(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 @_square_sums.register_fake
-def _sums_of(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Memory for it."""
+def _allocate_sums(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Allocate what `_square_sums` returns."""
     tokens = sum(part.shape[1] for part in parts)
     return parts[0].new_empty(parts[0].shape[0], tokens, 1, dtype=torch.float32)
 
 
-def block_forward(
-    block: Any, hidden: torch.Tensor, text: torch.Tensor, embedding: torch.Tensor, rotary_emb: tuple[torch.Tensor, ...]
-) -> torch.Tensor:
-    """What a `WanTransformerBlock` does, with the norms that are modulated as kernels of their own.
+def norm_modulate(hidden: torch.Tensor, modulation: torch.Tensor, first: int, eps: float) -> torch.Tensor:
+    """Normalise each token and modulate it: LayerNorm times one plus a scale, plus a shift.
 
     Args:
         hidden: `[batch, tokens, width]`.
-        text: what `attn2` takes for it.
-        embedding: of the timestep, `[batch, 6, width]`.
+        modulation: `[batch, rows, width]`, float32.
+        first: the row of `modulation` that is the shift; the next one is the scale.
+        eps: added to the variance.
+
+    Returns:
+        A tensor of the shape of `hidden`.
     """
-    modulation = block.scale_shift_table + embedding.float()
-    _, _, gate, _, _, last_gate = modulation.chunk(6, dim=1)
-    normed = torch.ops.wan_serve.norm_modulate(hidden, modulation, 0, block.norm1.eps)
-    attended = block.attn1(normed, None, None, rotary_emb)
-    hidden = (hidden.float() + attended * gate).type_as(hidden)
-    told = block.attn2(block.norm2(hidden.float()).type_as(hidden), text, None, None)
-    hidden, normed = torch.ops.wan_serve.add_norm_modulate(hidden, told, modulation, 3, block.norm3.eps)
-    output: torch.Tensor = (hidden.float() + block.ffn(normed).float() * last_gate).type_as(hidden)
-    return output
+    modulated: torch.Tensor = torch.ops.wan_serve.norm_modulate(hidden, modulation, first, eps)
+    return modulated
+
+
+def add_norm_modulate(
+    hidden: torch.Tensor, added: torch.Tensor, modulation: torch.Tensor, first: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of `hidden` and `added`, and what `norm_modulate` makes of the sum."""
+    total, modulated = torch.ops.wan_serve.add_norm_modulate(hidden, added, modulation, first, eps)
+    return total, modulated
 
 
 @torch.library.custom_op("wan_serve::norm_modulate", mutates_args=())
 def _norm_modulate(hidden: torch.Tensor, modulation: torch.Tensor, first: int, eps: float) -> torch.Tensor:
-    """LayerNorm, `[batch, tokens, width]`, times one and the scale, plus the shift: of the rows of `modulation`,
-    `[batch, rows, width]` in float32, `first` is the shift, and the next one the scale.
-    """
     return _modulated(hidden, None, modulation, first, eps)[1]
 
 
@@ -192,7 +195,6 @@ def _(hidden: torch.Tensor, *others: Any) -> torch.Tensor:
 def _add_norm_modulate(
     hidden: torch.Tensor, added: torch.Tensor, modulation: torch.Tensor, first: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of both, and what `norm_modulate` makes of it."""
     return _modulated(hidden, added, modulation, first, eps)
 
 

@@ -85,7 +85,9 @@ class BlockSwap:
     def add_expert(
         self, expert: Expert, blocks: Sequence[nn.Module], slices: Sequence[ShardSlice], weights: Weights
     ) -> None:
-        """Put the blocks of an expert under block swap: they find their weights in a slot when they are called.
+        """Put the blocks of an expert under block swap.
+
+        The expert's forward pass calls `wait_for_block` before each block, and `release_block` after it.
 
         Args:
             expert: name of the expert.
@@ -112,8 +114,6 @@ class BlockSwap:
                 setattr(block.get_submodule(owner), leaf, parameter)
                 parameters.append(parameter)
             self._blocks[key], self._bound[key] = parameters, slot
-            block.register_forward_pre_hook(self._before_block(key), prepend=True)
-            block.register_forward_hook(self._after_block(key))
 
     @property
     def device_bytes(self) -> int:
@@ -132,6 +132,38 @@ class BlockSwap:
         layers = sorted([*self._resident, *self._passing[:PASSING_SLOTS]])
         for layer in layers:
             self._fetch_block((expert, layer))
+
+    def wait_for_block(self, expert: Expert, layer: int) -> None:
+        """Have a block's weights on the device before it runs; the device waits, not this thread, where it can.
+
+        Raises:
+            CheckpointError: the weights are damaged.
+        """
+        key = (expert, layer)
+        if key not in self._holder:
+            self._fetch_block(key)
+        slot = self._holder[key]
+        if slot.arrival is not None:
+            try:
+                event = slot.arrival()
+            except BaseException:  # the weights did not come: the next pass fetches them again
+                self._empty(slot)
+                raise
+            self._copies.wait(event)
+            slot.arrival = None
+        if self._bound[key] is not slot:
+            for parameter, view in zip(self._blocks[key], slot.views, strict=True):
+                parameter.data = view
+            self._bound[key] = slot
+
+    def release_block(self, expert: Expert, layer: int) -> None:
+        """Note that a block has run, and begin to fill its slot with the block that passes through it next."""
+        slot = self._holder[expert, layer]
+        slot.left = self._copies.done()
+        if layer in self._passing:
+            following = self._passing[(self._passing.index(layer) + PASSING_SLOTS) % len(self._passing)]
+            if (expert, following) not in self._holder:
+                self._fetch_block((expert, following), slot)
 
     def _allocate(self, layout: Layout, layers: int) -> None:
         budget = self._budget_bytes
@@ -154,42 +186,6 @@ class BlockSwap:
         # Spread evenly among the resident layers, so that the time of those is there to copy the others.
         self._passing = [layers * index // passing for index in range(passing)]
         self._resident = {layer: slot for slot, layer in enumerate(sorted(set(range(layers)) - set(self._passing)))}
-
-    def _before_block(self, key: Key) -> Callable[..., None]:
-        """Return a hook that has the device wait for the block's weights and points its parameters to them."""
-
-        def hook(*_: object) -> None:
-            if key not in self._holder:
-                self._fetch_block(key)
-            slot = self._holder[key]
-            if slot.arrival is not None:
-                try:
-                    event = slot.arrival()
-                except BaseException:  # the weights did not come: the next pass fetches them again
-                    self._empty(slot)
-                    raise
-                self._copies.wait(event)
-                slot.arrival = None
-            if self._bound[key] is not slot:
-                for parameter, view in zip(self._blocks[key], slot.views, strict=True):
-                    parameter.data = view
-                self._bound[key] = slot
-
-        return hook
-
-    def _after_block(self, key: Key) -> Callable[..., None]:
-        """Return a hook that begins to fill the block's slot with the block that passes through it next."""
-        expert, layer = key
-
-        def hook(*_: object) -> None:
-            slot = self._holder[key]
-            slot.left = self._copies.done()
-            if layer in self._passing:
-                following = self._passing[(self._passing.index(layer) + PASSING_SLOTS) % len(self._passing)]
-                if (expert, following) not in self._holder:
-                    self._fetch_block((expert, following), slot)
-
-        return hook
 
     def _fetch_block(self, key: Key, slot: _Slot | None = None) -> None:
         if slot is None:

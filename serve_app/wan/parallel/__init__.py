@@ -1,4 +1,4 @@
-"""The ranks of a group: mesh, process groups, and what they exchange.
+"""The ranks of a group: mesh, process groups, and their communication.
 
 Knows nothing of samples.
 """

@@ -1,8 +1,8 @@
-"""What ranks tell each other: everybody's part to everybody, and sums of it.
+"""Collectives: gathers and sums of the ranks' parts.
 
-On CPUs by sending each part to each rank. Gloo's own all-reduce takes several rounds, each as long as that for small
-parts, and small ones are what the ranks of a small model wait for (`python -m benchmarks.model.collectives`). On CUDA
-by NCCL.
+On CUDA by NCCL. On CPUs each rank sends its part to each other rank: gloo's own all-reduce takes several rounds,
+each as long as that for small parts, and small parts are what the ranks of a small model wait for
+(`python -m benchmarks.model.collectives`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 
 _MOST_BYTES = 2**20
-"""Of a part. Above that an all-reduce, in which each rank sends less, is as fast or faster."""
+"""Size of a part above which an all-reduce, in which each rank sends less, is as fast or faster."""
 
 
 def gather(part: torch.Tensor, group: Any) -> list[torch.Tensor]:
-    """Everybody's part, in the order of their ranks; all are of one shape and dtype."""
+    """Return the parts of all ranks, in their order; all are of one shape and dtype."""
     part = part.contiguous()
     if not _by_hand(part):
         parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
@@ -30,13 +30,13 @@ def gather(part: torch.Tensor, group: Any) -> list[torch.Tensor]:
     sent = [dist.isend(part, rank, group) for rank, _ in others]
     came = [dist.irecv(one, rank, group) for rank, one in others]
     for work in (*came, *sent):
-        if work is not None:  # as it is for who is not in the group
+        if work is not None:  # None for a rank outside of the group
             work.wait()
     return parts
 
 
 def stack(part: torch.Tensor, group: Any) -> tuple[torch.Tensor, Any | None]:
-    """As `gather`, in one tensor, `[ranks, ...]`; and on CUDA what to `wait` for before it is used, else None."""
+    """Gather into one tensor, `[ranks, ...]`; returns it and, on CUDA, the work to `wait` for before using it."""
     if _by_hand(part):
         return torch.stack(gather(part, group)), None
     parts = part.new_empty(dist.get_world_size(group), *part.shape)
@@ -44,14 +44,15 @@ def stack(part: torch.Tensor, group: Any) -> tuple[torch.Tensor, Any | None]:
 
 
 def sum_up(parts: torch.Tensor, total: torch.Tensor, group: Any) -> Any | None:
-    """Put into `total` the sum of what all ranks have for this one.
+    """Put into `total` the sum of the parts that all ranks have for this one (a reduce-scatter).
 
     Args:
-        parts: one for each rank, `[ranks, ...]`.
+        parts: one part for each rank, `[ranks, ...]`.
         total: of the shape of a part.
+        group: the ranks.
 
     Returns:
-        On CUDA what to `wait` for before `total` is used; None where it is there.
+        On CUDA the work to `wait` for before `total` is used; None where the sum is complete.
     """
     if not _by_hand(parts):
         return dist.reduce_scatter_tensor(total, parts, group=group, async_op=True)
@@ -69,7 +70,7 @@ def sum_up(parts: torch.Tensor, total: torch.Tensor, group: Any) -> Any | None:
 
 
 def add_up(part: torch.Tensor, group: Any) -> None:
-    """Put the sum of everybody's part in the place of `part`, on all ranks the same to the bit.
+    """Replace `part` by the sum of all ranks' parts (an all-reduce), the same to the bit on every rank.
 
     Raises:
         RuntimeError: a rank is gone, or did not answer within the group's time limit.
@@ -78,7 +79,7 @@ def add_up(part: torch.Tensor, group: Any) -> None:
         dist.all_reduce(part, group=group)
         return
     parts = gather(part, group)
-    if len(parts) == 2:  # whose order does not matter
+    if len(parts) == 2:  # the order of two does not matter
         part += next(one for one in parts if one is not part)
         return
     total, *others = parts
@@ -89,7 +90,7 @@ def add_up(part: torch.Tensor, group: Any) -> None:
 
 
 def _by_hand(part: torch.Tensor) -> bool:
-    # What is compiled has collectives in its graph, but no sending.
+    # A compiled graph can hold collectives, but no sends.
     return part.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

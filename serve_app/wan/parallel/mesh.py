@@ -1,6 +1,6 @@
-"""How the ranks of a group share the work of a step: along three axes, and which ranks meet along each.
+"""The mesh: three axes along which the ranks of a group divide the work of a step.
 
-Knows neither torch nor Ray: sizes and indices only.
+Knows sizes and indices only, neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ class Mesh:
 
     @property
     def ranks(self) -> int:
-        """Of the whole group."""
+        """Number of ranks of the whole group."""
         return self.guidance * self.sequence * self.tensor
 
     def size(self, axis: AxisName) -> int:
-        """Ranks along an axis."""
+        """Return the number of ranks along an axis."""
         size: int = getattr(self, axis)
         return size
 
     def index(self, axis: AxisName, rank: int) -> int:
-        """Where a rank is along an axis, from 0."""
+        """Return the position of a rank along an axis, from 0."""
         return rank // self._stride(axis) % self.size(axis)
 
     def lines(self, axis: AxisName) -> list[list[int]]:
-        """All sets of ranks that differ along this axis only. Each rank is in one of them, at its index."""
+        """Return all sets of ranks that differ along this axis only. Each rank is in one of them, at its index."""
         steps = [self._stride(axis) * i for i in range(self.size(axis))]
         others = [[self._stride(o) * i for i in range(self.size(o))] for o in AXES if o != axis]
         return [[sum(corner) + step for step in steps] for corner in product(*others)]
 
-    def check(self, config: dict[str, Any], tensor_option: str = "denoiser.parallel.tensor") -> None:
-        """Whether an expert can be shared so.
+    def check_fits(self, config: dict[str, Any], tensor_option: str = "denoiser.parallel.tensor") -> None:
+        """Check that an expert can be divided along this mesh.
 
         Args:
-            config: of the expert.
-            tensor_option: that asks for `tensor`, for the message.
+            config: the expert's configuration.
+            tensor_option: name of the option that asks for `tensor`, for the message.
 
         Raises:
             ConfigError: it cannot; names the option, its value and what was expected.
@@ -100,27 +100,28 @@ def default_mesh(
     device_bytes: float,
     work_bytes: Callable[[Mesh], float] = lambda mesh: 0.0,
 ) -> tuple[Mesh, str]:
-    """The mesh for so many ranks, and why.
+    """Choose the mesh for a number of ranks; returns it and the reason in words.
 
-    Guidance first, since its halves meet once a step only, over the prediction. Then as much tensor parallelism as the
-    weights need, since it alone makes them smaller. Then sequence parallelism, whose ranks send parts of the
-    activations where those of tensor parallelism sum up all of them.
+    Guidance parallelism comes first, since its halves meet only once a step, over the prediction. Then as much tensor
+    parallelism as the weights need, since it alone makes them smaller. Then sequence parallelism, whose ranks send
+    parts of the activations where those of tensor parallelism sum up all of them.
 
     Args:
-        config: of an expert.
-        weight_bytes: of the weights that a rank holds, by the size of tensor parallelism.
-        device_bytes: of each rank's device, as much as the rank may take.
-        work_bytes: what a step takes beside the weights on a rank of a mesh.
+        ranks: number of ranks.
+        config: an expert's configuration.
+        weight_bytes: bytes of weights that a rank holds, by the size of tensor parallelism.
+        device_bytes: bytes of its device that each rank may take.
+        work_bytes: bytes that a step takes beside the weights on a rank of a mesh.
 
     Raises:
-        ConfigError: so many ranks cannot share the model.
+        ConfigError: the model cannot be divided among that number of ranks.
     """
     meshes = []
     for guidance, sequence in product((2, 1), range(1, ranks + 1)):
         if ranks % (guidance * sequence) == 0:
             mesh = Mesh(guidance, sequence, ranks // (guidance * sequence))
             try:
-                mesh.check(config)
+                mesh.check_fits(config)
             except ConfigError:
                 continue
             meshes.append(mesh)

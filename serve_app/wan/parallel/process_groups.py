@@ -12,30 +12,30 @@ from typing import Any, Self
 
 import torch
 
+from serve_app.compat import collectives_begun, disable_compiled_operators, shared_memory_all_reduce
 from serve_app.errors import ConfigError
-from serve_app.wan.parallel import collectives as exchange
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.wan.parallel import collectives, symmetric_memory
 from serve_app.wan.parallel.mesh import AXES, AxisName, Mesh
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The ranks that this one meets along one axis of the mesh. `group` is None where there is no other."""
+    """The ranks that differ from this one along one axis of the mesh. `group` is None where there is no other."""
 
     size: int = 1
     index: int = 0
     group: Any | None = None
 
     def gather(self, part: torch.Tensor) -> list[torch.Tensor]:
-        """Everybody's tensor, in the order of their indices; all are of one shape and dtype."""
+        """Return the tensors of all ranks, in the order of their indices; all are of one shape and dtype."""
         if self.group is None:
             return [part]
-        return exchange.gather(part, self.group)
+        return collectives.gather(part, self.group)
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """This process's place in its group."""
+    """This process's place in its group, with a process group along each axis."""
 
     rank: int
     mesh: Mesh
@@ -44,31 +44,31 @@ class ProcessGroups:
 
     @classmethod
     def alone(cls, device: torch.device) -> Self:
-        """A group of one."""
+        """Return a group of one."""
         return cls(0, Mesh(), device, {axis: Axis() for axis in AXES})
 
     @property
     def guidance(self) -> Axis:
-        """The ranks that have the other half of guidance, for the same tokens and shards."""
+        """The ranks with the other half of guidance, for the same tokens and shards."""
         return self.axes["guidance"]
 
     @property
     def sequence(self) -> Axis:
-        """The ranks that have the other tokens."""
+        """The ranks with the other sequence shards."""
         return self.axes["sequence"]
 
     @property
     def tensor(self) -> Axis:
-        """The ranks that have the other shards of the weights."""
+        """The ranks with the other shards of the weights."""
         return self.axes["tensor"]
 
     @property
     def exchanged(self) -> int:
-        """Messages and collectives that this rank has begun. As many as on every other rank, if they are in step."""
+        """Number of messages and collectives that this rank has begun; the same on every rank that is in step."""
         groups = [axis.group for axis in self.axes.values() if axis.group is not None]
         peers = [symmetric_memory.of(group.group_name) for group in groups]
         begun = sum(one.exchanged for one in peers if one is not None)
-        return begun + sum(group._get_sequence_number_for_group() for group in groups)
+        return begun + sum(collectives_begun(group) for group in groups)
 
     def close(self) -> None:
         """Leave the group. The process cannot join another one afterwards."""
@@ -86,12 +86,16 @@ def init_process_groups(
     timeout_s: float,
     peers: bool = True,
 ) -> ProcessGroups:
-    """Join the group of ranks that share an expert; returns when all of them are there.
+    """Join the group of ranks that share an expert; return when all of them are there.
 
     Args:
-        address, port: where rank 0 listens, as the other ranks reach it.
-        timeout_s: for the others to come, and for every exchange with them later.
-        peers: whether ranks that share weights use each other's memory (`symmetric_memory`) if their devices can.
+        rank: this process's number, from 0.
+        mesh: the mesh of the group.
+        address: host at which rank 0 listens, as the other ranks reach it.
+        port: TCP port at which rank 0 listens.
+        device: this rank's device.
+        timeout_s: bound for the others to come, and for each later communication with them.
+        peers: let ranks of tensor parallelism use symmetric memory if their devices can.
 
     Raises:
         torch.distributed.DistError: the group did not come together in time.
@@ -111,7 +115,7 @@ def init_process_groups(
         raise RuntimeError(f"DeepSpeed was imported earlier, for {accelerator!r}; set DS_ACCELERATOR={device.type}")
     # DeepSpeed's own CPU all-reduce works through shared memory: it needs ranks on one host, and a C++ compiler and
     # ninja when first used. An empty table of compatible operators leaves gloo, and saves the probing of all compilers.
-    deepspeed.ops.__compatible_ops__ = {}
+    disable_compiled_operators()
     deepspeed.init_distributed(
         dist_backend="nccl" if cuda else "gloo",
         auto_mpi_discovery=False,
@@ -121,14 +125,14 @@ def init_process_groups(
         rank=rank,
         world_size=mesh.ranks,
     )
-    if deepspeed.comm.comm.cdb.shm_comm_op is not None:
+    if shared_memory_all_reduce() is not None:
         raise RuntimeError("DeepSpeed's shared-memory all-reduce is on although it was disabled; is its version newer?")
     if cuda:
         torch.cuda.set_device(device)
-    world = ProcessGroups(rank, mesh, device, {axis: _join(axis, rank, mesh, timeout_s) for axis in AXES})
-    if cuda and world.tensor.group is not None:
-        symmetric_memory.connect(world.tensor.group, device, timeout_s, peers)
-    return world
+    groups = ProcessGroups(rank, mesh, device, {axis: _join(axis, rank, mesh, timeout_s) for axis in AXES})
+    if cuda and groups.tensor.group is not None:
+        symmetric_memory.connect(groups.tensor.group, device, timeout_s, peers)
+    return groups
 
 
 def _join(axis: AxisName, rank: int, mesh: Mesh, timeout_s: float) -> Axis:

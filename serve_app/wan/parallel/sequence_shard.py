@@ -1,16 +1,14 @@
-"""Tokens of a sample shared among ranks: DeepSpeed-Ulysses' scheme (https://arxiv.org/abs/2309.14509).
+"""Sequence shards: tokens of a sample divided among ranks, by DeepSpeed-Ulysses (https://arxiv.org/abs/2309.14509).
 
-Every rank has a run of the tokens and all heads; for self-attention they change places, so that each has all tokens of
-some heads. DeepSpeed's own layer for it sends query, key and value one by one, and wants a number of tokens that the
-ranks divide; here they travel together, and any number will do: the last run is padded, and the padding is cut off
+Every rank has a shard of the tokens with all heads. For self-attention ranks exchange, so that each has all tokens of
+some heads. DeepSpeed's own layer sends query, key and value one by one, and wants a number of tokens that the number of
+ranks divides. Here they travel together, and any number will do: the last shard is padded, and the padding is cut off
 where all tokens are together, so that no mask is needed.
 
-Ranks that share weights have runs as well, between their layers (`row_parallel`): they bring them together instead.
+Ranks of tensor parallelism have shards as well, between their layers (`tensor_parallel`), but gather the tokens.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -18,36 +16,30 @@ from serve_app.wan.parallel.process_groups import Axis
 
 
 class SequenceShard:
-    """A model's tokens, of which this rank has a run.
+    """This rank's shard of a model's tokens.
 
     Args:
-        axis: the ranks that share them.
+        axis: the ranks that divide the tokens.
     """
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
-        self._all = 0
-        """Tokens of the present pass, on all ranks together."""
 
-    def share(self, model: Any) -> None:
-        """Have a `WanTransformer3DModel` work on this rank's run between its first block and its last layer. Who shares
-        it again has runs of that run.
-        """
-        model.blocks[0].register_forward_pre_hook(lambda _, args: (self._begin(args[0]), *args[1:]))
-        # After the last layer, whose features are a hundredth of the blocks'.
-        model.proj_out.register_forward_hook(lambda _, __, output: self._end(output), prepend=True)
-
-    def own(self, whole: torch.Tensor) -> torch.Tensor:
-        """This rank's run of `[batch, tokens, ...]`; the last one may end in zeros."""
+    def take_own(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return this rank's shard, `[batch, run, ...]`, of `[batch, tokens, ...]`; the last one may end in zeros."""
         run = -(-whole.shape[1] // self._axis.size)
         part = whole[:, self._axis.index * run : (self._axis.index + 1) * run]
         if part.shape[1] < run:
             return torch.cat([part, part.new_zeros(part.shape[0], run - part.shape[1], *part.shape[2:])], dim=1)
-        # A copy: what is compiled would take a view that begins elsewhere for something else.
+        # A copy: a compiled block would be compiled anew for a view that begins elsewhere.
         return part.clone(memory_format=torch.contiguous_format)
 
+    def gather_all(self, own: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Bring the shards of all ranks, `[batch, run, ...]` each, together: `[batch, tokens, ...]` on every rank."""
+        return torch.cat(self._axis.gather(own), dim=1)[:, :tokens]
+
     def to_heads(self, tokens: int, *parts: torch.Tensor) -> list[torch.Tensor]:
-        """From `[batch, own tokens, heads, features]` to `[batch, all tokens, own heads, features]`, in one message."""
+        """Exchange `[batch, own tokens, heads, features]` for `[batch, all tokens, own heads, features]`."""
         size = self._axis.size
         stacked = torch.stack(parts).unflatten(3, (size, -1))  # [parts, batch, run, size, own heads, features]
         came = self._exchange(stacked.permute(3, 0, 1, 2, 4, 5))  # [size, parts, batch, run, own heads, features]
@@ -55,7 +47,7 @@ class SequenceShard:
         return list(whole.unbind())
 
     def to_tokens(self, run: int, hidden: torch.Tensor) -> torch.Tensor:
-        """From `[batch, all tokens, own heads, features]` to `[batch, run of own tokens, heads, features]`."""
+        """Exchange `[batch, all tokens, own heads, features]` for `[batch, own tokens, heads, features]`."""
         size = self._axis.size
         missing = size * run - hidden.shape[1]
         if missing:
@@ -64,15 +56,8 @@ class SequenceShard:
         came = self._exchange(runs.transpose(0, 1))  # [size, batch, run, own heads, features]
         return came.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
-    def _begin(self, hidden: torch.Tensor) -> torch.Tensor:
-        self._all = hidden.shape[1]
-        return self.own(hidden)
-
-    def _end(self, output: torch.Tensor) -> torch.Tensor:
-        return torch.cat(self._axis.gather(output), dim=1)[:, : self._all]
-
     def _exchange(self, parts: torch.Tensor) -> torch.Tensor:
-        """What the others have for this rank, `[size, ...]`, for what it has for them."""
+        """Send each rank its part of `[size, ...]`; return the parts that the ranks sent to this one."""
         parts = parts.contiguous()
         came = torch.empty_like(parts)
         torch.distributed.all_to_all_single(came, parts, group=self._axis.group)

@@ -1,15 +1,14 @@
-"""Memory that the devices of one host show each other, and copies of it by the devices' copy engines.
+"""Symmetric memory: memory of each device of a host that the others can access, and copies by the copy engines.
 
-A collective of NCCL is a kernel: it wants the multiprocessors that a product has, so the two hardly go beside each
-other. A copy between devices that NVLink joins wants none. So what ranks that share weights need of each other is
-copied while products are made: runs of tokens are sent while the own one is multiplied already, others' parts of sums
-are fetched while the own one is made. Nor does the signal that a run is there want any: a kernel for it would wait for
-the product that it goes beside. Where the products of two runs do not wait for each other they go to two streams: where
-the last pieces of one leave multiprocessors without work, the other has some. The memory is torch's symmetric memory,
-`torch.distributed._symmetric_memory`.
+A collective of NCCL is a kernel. It needs the multiprocessors that a matrix product uses, so the two hardly overlap. A
+copy between devices joined by NVLink needs none. So ranks of tensor parallelism copy while they multiply: a rank sends
+its run of the tokens while it multiplies that run already, and fetches the others' parts of a sum while it computes its
+own. The signal that a run has arrived needs no multiprocessor either: a kernel for it would wait for the product that
+it should overlap. Products of two runs, which do not wait for each other, go to two streams: where the last tiles of
+one leave multiprocessors idle, the other uses them. The memory is that of `torch.distributed._symmetric_memory`.
 
-Ranks come here in the same order with the same sizes, as they do to collectives, and gathers and sums take turns: by
-each of them ranks learn that what the one before has left is not wanted any more.
+All ranks make the same calls with the same sizes in the same order, as for collectives. Gathers and sums alternate:
+each tells the ranks that the memory of the call before is free again.
 """
 
 from __future__ import annotations
@@ -23,37 +22,41 @@ from typing import Any
 
 import torch
 
+from serve_app.compat import enable_symmetric_memory, symmetric_workspace
 from serve_app.errors import one_line
 from serve_app.logs import get_logger
-from serve_app.wan.parallel import collectives as exchange
+from serve_app.wan.parallel import collectives
 
 logger = get_logger(__name__)
 
 _DIVIDED, _MADE, _THERE = range(3)
-"""Channels of signals: before memory is divided anew, before parts of sums are fetched, and when a run is there: that
-one and the next in turns, since who gives such a signal does not look whether the last one was waited for."""
+"""Channels of signals: before memory is divided anew, before parts of sums are fetched, and when a run has arrived.
+
+The last one and the one after it alternate, since a rank that signals does not look whether its last signal was waited
+for."""
 _TRIED_RUNS, _TRIED_WIDTH = (64, 1024, 1024, 1024, 64, 64), 256
-"""Tokens and features of what is sent once to see that copies work."""
+"""Tokens and features of what is copied once to see that copies work."""
 _TRIED_S = 60
-"""For that, where ranks may otherwise wait for as long as a start takes."""
+"""Seconds to wait for other ranks then. Later ranks may wait for as long as a start takes."""
 _NATIVE_ATOMICS = 3
 """CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED, CUDA's name for what signals between two devices need."""
 _known: dict[str, SymmetricMemory] = {}
 
 
 class OutOfStep(RuntimeError):
-    """A rank broke off between signals. Those that nobody has waited for would be taken for later ones, so its group is
-    of no use any more.
+    """A rank broke off between signals.
+
+    Signals that nobody has waited for would be taken for later ones, so its group is of no use any more.
     """
 
 
 class SymmetricMemory:
-    """That of the ranks of a group.
+    """The symmetric memory of the ranks of a group.
 
     Args:
-        group: of the ranks.
-        device: of this one.
-        timeout_s: to wait for another rank. Beyond it the device is of no use to this process.
+        group: the ranks.
+        device: this rank's device.
+        timeout_s: seconds to wait for another rank. After that the device is of no use to this process.
     """
 
     def __init__(self, group: Any, device: torch.device, timeout_s: float) -> None:
@@ -64,9 +67,9 @@ class SymmetricMemory:
         self._gathers = 0
         self._shape: tuple[int, ...] = ()
         self.held_bytes = 0
-        """Of this rank's device. torch's allocator, which does not count it, is left so much less."""
+        """Bytes of this rank's device. torch's allocator does not count them, so its limit is lowered by as much."""
         self.exchanged = 0
-        """Gathers and sums that were begun."""
+        """Number of gathers and sums that were begun."""
         self._hold(1)
         self._timeout_ms = int(1e3 * min(timeout_s, _TRIED_S))
         self._try_signals()
@@ -75,11 +78,11 @@ class SymmetricMemory:
         self._timeout_ms = int(1e3 * timeout_s)
 
     def gather(self, own: torch.Tensor, use: Callable[[int, torch.Tensor], None]) -> None:
-        """Have all ranks' runs used: this one's at once, the others when they are there.
+        """Gather the runs of all ranks and use each: this rank's at once, the others when they have arrived.
 
         Args:
-            own: `[batch, run, features]`, of one shape on all ranks.
-            use: is called with the rank of each run, and the run. No two calls may write to the same place.
+            own: this rank's run, `[batch, run, features]`, of one shape on all ranks.
+            use: called with the rank of each run, and the run. No two calls may write to the same place.
         """
         own = own.contiguous()
         self._divide(own)
@@ -88,7 +91,7 @@ class SymmetricMemory:
         self.exchanged += 1
         self._gathers += 1
         self._copies.wait_stream(main)
-        for place, rank in enumerate(reversed(others)):  # whose first place is for the rank after it, and so on
+        for place, rank in enumerate(reversed(others)):  # the first place of a rank is for the rank after it, and so on
             self._copy(self._area(rank, own, place), own)
             self._tell(rank, channel)
         events = [self._told(rank, channel) for rank in others]
@@ -98,31 +101,31 @@ class SymmetricMemory:
                 self._beside.wait_event(event)
                 with torch.cuda.stream(self._beside):
                     use(rank, self._area(self._me, own, place))
-        finally:  # whoever fails gives memory back that is being read
+        finally:  # a failing caller frees memory that is still being read
             main.wait_stream(self._copies)
             main.wait_stream(self._beside)
 
     def share_products(
         self, hidden: torch.Tensor, weight: torch.Tensor, own: torch.Tensor, others: torch.Tensor
     ) -> None:
-        """Have each rank get what all of them have for its run of `hidden @ weight.t()`: a part of a sum.
+        """Compute `hidden @ weight.t()`, a part of a sum, and give each rank all parts for its run of the tokens.
 
-        The products of the others' runs come first, and are fetched by them while the own one is made.
+        The products for the others' runs come first; the others fetch them while this rank computes its own.
 
         Args:
             hidden: `[batch, tokens, own features in]`.
             weight: `[features out, own features in]`.
-            own: `[batch, run, features out]`, for the part that is made here. There are as many runs as ranks, of which
-                the last may end in rows for no token.
-            others: `[other ranks, batch, run, features out]`, for theirs.
+            own: where to put this rank's part, `[batch, run, features out]`. There are as many runs as ranks; the last
+                one may end in rows for no token.
+            others: where to put the other ranks' parts, `[other ranks, batch, run, features out]`.
 
         Raises:
-            OutOfStep: it was broken off.
+            OutOfStep: the exchange was broken off.
         """
         self._divide(own)
         main, run = self._main, own.shape[1]
         self.exchanged += 1
-        self._copies.wait_stream(main)  # which may have had use for the memory until now
+        self._copies.wait_stream(main)  # it may have used the memory until now
         try:
             for step in range(1, self._size):
                 rank = (self._me + step) % self._size
@@ -143,17 +146,17 @@ class SymmetricMemory:
         return torch.cuda.current_stream(self._device)
 
     def _divide(self, like: torch.Tensor) -> None:
-        """Make room for two runs, `[batch, run, features]`, of each other rank: its own, and a part of its sum."""
+        """Divide the memory into two places like `like` for each other rank: its run, and a part of its sum."""
         shape = (*like.shape, like.element_size())
         if shape == self._shape:
             return
         if 2 * (self._size - 1) * like.nbytes > self.held_bytes:
             self._hold(2 * (self._size - 1) * like.nbytes)
-        self._memory.barrier(_DIVIDED, self._timeout_ms)  # what others still want lies elsewhere from now on
+        self._memory.barrier(_DIVIDED, self._timeout_ms)  # others may still use the old division
         self._shape = shape
 
     def _area(self, rank: int, like: torch.Tensor, place: int) -> torch.Tensor:
-        """A rank's memory: first for the runs of those after it, behind that for products that they fetch."""
+        """Return a place in a rank's memory: first come runs of the ranks after it, then products that they fetch."""
         return self._memory.get_buffer(rank, like.shape, like.dtype, place * like.numel())
 
     def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
@@ -161,29 +164,29 @@ class SymmetricMemory:
             to.copy_(source)
 
     def _tell(self, rank: int, channel: int) -> None:
-        """Give a rank the signal that it has what was copied to it, as torch would, but without a kernel."""
+        """Signal to a rank that its copies have arrived, as torch would, but without a kernel."""
         with torch.cuda.stream(self._copies):
             self._memory.stream_write_value32(self._signals(rank), self._size * channel + self._me, 1)
 
     def _told(self, rank: int, channel: int) -> Any:
-        """Wait for a rank's signal before the next copy; returns the event that it is there."""
+        """Wait for a rank's signal before the next copy; return the event of its arrival."""
         with torch.cuda.stream(self._copies):
             self._memory.wait_signal(rank, channel, self._timeout_ms)
         return self._copies.record_event()
 
     def _signals(self, rank: int, dtype: torch.dtype = torch.uint32) -> torch.Tensor:
-        """A rank's signals, of each channel one by each rank: 1 from when they are given until they are waited for."""
+        """Return a rank's signals, one of each rank on each channel: 1 from being given until being waited for."""
         signals: torch.Tensor = self._memory.get_signal_pad(rank, (self._size * (_THERE + 2),), dtype)
         return signals
 
     def _try_signals(self) -> None:
-        """See whether `_tell` arrives where torch waits for it; all ranks meet here."""
+        """Check that `_tell` writes where torch waits for it; all ranks call this."""
         self._memory.put_signal(self._me, _MADE, self._timeout_ms)
         for rank in range(self._size):
             if rank != self._me:
                 self._tell(rank, _MADE)
         self._main.wait_stream(self._copies)
-        exchange.gather(torch.zeros(1, device=self._device), self._group)
+        collectives.gather(torch.zeros(1, device=self._device), self._group)
         given = self._signals(self._me, torch.int32)
         found = given.tolist()
         given.zero_()
@@ -192,7 +195,7 @@ class SymmetricMemory:
             raise RuntimeError("signals lie elsewhere in this version of torch")
 
     def _try_copies(self) -> None:
-        """See whether runs and sums are what they should be; all ranks meet here."""
+        """Check that gathers and sums are right; all ranks call this."""
         numbers = torch.Generator(self._device).manual_seed(0)
         one = torch.eye(_TRIED_WIDTH, dtype=torch.bfloat16, device=self._device)
         wrong = torch.zeros((), device=self._device)
@@ -215,14 +218,12 @@ class SymmetricMemory:
             raise RuntimeError("what is copied between devices is not what it was")
 
     def _hold(self, size: int) -> None:
-        """Have so much memory at least; all ranks meet here if there is less."""
-        from torch.distributed import _symmetric_memory as symmetric_memory
-
+        """Hold at least `size` bytes; all ranks call this."""
         torch.cuda.empty_cache()  # what the allocator keeps for later may be what is missing
-        self._memory: Any = symmetric_memory.get_symm_mem_workspace(self._group.group_name, size)
+        self._memory: Any = symmetric_workspace(self._group.group_name, size)
         self._me, self._size = self._memory.rank, self._memory.world_size
-        # torch may have a device still clear its signals, which others would give in vain.
-        exchange.gather(torch.zeros(1, device=self._device), self._group)
+        # A device may still be clearing its signals, so that those given before would be lost.
+        collectives.gather(torch.zeros(1, device=self._device), self._group)
         more, self.held_bytes = self._memory.buffer_size - self.held_bytes, self._memory.buffer_size
         share = torch.cuda.get_per_process_memory_fraction(self._device)
         whole = torch.cuda.get_device_properties(self._device).total_memory
@@ -230,7 +231,7 @@ class SymmetricMemory:
 
 
 def connect(group: Any, device: torch.device, timeout_s: float, wanted: bool = True) -> None:
-    """Let the ranks of a group have such memory if it is wanted and their devices can; all of them come here.
+    """Give the ranks of a group symmetric memory if it is wanted and their devices can; all of them call this.
 
     Raises:
         RuntimeError: the device is of no use to this process any more.
@@ -241,9 +242,7 @@ def connect(group: Any, device: torch.device, timeout_s: float, wanted: bool = T
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # newer versions of torch do without
-                from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-                enable_symm_mem_for_group(group.group_name)
+                enable_symmetric_memory(group.group_name)
             made = SymmetricMemory(group, device, timeout_s)
         except Exception as error:  # whatever versions of torch and drivers come up with
             why = one_line(error)
@@ -256,19 +255,19 @@ def connect(group: Any, device: torch.device, timeout_s: float, wanted: bool = T
 
 
 def of(group_name: str) -> SymmetricMemory | None:
-    """What the ranks of a group have; None where they use collectives."""
+    """Return the symmetric memory of a group; None where its ranks use collectives."""
     return _known.get(group_name)
 
 
 def forget() -> None:
-    """For when the groups of this process end."""
+    """Drop the symmetric memory of all groups, when the groups of this process end."""
     _known.clear()
 
 
 def _missing(group: Any, device: torch.device) -> str | None:
-    """Why this rank's device cannot show its memory to those of the others; None if it can."""
+    """Return why the other ranks' devices cannot access this one's memory; None if they can."""
     own = _uuid(device.index)
-    everyone = [bytes(one.tolist()) for one in exchange.gather(torch.tensor(list(own), device=device), group)]
+    everyone = [bytes(one.tolist()) for one in collectives.gather(torch.tensor(list(own), device=device), group)]
     if len(set(everyone)) < len(everyone):
         return "ranks share a device"
     try:
@@ -288,7 +287,7 @@ def _uuid(index: int) -> bytes:
 
 
 def _joined(first: int, second: int) -> bool:
-    """Whether a device reads another one's memory, and tells by it what other devices see at once."""
+    """Tell whether a device can access another one's memory, with atomic operations, which signals need."""
     if not torch.cuda.can_device_access_peer(first, second):
         return False
     atomics = ctypes.c_int(0)
@@ -297,12 +296,12 @@ def _joined(first: int, second: int) -> bool:
 
 
 def _all(said: bool, group: Any, device: torch.device) -> bool:
-    """Whether all ranks say so."""
-    return all(bool(one) for one in exchange.gather(torch.tensor([said], device=device), group))
+    """Tell whether all ranks say yes."""
+    return all(bool(one) for one in collectives.gather(torch.tensor([said], device=device), group))
 
 
 def _multiply(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """The product of each sample, `[batch, tokens, features]`. There may be fewer tokens than `out` has, or more."""
+    """Put the product of each sample, `[tokens, features]`, into `out`, which may have fewer rows, or more."""
     for rows, found in zip(hidden, out, strict=True):
         rows = rows[: len(found)]
         torch.mm(rows, weight.t(), out=found[: len(rows)])

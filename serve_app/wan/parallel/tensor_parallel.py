@@ -1,13 +1,14 @@
-"""Pairs of linear layers whose weights ranks share (Megatron-LM, https://arxiv.org/abs/1909.08053), and the tokens
-between the pairs (https://arxiv.org/abs/2205.05198).
+"""Tensor parallelism: pairs of linear layers whose weights are divided among ranks.
 
-Outside of a pair each rank has a run of the tokens with all features, so that norms and modulation are nobody's work
-twice. All tokens come together before the first layer; after the second one, whose product is on each rank a part of
-the sum that all of them want, each gets the sum of its own run. That is as much as an all-reduce sends.
+The weights are divided as in Megatron-LM (https://arxiv.org/abs/1909.08053), the tokens between the pairs as in
+https://arxiv.org/abs/2205.05198: outside of a pair each rank has a shard of the tokens, here a run of them, with all
+features, so that no rank repeats another's norms and modulation. All tokens are gathered before the first layer. The
+product of the second layer is on each rank a part of a sum; each rank gets the sum for its own run. That sends as much
+as an all-reduce.
 
-Where the ranks' devices can show each other their memory, tokens and sums come beside the products, piece by piece
-(`symmetric_memory`); else by collectives. To the compiler a layer with its exchange is one operator, where a collective
-splits a block in two.
+Where the devices have symmetric memory, tokens and sums are copied beside the products, part by part
+(`symmetric_memory`); else by collectives. A layer with its communication is one operator to the compiler; a collective
+would split a block in two.
 """
 
 from __future__ import annotations
@@ -18,22 +19,23 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from serve_app.wan.parallel import collectives as exchange
-from serve_app.wan.parallel import symmetric_memory as symmetric_memory
+from serve_app.compat import linear_gelu, process_group
+from serve_app.wan.parallel import collectives, symmetric_memory
 
 ROWS = 4096
-"""Of a part at least, of one rank's run; `python -m benchmarks.model.tensor_parallel` compares numbers of parts."""
-_MOST_PARTS = 4
+"""Least number of rows of a rank's run in a chunk; `python -m benchmarks.model.tensor_parallel` compares numbers."""
+_MOST_CHUNKS = 4
 
 
 class RowParallel(nn.Module):
-    """The second layer of a pair: takes the place of DeepSpeed's `LinearAllreduce`, after which each rank has all
-    tokens, and whose product is finished before its sum begins. On CUDA parts of the product are made here while others
-    are on their way.
+    """The second layer of a pair, in place of DeepSpeed's `LinearAllreduce`.
+
+    DeepSpeed's finishes the product before its sum begins, and leaves all tokens on every rank. On CUDA this one
+    computes chunks of the product while others are on their way.
 
     Args:
         linear: with this rank's `weight`, `[features out, own features in]`, and the whole `bias`, which may be None.
-        group: of the ranks that have the other parts.
+        group: the ranks with the other slices of the weight.
     """
 
     weight: torch.Tensor
@@ -46,11 +48,12 @@ class RowParallel(nn.Module):
         self._size = dist.get_world_size(group)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks of `hidden`, `[batch, tokens, own features in]`: of this rank's run of the tokens,
-        `[batch, run, features out]`. The last run may end in rows that stand for no token.
+        """Return the product, summed over all ranks, for this rank's run of the tokens, `[batch, run, features out]`.
+
+        `hidden` is `[batch, tokens, own features in]`. The last run may end in rows that stand for no token.
         """
         total, others = torch.ops.wan_serve.row_parallel(hidden, self.weight, self._size, self._group)
-        for part in others.unbind():  # which what is compiled adds up with all that follows
+        for part in others.unbind():  # the compiler fuses these sums with what follows
             total = total + part
         return total if self.bias is None else total + self.bias
 
@@ -60,7 +63,7 @@ class ColumnParallel(nn.Module):
 
     Args:
         linear: with this rank's `weight`, `[own features out, features in]`, and `bias`.
-        group: of the ranks that have the other parts.
+        group: the ranks with the other slices of the weight.
     """
 
     weight: torch.Tensor
@@ -73,8 +76,9 @@ class ColumnParallel(nn.Module):
         self._size = dist.get_world_size(group)
 
     def forward(self, hidden: torch.Tensor, gelu: bool = False) -> torch.Tensor:
-        """Of all ranks' runs of the tokens, `[batch, run, features in]`, as `column_parallel` does it; `[batch, tokens,
-        own features out]`. Those of the last run may end in rows that stand for no token.
+        """Return the product for all ranks' runs of the tokens, `[batch, tokens, own features out]`.
+
+        `hidden` is this rank's run, `[batch, run, features in]`. The last rows may stand for no token.
         """
         (product,) = column_parallel(hidden, hidden.shape[1] * self._size, self._group, self, gelu=gelu)
         return product
@@ -83,14 +87,17 @@ class ColumnParallel(nn.Module):
 def column_parallel(
     hidden: torch.Tensor, tokens: int, group: Any, *layers: Any, gelu: bool = False
 ) -> list[torch.Tensor]:
-    """First layers of a pair that take the same: of all ranks' runs, `[batch, run, features]`, the first `tokens`.
+    """Gather the tokens of all ranks and run first layers of pairs, which take the same input.
 
     Args:
-        layers: each with a `weight`, `[own features out, features in]`, and a `bias`.
-        gelu: have products write what GELU makes of them, in its tanh approximation. On CUDA alone.
+        hidden: this rank's run, `[batch, run, features in]`.
+        tokens: number of tokens of all runs that count; rows after them stand for no token.
+        group: the ranks.
+        *layers: each with a `weight`, `[own features out, features in]`, and a `bias`.
+        gelu: apply GELU, in its tanh approximation, within the product. On CUDA alone.
 
     Returns:
-        Of each layer `[batch, tokens, own features out]`.
+        The product of each layer, `[batch, tokens, own features out]`.
     """
     weights, biases = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias"))
     products: list[torch.Tensor] = torch.ops.wan_serve.column_parallel(
@@ -121,7 +128,7 @@ def _column_parallel(
     if peers is not None:
         peers.gather(hidden, use)
         return products
-    runs, coming = exchange.stack(hidden, _group(group_name))  # [ranks, batch, run, features]
+    runs, coming = collectives.stack(hidden, process_group(group_name))  # [ranks, batch, run, features]
     if coming is not None:
         coming.wait()
     use(0, runs.transpose(0, 1).flatten(1, 2))
@@ -135,7 +142,7 @@ def _(hidden: torch.Tensor, weights: list[torch.Tensor], *others: Any) -> list[t
 
 def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: bool, out: torch.Tensor) -> None:
     if gelu:
-        torch._addmm_activation(bias, rows, weight.t(), use_gelu=True, out=out)
+        linear_gelu(rows, weight, bias, out)
     else:
         torch.addmm(bias, rows, weight.t(), out=out)
 
@@ -144,39 +151,45 @@ def _linear(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gelu: 
 def _row_parallel(
     hidden: torch.Tensor, weight: torch.Tensor, ranks: int, group_name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum, `[batch, run, features out]`, and parts that it still lacks, `[parts, batch, run, features out]`."""
-    total, others = _of_run(hidden, weight, ranks, group_name)
+    """Return the sum, `[batch, run, features out]`, and parts to add to it, `[parts, batch, run, features out]`."""
+    total, others = _allocate_sums(hidden, weight, ranks, group_name)
     peers = symmetric_memory.of(group_name)
     if peers is not None:
         peers.share_products(hidden, weight, total, others)
         return total, others
-    group, parts = _group(group_name), parts_of(total.shape[1])
+    group, chunks = process_group(group_name), chunks_of(total.shape[1])
     for rows, sums in zip(hidden, total, strict=True):
-        _beside(rows, weight, ranks, group, parts, sums)
+        _overlapped(rows, weight, ranks, group, chunks, sums)
     return total, others
 
 
 @_row_parallel.register_fake
-def _of_run(
+def _allocate_sums(
     hidden: torch.Tensor, weight: torch.Tensor, ranks: int, group_name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for it."""
+    """Allocate what `_row_parallel` returns."""
     shape = (hidden.shape[0], -(-hidden.shape[1] // ranks), weight.shape[0])
     parts = 0 if symmetric_memory.of(group_name) is None else ranks - 1
     return hidden.new_empty(shape), hidden.new_empty(parts, *shape)
 
 
-def parts_of(run: int) -> int:
-    """How many parts a product is made in of which each rank gets so many rows."""
-    return min(_MOST_PARTS, max(1, run // ROWS))
+def chunks_of(run: int) -> int:
+    """Return the number of chunks a product is split into, so that communication overlaps it.
+
+    `run` is the number of rows that each rank gets.
+    """
+    return min(_MOST_CHUNKS, max(1, run // ROWS))
 
 
-def _beside(rows: torch.Tensor, weight: torch.Tensor, ranks: int, group: Any, parts: int, total: torch.Tensor) -> None:
-    """The product, `[tokens, features out]`, summed to `total`, this rank's run of it. On CUDA each part of every run
-    is added up on the collectives' own stream while the next one is made.
+def _overlapped(
+    rows: torch.Tensor, weight: torch.Tensor, ranks: int, group: Any, chunks: int, total: torch.Tensor
+) -> None:
+    """Compute the product, `[tokens, features out]`, and put its sum for this rank's run into `total`.
+
+    On CUDA each chunk is summed on the collectives' own stream while the next one is computed.
     """
     pending, start = [], 0
-    for own in total.tensor_split(parts):
+    for own in total.tensor_split(chunks):
         product = rows.new_empty(ranks, len(own), weight.shape[0])
         for rank, to in enumerate(product):
             begin = rank * len(total) + start
@@ -184,11 +197,7 @@ def _beside(rows: torch.Tensor, weight: torch.Tensor, ranks: int, group: Any, pa
             torch.mm(some, weight.t(), out=to[: len(some)])
             to[len(some) :] = 0
         start += len(own)
-        pending.append(exchange.sum_up(product, own, group))
+        pending.append(collectives.sum_up(product, own, group))
     for one in pending:
         if one is not None:
             one.wait()  # the stream waits, not this thread
-
-
-def _group(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type,unused-ignore]

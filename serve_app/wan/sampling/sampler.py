@@ -117,17 +117,17 @@ def predict(
         fuse: both halves of guidance are one forward pass if it then has at most so many samples.
     """
     if negative is None:
-        return _forward(model, latents, timesteps, positive)
+        return model(latents, timesteps, positive)
     guidance = model.guidance
     if guidance.size == 2:  # other ranks predict the other half at the same time
-        half = _forward(model, latents, timesteps, negative if guidance.index else positive)
+        half = model(latents, timesteps, negative if guidance.index else positive)
         conditional, unconditional = guidance.gather(half)
     elif 2 * len(latents) <= fuse:
-        both = _forward(model, latents.repeat(2, 1, 1, 1, 1), timesteps.repeat(2), positive + negative)
+        both = model(latents.repeat(2, 1, 1, 1, 1), timesteps.repeat(2), positive + negative)
         conditional, unconditional = both.chunk(2)
     else:
-        conditional = _forward(model, latents, timesteps, positive)
-        unconditional = _forward(model, latents, timesteps, negative)
+        conditional = model(latents, timesteps, positive)
+        unconditional = model(latents, timesteps, negative)
     # Sample by sample, so that the scale is a Python number as in WanPipeline: a bfloat16 tensor would round it.
     return torch.cat(
         [
@@ -135,11 +135,3 @@ def predict(
             for scale, with_prompt, without in zip(scales, conditional.split(1), unconditional.split(1), strict=True)
         ]
     )
-
-
-def _forward(model: Any, latents: torch.Tensor, timesteps: torch.Tensor, texts: list[torch.Tensor]) -> torch.Tensor:
-    with model.text_cache.serving(texts) as text:
-        output: torch.Tensor = model(
-            hidden_states=latents, timestep=timesteps, encoder_hidden_states=text, return_dict=False
-        )[0]
-    return output

@@ -134,7 +134,9 @@ def _parse_header(state: str) -> _Header:
         raise StateError(f"saved sample: {found}: {first['msg']}, expected the fields of this release") from None
 
 
-def _check_texts(texts: dict[str, torch.Tensor], header: _Header, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def _check_texts(
+    texts: Mapping[Any, torch.Tensor], header: _Header, checkpoint: Checkpoint, dtype: torch.dtype
+) -> None:
     width = checkpoint.expert_config("transformer")["text_dim"]
     _expect("embeddings", sorted(texts), ["negative", "positive"] if header.params.guided else ["positive"])
     for name, text in texts.items():

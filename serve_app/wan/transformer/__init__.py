@@ -1,4 +1,4 @@
-"""An expert on one rank: how it is loaded and how its forward pass differs from the library's.
+"""An expert on one rank: loading it, and its forward pass.
 
 Knows nothing of samples.
 """

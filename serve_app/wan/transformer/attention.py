@@ -21,8 +21,10 @@ class ShardedNorm(nn.Module):
     """This rank's slice of an RMSNorm over the features of all heads.
 
     Args:
-        features: of all ranks together, since the mean is over all of them.
+        features: number of features of all ranks together, over which the mean is.
         size: number of ranks.
+        eps: added to the mean of squares.
+        dtype: of the weight.
     """
 
     def __init__(self, features: int, size: int, eps: float, dtype: torch.dtype) -> None:
@@ -32,7 +34,7 @@ class ShardedNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(features // size, dtype=dtype), requires_grad=False)
 
     def squares(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The sum of squares over this rank's features, `[batch, tokens, 1]`, float32."""
+        """Return the sum of squares over this rank's features, `[batch, tokens, 1]`, float32."""
         return hidden.float().square().sum(-1, keepdim=True)
 
     def forward(self, hidden: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
@@ -42,19 +44,19 @@ class ShardedNorm(nn.Module):
 
 
 class SelfAttention:
-    """The counterpart of diffusers' `WanAttnProcessor` in the video's own attention.
+    """Attention among the tokens of the video, in place of diffusers' `WanAttnProcessor`.
 
     Args:
-        kernel: what computes the attention itself.
-        group: of the ranks that share the heads, each of which comes with a run of the tokens; None for one rank.
-        tokens: those that ranks share; None where each has all.
-        fused: whether the norms and the rotation are one kernel.
+        kernel: computes the attention itself.
+        group: the ranks that divide the heads, each of which comes with a shard of the tokens; None for one rank.
+        shard: this rank's sequence shard; None where ranks do not divide the sequence.
+        fused: run the norms and the rotation in one kernel.
     """
 
-    def __init__(self, kernel: Kernel, group: Any | None, tokens: SequenceShard | None, fused: bool = False) -> None:
+    def __init__(self, kernel: Kernel, group: Any | None, shard: SequenceShard | None, fused: bool = False) -> None:
         self.kernel = kernel
         self.group = group
-        self.tokens = tokens
+        self.shard = shard
         self.fused = fused
 
     def __call__(
@@ -65,13 +67,14 @@ class SelfAttention:
         attention_mask: None,
         rotary_emb: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
+        """Return what the tokens take from each other, of the shape of `hidden_states`, `[batch, tokens, width]`."""
         cos, sin, *whole = rotary_emb  # see `Rotary`
-        run = cos.shape[1]
+        own_tokens = cos.shape[1]
         layers = (attn.to_q, attn.to_k, attn.to_v)
         if self.group is None:
             query, key, value = (layer(hidden_states) for layer in layers)
         else:
-            query, key, value = column_parallel(hidden_states, run, self.group, *layers)
+            query, key, value = column_parallel(hidden_states, own_tokens, self.group, *layers)
         parts = ((attn.norm_q, query), (attn.norm_k, key))
         if self.fused:
             query, key = _fused(self.group, (cos, sin), *parts)
@@ -80,51 +83,35 @@ class SelfAttention:
                 _rotate(one.unflatten(2, (attn.heads, -1)), cos, sin) for one in _normalised(self.group, *parts)
             )
         value = value.unflatten(2, (attn.heads, -1))
-        if self.tokens is not None:
-            query, key, value = self.tokens.to_heads(whole[0].shape[0], query, key, value)
+        if self.shard is not None:
+            query, key, value = self.shard.to_heads(whole[0].shape[0], query, key, value)
         hidden_states = self.kernel(query, key, value, None)
-        if self.tokens is not None:
-            hidden_states = self.tokens.to_tokens(run, hidden_states)
+        if self.shard is not None:
+            hidden_states = self.shard.to_tokens(own_tokens, hidden_states)
         output: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
         return output
 
 
 class CrossAttention:
-    """The counterpart of diffusers' `WanAttnProcessor` in the attention to the text, whose keys and values are given.
+    """Attention to the text, in place of diffusers' `WanAttnProcessor`; takes keys and values, not the text.
 
-    Ranks that share weights have a run of the tokens each, and all heads for it, so that no token has to go anywhere:
-    the layers before and after the attention are whole on all of them, a seventh of an expert's weights. Keys and
-    values they make together, and keep whole.
+    Each rank of tensor parallelism has a shard of the tokens and all heads for it, so that no token has to move: the
+    layers before and after the attention, a seventh of an expert's weights, are whole on every rank. The ranks make
+    keys and values together, and each keeps all of them.
 
     Args:
-        kernel: what computes the attention itself.
-        group: of the ranks that share weights; None for one rank.
-        memory: of keys and values.
+        kernel: computes the attention itself.
+        group: the ranks of tensor parallelism; None for one rank.
+        cache: tells the bias of the texts in the present pass.
     """
 
-    def __init__(self, kernel: Kernel, group: Any | None, memory: TextCache) -> None:
+    def __init__(self, kernel: Kernel, group: Any | None, cache: TextCache) -> None:
         self.kernel = kernel
         self.group = group
-        self.memory = memory
-
-    def give(self, block: nn.Module, layer: int) -> None:
-        """Have a block get keys and values where its model gives it the text.
-
-        They are made outside of the block, so that what is compiled of it neither knows nor asks whether they are kept.
-        """
-
-        def replace(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden, text, *others = args
-            known = self.memory.get(layer)
-            if known is None:
-                known = self.keys_values(block.attn2, text)
-                self.memory.put(layer, known)
-            return (hidden, known, *others)
-
-        block.register_forward_pre_hook(replace)
+        self.cache = cache
 
     def keys_values(self, attn: WanAttention, text: torch.Tensor) -> torch.Tensor:
-        """What cross-attention makes of a text `[batch, tokens, dim]`: `[2, batch, tokens, heads, features]`."""
+        """Return keys and values of a text `[batch, tokens, dim]`, `[2, batch, tokens, heads, features]`."""
         (key,) = _normalised(self.group, (attn.norm_k, attn.to_k(text)))
         own = torch.stack([key, attn.to_v(text)]).unflatten(3, (attn.heads, -1))
         return own if self.group is None else torch.cat(gather(own, self.group), dim=3)
@@ -137,15 +124,19 @@ class CrossAttention:
         attention_mask: None,
         rotary_emb: None,
     ) -> torch.Tensor:
+        """Return what the tokens take from the text, of the shape of `hidden_states`, `[batch, tokens, width]`.
+
+        `encoder_hidden_states` is what `keys_values` returned.
+        """
         query = attn.norm_q(attn.to_q(hidden_states))
         key, value = encoder_hidden_states.unbind()
-        hidden_states = self.kernel(query.unflatten(2, key.shape[2:]), key, value, self.memory.bias)
+        hidden_states = self.kernel(query.unflatten(2, key.shape[2:]), key, value, self.cache.bias)
         attended: torch.Tensor = attn.to_out[0](hidden_states.flatten(2, 3).type_as(query))
         return attended
 
 
 def _normalised(group: Any | None, *parts: tuple[nn.Module, torch.Tensor]) -> list[torch.Tensor]:
-    """Each tensor through its norm."""
+    """Return each tensor, normalised by its norm."""
     if group is None:
         return [norm(hidden) for norm, hidden in parts]
     own = torch.cat([norm.squares(hidden) for norm, hidden in parts], dim=1)  # type: ignore[operator]
@@ -156,7 +147,7 @@ def _normalised(group: Any | None, *parts: tuple[nn.Module, torch.Tensor]) -> li
 def _fused(
     group: Any | None, rotary_emb: tuple[torch.Tensor, torch.Tensor], *parts: tuple[nn.Module, torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Each tensor through its norm, by heads and rotated."""
+    """Return each tensor normalised and rotated, `[batch, tokens, heads, features]`, in one kernel each."""
     squares: Sequence[torch.Tensor | None] = [None] * len(parts)
     if group is not None:
         squares = _of_all_ranks(square_sums([hidden for _, hidden in parts]), group, *parts)
@@ -164,18 +155,17 @@ def _fused(
 
 
 def _of_all_ranks(squares: torch.Tensor, group: Any, *parts: tuple[nn.Module, torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Each tensor's sums of squares over the features of all ranks. One all-reduce for all of them: a separate one each
-    would double the latency, which on a slow link is all there is to such a small message.
+    """Return each tensor's sums of squares over the features of all ranks.
 
-    Args:
-        squares: over this rank's features, one tensor's tokens behind the other's; changed.
+    One all-reduce serves all tensors: one for each would double the latency, which on a slow link is all there is to
+    such a small message. `squares` are over this rank's features, one tensor's tokens behind the other's; changed.
     """
     add_up(squares, group)
     return squares.split([hidden.shape[1] for _, hidden in parts], dim=1)
 
 
 def _rotate(hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of `[batch, tokens, heads, features]`, pairs being neighbours."""
+    """Rotate pairs of neighbouring features of `[batch, tokens, heads, features]` (rotary position embedding)."""
     even, odd = hidden[..., 0::2], hidden[..., 1::2]
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(hidden)

@@ -1,4 +1,4 @@
-"""The experts of one rank, by name, and which one is at hand.
+"""The loaded experts of one rank, by name.
 
 Knows nothing of samples.
 """
@@ -14,39 +14,39 @@ from serve_app.wan.weights.checkpoint import Expert
 
 
 class Experts:
-    """Loaded experts.
+    """The loaded experts of one rank.
 
     Args:
-        names: which ones.
-        load: makes one, its blocks in `slots` if there are any.
-        slots: device memory that the blocks take turns in; None where all of them stay there.
+        names: the experts to load.
+        load: loads one expert, with `block_swap` if there is one.
+        block_swap: device memory in which the blocks take turns; None where all of them stay on the device.
     """
 
     def __init__(
-        self, names: Iterable[Expert], load: Callable[[Expert], nn.Module], slots: BlockSwap | None = None
+        self, names: Iterable[Expert], load: Callable[[Expert], nn.Module], block_swap: BlockSwap | None = None
     ) -> None:
-        self._slots = slots
+        self._block_swap = block_swap
         self._models: dict[Expert, nn.Module] = {name: load(name) for name in names}
 
     @property
     def names(self) -> tuple[Expert, ...]:
-        """Those that are here."""
+        """Names of the loaded experts."""
         return tuple(self._models)
 
     @property
     def device_bytes(self) -> int:
-        """Memory of all weights on the device."""
+        """Bytes of all weights on the device."""
         storages = (p.untyped_storage() for model in self._models.values() for p in model.parameters())
-        # Blocks that take turns have the same memory.
+        # Blocks that take turns share memory.
         return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
     def use(self, name: Expert) -> nn.Module:
-        """An expert, whose blocks are on the device by the time they run."""
-        if self._slots is not None:
-            self._slots.prefetch(name)
+        """Return an expert, whose blocks are on the device by the time they run."""
+        if self._block_swap is not None:
+            self._block_swap.prefetch(name)
         return self._models[name]
 
     def forget_texts(self) -> None:
-        """Free what is kept of the texts of the last steps."""
+        """Free the cached keys and values of all texts."""
         for model in self._models.values():
             model.text_cache.clear()  # type: ignore[operator, union-attr]

@@ -1,14 +1,13 @@
-"""An expert over one or several ranks: the sharded model, and its weights read slice by slice.
+"""Loading of an expert over one or several ranks: the sharded model, and its weights read slice by slice.
 
 Tensor parallelism is DeepSpeed's inference engine: it cuts the linear layers of every block (Megatron-LM's scheme,
-https://arxiv.org/abs/1909.08053). What it does not know of Wan is added here: a query/key norm that spans all heads,
+https://arxiv.org/abs/1909.08053). Added here is what it does not know of Wan: a query/key norm that spans all heads,
 modules that stay in float32, and weights that go from the file to the shard without a whole expert in memory.
 """
 
 from __future__ import annotations
 
 import copy
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -18,12 +17,13 @@ from torch import nn
 from serve_app.errors import CheckpointError
 from serve_app.logs import get_logger
 from serve_app.wan.kernels.backends import KernelName, pick_kernel
-from serve_app.wan.kernels.fused import LinearGelu, block_forward
+from serve_app.wan.kernels.fused import LinearGelu
 from serve_app.wan.offload.block_swap import BlockSwap
 from serve_app.wan.parallel.process_groups import Axis, ProcessGroups
 from serve_app.wan.parallel.sequence_shard import SequenceShard
 from serve_app.wan.parallel.tensor_parallel import ColumnParallel, RowParallel
 from serve_app.wan.transformer.attention import CrossAttention, SelfAttention, ShardedNorm
+from serve_app.wan.transformer.forward import ForwardPass
 from serve_app.wan.transformer.rotary import Rotary
 from serve_app.wan.transformer.text_cache import TextCache
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
@@ -34,63 +34,64 @@ from serve_app.wan.weights.sharded import REMEDY, ShardedCheckpoint
 
 logger = get_logger(__name__)
 
-TEXT_MEMORY_BYTES = 2.0**30
-"""Enough for one 720p sample of A14B, both halves of guidance."""
+TEXT_CACHE_BYTES = 2.0**30
+"""Default bound of the text K/V cache: enough for one guided sample of A14B, with both its texts."""
 
 
 def load_expert(
     checkpoint: Checkpoint,
     expert: Expert,
-    world: ProcessGroups,
+    groups: ProcessGroups,
     dtype: torch.dtype,
     device: torch.device,
-    text_memory_bytes: float = TEXT_MEMORY_BYTES,
+    text_cache_bytes: float = TEXT_CACHE_BYTES,
     attention: KernelName | Literal["auto"] = "auto",
     compiled: bool = False,
     sharded: ShardedCheckpoint | None = None,
-    slots: BlockSwap | None = None,
+    block_swap: BlockSwap | None = None,
 ) -> nn.Module:
-    """An expert, or this rank's shard of it, ready to run.
+    """Load an expert, or this rank's shard of it, ready to run.
 
-    The module is called as `WanTransformer3DModel` is, by all ranks with the same arguments, and returns the same
-    prediction on all of them. The memory of the process grows by the shard and little more.
+    The module is called as `ForwardPass` says, by all ranks with the same arguments. The memory of the process grows by
+    the shard and little more.
 
     Args:
+        checkpoint: holds the weights.
+        expert: the expert's name.
+        groups: the ranks that share the expert.
         dtype: of weights and activations; the modules that diffusers keeps in float32 stay so.
-        text_memory_bytes: bound of its `text_cache`, see `TextCache`.
+        device: where this rank computes.
+        text_cache_bytes: bound of the text K/V cache, see `TextCache`.
         attention: see `pick_kernel`.
         compiled: compile the blocks. What they compute changes by rounding.
-        sharded: where each rank's shard is a file of its own, made for this tensor-parallel size and this dtype.
-            Without it the rank reads its slices of the checkpoint's weights.
-        slots: where the blocks take turns on the device; not given, all of them stay there.
+        sharded: the checkpoint with a file for each rank, made for this tensor-parallel size and this dtype. Without it
+            the rank reads its slices of `checkpoint`.
+        block_swap: device memory in which the blocks take turns; None keeps all of them on the device.
 
     Raises:
         ConfigError: the mesh does not fit the heads or the feed-forward width.
         CheckpointError: the weights do not match the configuration, or are damaged.
     """
     config = checkpoint.expert_config(expert)
-    world.mesh.check(config)
+    groups.mesh.check_fits(config)
     kernel, why = pick_kernel(attention, device, dtype, int(config["attention_head_dim"]))
     logger.info("attention", extra={"expert": expert, "kernel": why})
     model = empty_expert(checkpoint, expert)
-    tensor = world.tensor
+    tensor = groups.tensor
     if tensor.size > 1:
         model = _shard(model, tensor, dtype)
-    # DeepSpeed takes the model for its own: attributes are set afterwards.
-    model.guidance = world.guidance
-    # What is compiled wants texts of one length.
+    # DeepSpeed treats the model as its own, so attributes of ours are set after it.
+    model.guidance = groups.guidance
+    # Compiled blocks want texts of one length.
     fold = device.type == "cpu" and dtype == torch.float32 and not compiled
-    model.text_cache = TextCache(text_memory_bytes, fold)
-    tokens = SequenceShard(world.sequence) if world.sequence.size > 1 else None
+    model.text_cache = TextCache(text_cache_bytes, fold)
+    shard = SequenceShard(groups.sequence) if groups.sequence.size > 1 else None
     fused = compiled and device.type == "cuda" and dtype == torch.bfloat16
-    for layer, block in enumerate(model.blocks):
+    for block in model.blocks:
         if fused:
             block.ffn.net[0] = LinearGelu(block.ffn.net[0].proj)
-            block.forward = MethodType(block_forward, block)
-        block.attn1.set_processor(SelfAttention(kernel, tensor.group, tokens, fused))
-        cross = CrossAttention(kernel, tensor.group, model.text_cache)
-        block.attn2.set_processor(cross)
-        cross.give(block, layer)
+        block.attn1.set_processor(SelfAttention(kernel, tensor.group, shard, fused))
+        block.attn2.set_processor(CrossAttention(kernel, tensor.group, model.text_cache))
     with _source(checkpoint, expert, tensor, device, sharded) as weights:
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if sharded is None:
@@ -98,23 +99,16 @@ def load_expert(
         else:
             parts = shard_slices(shapes, weights, 0, 1, dtype)
             _check_dtypes(parts, weights)
-        if slots is not None:
+        if block_swap is not None:
             blocks = [part for part in parts if part.name.startswith("blocks.")]
-            slots.add_expert(expert, list(model.blocks), blocks, weights)
+            block_swap.add_expert(expert, list(model.blocks), blocks, weights)
             parts = [part for part in parts if not part.name.startswith("blocks.")]
         _fill(model, weights, parts, device)
     # Not part of a checkpoint: computed from the configuration.
     rope = WanRotaryPosEmbed(model.config.attention_head_dim, model.config.patch_size, model.config.rope_max_seq_len)
-    model.rope = Rotary(rope.to(device), tokens)
-    if tokens is not None:
-        tokens.share(model)
-    if tensor.size > 1:
-        SequenceShard(tensor).share(model)
-    if compiled:
-        # One graph serves all layers: what differs between them are parameters and inputs. Sizes are fixed in the first
-        # one, and those that are seen to change are free in the next.
-        for block in model.blocks:
-            block.forward = torch.compile(block.forward)
+    model.rope = Rotary(rope.to(device), shard)
+    shards = [SequenceShard(axis) for axis in (groups.sequence, tensor) if axis.size > 1]
+    model.forward = ForwardPass(model, expert, model.text_cache, shards, block_swap, fused, compiled)
     return model
 
 
@@ -127,7 +121,7 @@ def _source(
 
 
 class _Mpu:
-    """How DeepSpeed is told which ranks share the weights."""
+    """Tells DeepSpeed which ranks share the weights."""
 
     def __init__(self, tensor: Axis) -> None:
         self._tensor = tensor
@@ -164,7 +158,7 @@ def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
     model = engine.module
     blocks: Any = model.blocks
     for block, whole in zip(blocks, uncut, strict=True):
-        # DeepSpeed begins a sum when the product is finished, and makes it of all tokens.
+        # DeepSpeed's own layer begins its sum when the product is finished, and sums all tokens on every rank.
         for pair, second in ((block.attn1.to_out, 0), (block.ffn.net, 2)):
             pair[second] = RowParallel(pair[second], tensor.group)
         block.ffn.net[0].proj = ColumnParallel(block.ffn.net[0].proj, tensor.group)
@@ -179,8 +173,9 @@ def _shard(model: nn.Module, tensor: Axis, dtype: torch.dtype) -> nn.Module:
 
 
 def _whole(cross_attention: Any) -> dict[str, nn.Module]:
-    """Those of its modules that each rank has whole, though DeepSpeed cuts some. Copies, since it cuts the parameters
-    themselves.
+    """Return copies of the modules that each rank has whole, by name.
+
+    DeepSpeed cuts some of them all the same, and cuts the parameters themselves.
     """
     return {
         name: copy.deepcopy(module)
@@ -190,7 +185,13 @@ def _whole(cross_attention: Any) -> dict[str, nn.Module]:
 
 
 def _check_dtypes(parts: list[ShardSlice], weights: Weights) -> None:
-    """Converting would hide that a file was made for other modules in float32 than this version of diffusers keeps."""
+    """Check that a rank's file has the dtypes that the model wants.
+
+    Converting would hide that the file was made for other float32 modules than this version of diffusers keeps.
+
+    Raises:
+        CheckpointError: a tensor has another dtype.
+    """
     for part in parts:
         if weights.dtype(part.name) != part.dtype:
             raise CheckpointError(
@@ -200,7 +201,7 @@ def _check_dtypes(parts: list[ShardSlice], weights: Weights) -> None:
 
 
 def _fill(model: nn.Module, weights: Weights, parts: list[ShardSlice], device: torch.device) -> None:
-    """Give every parameter its values."""
+    """Give every parameter its values from the weights."""
 
     def read(part: ShardSlice) -> torch.Tensor:
         return weights.read(part.name, part.dim, part.start, part.stop, part.dtype).to(device)

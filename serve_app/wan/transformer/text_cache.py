@@ -1,4 +1,4 @@
-"""What cross-attention makes of the texts of a batch: keys and values, which no step changes.
+"""A cache of the keys and values that cross-attention makes of a batch's texts. No step changes them.
 
 Knows neither samples nor ranks.
 """
@@ -18,12 +18,14 @@ _HALVES = 2
 
 @dataclass
 class CachedTexts:
-    """A batch of texts.
+    """The texts of a batch, with their keys and values.
 
-    `texts` are the whole ones, `[1, tokens, dim]` each. `given` is what the model gets of them, `[batch, kept, dim]`,
-    one token once the keys and values are made. `bias` is added to the attention's logits, `[1, 1, 1, kept]`, None for
-    nothing. `layers` are the keys and values, `[2, batch, kept, heads, features]`, as far as they are made; none if
-    they were `beyond` the memory's limit.
+    Attributes:
+        texts: the whole texts, `[1, tokens, dim]` each.
+        given: what the model gets of them, `[batch, kept, dim]`; one token once the keys and values are made.
+        bias: added to the attention's logits, `[1, 1, 1, kept]`; None for nothing.
+        layers: keys and values by layer, `[2, batch, kept, heads, features]`; empty if they were `beyond` the limit.
+        beyond: whether keys and values took more than the cache's limit.
     """
 
     texts: list[torch.Tensor]
@@ -34,22 +36,22 @@ class CachedTexts:
 
     @property
     def bytes(self) -> int:
-        """Memory of the keys and values."""
+        """Bytes of the keys and values."""
         return sum(one.nbytes for one in self.layers.values())
 
 
 class TextCache:
-    """Keys and values by layer, kept while one and the same batch steps on.
+    """Keys and values by layer, kept while the same batch makes its steps.
 
-    A batch that changes has all of them made anew, as every step would without: to keep them by sample would save that
-    too, but each step would have to join them, and a sample that waits would hold more memory for its text than for
-    its video: at A14B's size 2 x 40 layers x 512 tokens x 5120 features x 2 bytes, 419 MB for a text. The smaller the
-    video, the more of a step's work they are.
+    When the batch changes, all of them are made anew, as every step would without a cache. Keeping them by sample would
+    save that too, but each step would have to join them, and a waiting sample would hold more memory for its text than
+    for its video: at A14B's size 2 x 40 layers x 512 tokens x 5120 features x 2 bytes, 419 MB for a text. The smaller
+    the video, the larger their share of a step's work.
 
     Args:
-        limit_bytes: for all that is kept, in the midst of a pass as well; batches beyond it are served without.
+        limit_bytes: bound of all cached keys and values, also during a pass; a batch beyond it is not cached.
         fold: let one token stand for the padding at the end of the texts, whose tokens are all alike: a logit raised by
-            log(n) weighs as much as n of them. Not on GPUs, whose fastest attention kernels take no bias, and not in
+            log(n) weighs as much as n tokens. Not on GPUs, whose fastest attention kernels take no bias, and not in
             bfloat16, which would round it.
     """
 
@@ -61,22 +63,26 @@ class TextCache:
 
     @property
     def bytes(self) -> int:
-        """Memory of what is kept."""
+        """Bytes of all cached keys and values."""
         return sum(one.bytes for one in self._kept)
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """Of the pass that is being served, see `CachedTexts`."""
+        """The bias of the present pass, see `CachedTexts`."""
         return None if self._current is None else self._current.bias
 
     @contextmanager
     def serving(self, texts: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """One forward pass over these texts, each `[1, tokens, dim]`, zero where it is padding. Where they are known by
-        their identity, the pass finds their keys and values in `get`; else those that it puts are kept, unless it
-        raises.
+        """Serve one forward pass over these texts.
+
+        If the cache has exactly these tensors, `get` returns their keys and values. Else those that the pass puts are
+        kept, unless it raises.
+
+        Args:
+            texts: `[1, tokens, dim]` each, zero where it is padding.
 
         Yields:
-            What to give the model for its texts, `[batch, kept, dim]`; one token where nothing will look at it.
+            The model's texts, `[batch, kept, dim]`; one token where the keys and values are cached.
         """
         known = next((one for one in self._kept if _same(one.texts, texts)), None)
         self._current = serving = known or self._prepare(texts)
@@ -89,11 +95,11 @@ class TextCache:
             self._kept.append(serving)
 
     def get(self, layer: int) -> torch.Tensor | None:
-        """Keys and values of this pass's texts in a layer, `[2, batch, kept, heads, features]`; None if not known."""
+        """Return the texts' keys and values in a layer, `[2, batch, kept, heads, features]`; None if not cached."""
         return None if self._current is None else self._current.layers.get(layer)
 
     def put(self, layer: int, keys_values: torch.Tensor) -> None:
-        """Keep them, if a pass is being served whose keys and values have been within the limit so far."""
+        """Keep keys and values of the present pass, if those of all its layers so far were within the limit."""
         serving = self._current
         if serving is None or serving.beyond:
             return
@@ -110,7 +116,7 @@ class TextCache:
         self._kept.clear()
 
     def _prepare(self, texts: list[torch.Tensor]) -> CachedTexts:
-        # Before the new ones are made, so that there is never more than the halves of one batch.
+        # Drop old ones before new ones are made, so that there are never more than the halves of one batch.
         self._kept = self._kept[-(_HALVES - 1) :]
         given = torch.cat(texts)
         if not self._fold:
@@ -126,5 +132,5 @@ class TextCache:
 
 
 def _same(kept: list[torch.Tensor], texts: list[torch.Tensor]) -> bool:
-    # By identity: what is kept holds on to its texts, so none of them can be another tensor in the same place.
+    # By identity: the cache holds on to its texts, so no other tensor can have come to their place in memory.
     return len(kept) == len(texts) and all(one is other for one, other in zip(kept, texts, strict=True))

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import WanTransformer3DModel
 
+from serve_app.compat import float32_modules
 from serve_app.errors import CheckpointError
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 from serve_app.wan.weights.reader import Weights
@@ -146,5 +147,5 @@ def held_bytes(weights: Weights, dtype: torch.dtype, tensor: int) -> dict[str, f
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a parameter in a model whose other parameters are `dtype`."""
     # As diffusers' own loader compares: with a whole part of the path, not a substring.
-    float32 = set(WanTransformer3DModel._keep_in_fp32_modules)
+    float32 = float32_modules()
     return torch.float32 if float32.intersection(name.split(".")) else dtype

@@ -91,7 +91,7 @@ def prepare(
         CheckpointError: the weights do not match their configuration, or `out` was made from another model.
     """
     for expert in checkpoint.experts:
-        Mesh(tensor=tensor).check(checkpoint.expert_config(expert), tensor_option="--tensor")
+        Mesh(tensor=tensor).check_fits(checkpoint.expert_config(expert), tensor_option="--tensor")
     tasks = [
         task
         for expert in dict.fromkeys(experts or checkpoint.experts)

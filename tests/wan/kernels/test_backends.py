@@ -46,7 +46,7 @@ def test_one_that_computes_something_else_is_not_taken(monkeypatch: pytest.Monke
 
 
 def test_a_packages_kernel_as_an_operator_of_torchs() -> None:
-    """As FlashAttention's are called, and some releases give more than the result."""
+    """A kernel that is called as FlashAttention's, some releases of which return more than the result."""
     kernel = kernels._as_operator("test", lambda query, key, value: (plain(query, key, value), None))
     again = kernels._as_operator("test", lambda query, key, value: (plain(query, key, value), None))
     bias = torch.zeros(1, 1, 1, 12)

@@ -103,7 +103,7 @@ def experts(
 
     def load(name: Expert) -> torch.nn.Module:
         return load_expert(
-            checkpoint, name, own, torch.float32, CPU, compiled=compiled, sharded=sharded, slots=block_swap
+            checkpoint, name, own, torch.float32, CPU, compiled=compiled, sharded=sharded, block_swap=block_swap
         )
 
     return Experts(checkpoint.experts, load, block_swap)
@@ -238,7 +238,7 @@ def _compare(rank: int, mesh: Mesh, port: int, folder: Path) -> None:
     """Denoise with and without block swap on one group, and fail if a bit differs."""
     torch.set_num_threads(1)
     groups = init_process_groups(rank, mesh, "127.0.0.1", port, CPU, timeout_s=120)
-    generator = Generator(folder, world=groups)
+    generator = Generator(folder, groups=groups)
     swapped = experts(folder, BlockSwap(CPU, HostBlocks(CPU), 1), groups=groups)
     assert torch.equal(denoise(swapped, generator), generator.latents(CASE))
     groups.close()

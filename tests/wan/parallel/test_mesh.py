@@ -49,7 +49,7 @@ def test_ranks_that_share_weights_are_neighbours() -> None:
 )
 def test_a_mesh_that_does_not_fit(mesh: Mesh, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"denoiser\.parallel\.{message}"):
-        mesh.check(A14B | changes)
+        mesh.check_fits(A14B | changes)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_ranks_that_cannot_share_the_model() -> None:
 @given(st.sampled_from([1, 2, 4, 5, 8, 10, 16, 20]), st.floats(1, 200), st.floats(16, 200))
 def test_a_picked_mesh_has_the_ranks_and_fits_where_one_does(ranks: int, weights: float, device: float) -> None:
     mesh, _ = default_mesh(ranks, A14B, shared(weights), device * GIB)
-    mesh.check(A14B)
+    mesh.check_fits(A14B)
     assert mesh.ranks == ranks
     if weights / mesh.tensor >= device:  # then no other would have: all the others have less of it
         smallest = max(t for t in range(1, ranks + 1) if ranks % t == 0 and 40 % t == 0 and 13824 % t == 0)

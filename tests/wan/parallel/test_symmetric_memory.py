@@ -28,7 +28,7 @@ FEATURES, INSIDE = 6, 12
 
 
 class Host:
-    """What ranks have in common: memory, signals that are given or taken, and where they meet."""
+    """The memory, signals and meeting points that ranks have in common."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks

@@ -1,4 +1,4 @@
-"""What is compiled serves every layer, prompt, size and batch, and both experts, once it has seen sizes change."""
+"""Compiled blocks serve every layer, prompt, size and batch, and both experts, once they have seen sizes change."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch._dynamo.utils import counters
 
 from benchmarks.model.parity import relative_error, run_ranks
 from serve_app.request import Params
 from serve_app.wan.generate import Generator
 from serve_app.wan.kernels import fused
-from serve_app.wan.kernels.fused import block_forward
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.parallel.process_groups import init_process_groups
 from serve_app.wan.sampling.sample import Sample
 from serve_app.wan.sampling.sampler import advance
 from serve_app.wan.sampling.warm_up import warm_up
+from serve_app.wan.transformer import forward
 from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint
-from tests.wan.kernels.test_fused import modulated
 from tests.wan.sampling.test_sampler import BASE
+from tests.wan.transformer.test_forward import modulated
 
 
-@pytest.fixture(params=[False, True], ids=["blocks of diffusers", "our own blocks"])
+@pytest.fixture(params=[False, True], ids=["plain blocks", "fused blocks"])
 def compiled(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Generator]:
     """Both experts, traced and guarded as on a GPU, but run as they are."""
     torch._dynamo.reset()
     if request.param:
-        monkeypatch.setattr(WanTransformerBlock, "forward", block_forward)
+        monkeypatch.setattr(forward, "block_forward", forward.fused_block_forward)
         monkeypatch.setattr(fused, "_modulated", modulated)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     yield Generator(checkpoint, compiled=True)
@@ -97,9 +96,7 @@ def passes(rank: int, mesh: Mesh, port: int, checkpoint: Path, output: Path) -> 
         latents, texts = draw(*shape), [draw(1, 512, ours.config.text_dim) for _ in range(shape[0])]
         predictions = []
         for model in (ours, theirs):
-            with model.text_cache.serving(texts) as text:
-                times = torch.full(shape[:1], 500)
-                predictions += model(latents, times, text, return_dict=False)
+            predictions.append(model(latents, torch.full(shape[:1], 500), texts))
         errors.append(relative_error(*predictions))
         made.append(graphs())
     torch.save((made, errors), output / f"{rank}.pt")
@@ -108,7 +105,7 @@ def passes(rank: int, mesh: Mesh, port: int, checkpoint: Path, output: Path) -> 
 
 @pytest.mark.parametrize("mesh", [Mesh(tensor=2), pytest.param(Mesh(sequence=2), marks=pytest.mark.slow)], ids=str)
 def test_all_ranks_compile_the_same_and_the_last_size_nothing(checkpoint: Path, tmp_path: Path, mesh: Mesh) -> None:
-    """With numbers of tokens that two ranks do not divide, among others."""
+    """Among others the ranks divide odd numbers of tokens."""
     run_ranks(passes, mesh, checkpoint, tmp_path)
     (first, errors), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Ended:
-    """What a group of two processes left behind."""
+    """The results that a group of two processes left behind."""
 
     results: dict[str, list[dict[str, Any]]]
     stdout: str
@@ -130,10 +130,10 @@ def test_a_group_of_one_does_without_deepspeed(checkpoint: Path) -> None:
     code = (
         "import sys, torch; from pathlib import Path\n"
         "from serve_app.wan.parallel.mesh import Mesh\n"
-        "from serve_app.wan.parallel.process_groups import init_world\n"
+        "from serve_app.wan.parallel.process_groups import init_process_groups\n"
         "from serve_app.wan.generate import Generator\n"
-        "world = init_world(0, Mesh(), '', 0, torch.device('cpu'), 1)\n"
-        f"Generator(Path({str(checkpoint)!r}), world=world)\n"
+        "world = init_process_groups(0, Mesh(), '', 0, torch.device('cpu'), 1)\n"
+        f"Generator(Path({str(checkpoint)!r}), groups=world)\n"
         "assert 'deepspeed' not in sys.modules and not torch.distributed.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -146,9 +146,9 @@ def test_ranks_that_never_come() -> None:
     code = (
         "import torch\n"
         "from serve_app.wan.parallel.mesh import Mesh\n"
-        "from serve_app.wan.parallel.process_groups import init_world\n"
+        "from serve_app.wan.parallel.process_groups import init_process_groups\n"
         "try:\n"
-        f"    init_world(0, Mesh(tensor=2), '127.0.0.1', {port}, torch.device('cpu'), 2)\n"
+        f"    init_process_groups(0, Mesh(tensor=2), '127.0.0.1', {port}, torch.device('cpu'), 2)\n"
         "except torch.distributed.DistError:\n"
         "    raise SystemExit(3)"
     )

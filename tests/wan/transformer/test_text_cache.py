@@ -60,7 +60,7 @@ def test_not_even_in_the_midst_of_a_pass_there_is_more_than_the_limit() -> None:
     memory = TextCache(3 * layer, fold=False)
 
     def put(text: torch.Tensor, layers: int) -> int:
-        """Of one pass over so many layers the most bytes that there were."""
+        """Return the most bytes that there were during a pass over so many layers."""
         most = 0
         with memory.serving([text]) as given:
             for index in range(layers):
@@ -114,7 +114,7 @@ def test_a_step_with_remembered_texts_is_the_step_without(
     model = generator.experts["transformer"]
     params = Params(**{**BASE.model_dump(), "guidance_scale": guidance})
     remembering, forgetting = generator.start(params), generator.start(params)
-    # The memory may have room for that many layers' keys and values of one text.
+    # The cache's limit is that many layers' keys and values of one text.
     features = model.config.num_attention_heads * model.config.attention_head_dim
     with monkeypatch.context() as patch:
         patch.setattr(model.text_cache, "_limit", layers * 2 * 512 * features * 4)
