@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sqlalchemy import Select, String, delete, func, select
+from sqlalchemy import Select, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, aliased, mapped_column
+from sqlalchemy.orm import aliased
 
 from serve_app.db.database import Database
-from serve_app.db.tables import Base, Job, Usage
+from serve_app.db.tables import Job, Key, Usage
 from serve_app.errors import ServeAppError
 
 Scope = Literal["create", "read", "admin"]
@@ -28,26 +28,6 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 DAY_S = 86400
 
 _TEXT = re.compile(r"wan_([0-9a-f]{16})_([0-9a-f]{64})")
-
-
-class Key(Base):
-    """A key. Its id is the `owner` of the jobs that are created with it. A limit that is None does not hold."""
-
-    __tablename__ = "keys"
-
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    digest: Mapped[str] = mapped_column(String(64))
-    """SHA-256 of the secret, in hex."""
-    name: Mapped[str]
-    """What its maker calls it."""
-    scopes: Mapped[list[str]]
-    """Of `SCOPES`."""
-    created_at: Mapped[float]
-    revoked_at: Mapped[float | None]
-    requests_per_minute: Mapped[int | None]
-    queued_jobs: Mapped[int | None]
-    running_jobs: Mapped[int | None]
-    gpu_seconds_per_day: Mapped[float | None]
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,26 @@ class MaintenanceFlag(Base):
     since: Mapped[float]
 
 
+class Key(Base):
+    """An API key. Its id is the `owner` of the jobs that are created with it. A limit that is None does not hold."""
+
+    __tablename__ = "keys"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64))
+    """SHA-256 of the secret, in hex."""
+    name: Mapped[str]
+    """A label that its maker chose."""
+    scopes: Mapped[list[str]]
+    """From `serve_app.accounts.keys.SCOPES`."""
+    created_at: Mapped[float]
+    revoked_at: Mapped[float | None]
+    requests_per_minute: Mapped[int | None]
+    queued_jobs: Mapped[int | None]
+    running_jobs: Mapped[int | None]
+    gpu_seconds_per_day: Mapped[float | None]
+
+
 class Usage(Base):
     """GPU-seconds that a job was charged to its key, at most once: when it completed, or was cut off by its owner or
     its deadline. What was lost on our side is nobody's to pay. Outlives the job.

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, Protocol
 
 from serve_app import config
+from serve_app.clock import CLOCK, Clock
 from serve_app.db.database import STORE_AWAY
 from serve_app.dispatch.janitor import Janitor
 from serve_app.dispatch.run import Run, Runner
@@ -67,19 +66,21 @@ class Dispatcher:
         run: Runner,
         options: config.DispatcherConfig,
         broker: Broker | None = None,
+        clock: Clock = CLOCK,
     ) -> None:
         self.owner = f"dispatcher-{secrets.token_hex(8)}"
         self._store = store
         self._storage = storage
-        self._collector = Janitor(store, storage, options.poll_s)
+        self._janitor = Janitor(store, storage, options.poll_s, clock)
         self._runner = run
         self._options = options
         self._broker = broker
+        self._clock = clock
         self._runs: dict[str, Run] = {}
         self._wake = asyncio.Event()
         self._stopping = False
         self._loop_task: asyncio.Task[None] | None = None
-        self._renewed_at = time.monotonic()
+        self._renewed_at = self._clock.monotonic()
         self._paused_until = 0.0
         self._reap_from = 0.0
         self._look = True
@@ -98,7 +99,7 @@ class Dispatcher:
         if self._broker is not None:
             self._broker.heard = self._wake.set
         self._loop_task = asyncio.create_task(self._loop(), name=self.owner)
-        self._collector.start()
+        self._janitor.start()
 
     def wake(self) -> None:
         """Look at the store now rather than at the next poll."""
@@ -106,12 +107,12 @@ class Dispatcher:
         self._wake.set()
 
     def check(self) -> None:
-        """Raises whatever ended the loop or the collector, if it ended without being told to."""
+        """Raises whatever ended the loop or the janitor, if it ended without being told to."""
         if self._stopping:
             return
-        for task in (self._loop_task, self._collector.task):
+        for task in (self._loop_task, self._janitor.task):
             if task is not None and task.done():
-                what = "the dispatcher's loop" if task is self._loop_task else "the collector"
+                what = "the dispatcher's loop" if task is self._loop_task else "the janitor"
                 raise RuntimeError(f"{what} has ended") from (None if task.cancelled() else task.exception())
 
     async def stop(self) -> None:
@@ -122,7 +123,7 @@ class Dispatcher:
             await asyncio.wait([self._loop_task])
         if self._broker is not None:
             await self._broker.attend(0)
-        await self._collector.stop()
+        await self._janitor.stop()
         for run in self._runs.values():
             run.stop()
         tasks = [run.task for run in self._runs.values() if run.task is not None]
@@ -137,14 +138,14 @@ class Dispatcher:
             pause = self._options.poll_s
             try:
                 await self._heartbeat()
-                reap = not self._away and time.monotonic() >= self._reap_from
+                reap = not self._away and self._clock.monotonic() >= self._reap_from
                 await self._store.sweep(self._options, reap=reap)
                 await self._hold()
                 await self._claim()
                 await self._announce()
                 if self._away:
                     # Nobody could renew meanwhile: who comes back first must not take the others for dead.
-                    self._reap_from = time.monotonic() + self._options.lease_s
+                    self._reap_from = self._clock.monotonic() + self._options.lease_s
                 self._away = 0
             except STORE_AWAY as error:
                 self._look = True
@@ -154,13 +155,12 @@ class Dispatcher:
                 self._away += 1
                 pause = max(pause, min(0.1 * 2**self._away, 5))
                 logger.warning("store unreachable", extra={"error": one_line(error), "retry_in_s": pause})
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
+            await self._clock.wait(self._wake, pause)
 
     async def _heartbeat(self) -> None:
         """Renew the leases in time; end what was cancelled, deleted or taken over; write what progress is pending."""
         held = {run.job.id: run.job.attempt for run in self._runs.values() if run.verdict is None}
-        now = time.monotonic()
+        now = self._clock.monotonic()
         if now - self._renewed_at >= self._options.lease_s / 3:
             still = await self._store.renew(held, self._options.lease_s)
             self._renewed_at = now
@@ -180,7 +180,7 @@ class Dispatcher:
     @property
     def _room(self) -> int:
         """How many jobs more could begin now."""
-        if self._stopping or self._on_hold or time.monotonic() < self._paused_until:
+        if self._stopping or self._on_hold or self._clock.monotonic() < self._paused_until:
             return 0
         return max(self._options.running_jobs - len(self._runs), 0)
 
@@ -200,7 +200,7 @@ class Dispatcher:
         # As many as were begun have served; if nothing is left to begin, all have.
         served = 0
         try:
-            overdue = time.monotonic() - self._looked_at >= (broker.poll_s if broker.connected else 0)
+            overdue = self._clock.monotonic() - self._looked_at >= (broker.poll_s if broker.connected else 0)
             if messages or self._look or overdue:
                 begun, more = await self._fill()
                 served = begun if more else len(messages)
@@ -213,13 +213,13 @@ class Dispatcher:
         begun = 0
         while self._room:
             self._look = False
-            self._looked_at = time.monotonic()
+            self._looked_at = self._clock.monotonic()
             job = await self._store.claim(self.owner, self._options.lease_s)
             if job is None:
                 return begun, False
             begun += 1
             logger.info("claimed", extra={"job": job.id, "attempt": job.attempt, "owner": self.owner})
-            run = Run(job, self._store, self._storage, self._runner, self._options, self._pause)
+            run = Run(job, self._store, self._storage, self._runner, self._options, self._pause, self._clock)
             self._runs[job.id] = run
             run.start().add_done_callback(lambda _, run=run: self._ended(run))  # type: ignore[misc]
         self._look = True
@@ -235,7 +235,7 @@ class Dispatcher:
             await broker.announce(video_ids)
 
     def _pause(self) -> None:
-        self._paused_until = time.monotonic() + UNAVAILABLE_S
+        self._paused_until = self._clock.monotonic() + UNAVAILABLE_S
 
     def _ended(self, run: Run) -> None:
         if self._runs.get(run.job.id) is run:

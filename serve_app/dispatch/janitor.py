@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 
+from serve_app.clock import CLOCK, Clock
 from serve_app.db.database import STORE_AWAY
 from serve_app.errors import one_line
 from serve_app.jobs.store import JobStore
@@ -26,15 +27,16 @@ class Janitor:
         pause_s: between two rounds.
     """
 
-    def __init__(self, store: JobStore, storage: Storage, pause_s: float) -> None:
+    def __init__(self, store: JobStore, storage: Storage, pause_s: float, clock: Clock = CLOCK) -> None:
         self._store = store
         self._storage = storage
         self._pause_s = min(pause_s, _PAUSE_S)
+        self._clock = clock
         self.task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin, as a task of the running event loop."""
-        self.task = asyncio.create_task(self._loop(), name="collector")
+        self.task = asyncio.create_task(self._loop(), name="janitor")
 
     async def stop(self) -> None:
         """End, wherever it is: what is not struck off is removed again."""
@@ -49,8 +51,8 @@ class Janitor:
                     logger.info("expired", extra={"jobs": expired})
                 await self._remove()
             except STORE_AWAY as error:
-                logger.warning("nothing collected", extra={"error": one_line(error)})
-            await asyncio.sleep(self._pause_s)
+                logger.warning("nothing removed", extra={"error": one_line(error)})
+            await self._clock.sleep(self._pause_s)
 
     async def _remove(self) -> None:
         """Remove the folders that are due. Their rows stay until they are gone, so what fails is tried again."""

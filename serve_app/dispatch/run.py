@@ -6,12 +6,12 @@ Knows nothing of Ray: the pipeline is a callable that yields events.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Any, Literal
 
 from serve_app import config
+from serve_app.clock import CLOCK, Clock
 from serve_app.db.database import STORE_AWAY
 from serve_app.db.tables import CANCELLED, Job
 from serve_app.errors import JobFailed, one_line
@@ -77,6 +77,7 @@ class Run:
         runner: Runner,
         options: config.DispatcherConfig,
         pause: Callable[[], None],
+        clock: Clock = CLOCK,
     ) -> None:
         self.job = job
         self.verdict: Verdict | None = None
@@ -88,6 +89,7 @@ class Run:
         self._runner = runner
         self._options = options
         self._pause = pause
+        self._clock = clock
         self._entered = False
         self._stopping = False
         self._resumed_step: int | None = None
@@ -118,7 +120,7 @@ class Run:
             progress, self.latest = self.latest, None
             if progress is None:
                 return
-            self._written_at = time.monotonic()
+            self._written_at = self._clock.monotonic()
             job = self.job
             took_effect = await self._store.progress(job.id, job.attempt, progress, self._resumed_step or 0)
         if not took_effect:
@@ -127,7 +129,7 @@ class Run:
     async def _drive(self) -> None:
         self._entered = True
         job, store = self.job, self._store
-        began = time.monotonic()
+        began = self._clock.monotonic()
         try:
             if self.verdict is not None:
                 raise asyncio.CancelledError
@@ -154,7 +156,7 @@ class Run:
             await self._failed(cause)
             return
         if await self._record(lambda: store.complete(job.id, job.attempt, done)):
-            seconds = round(time.monotonic() - began, 3)
+            seconds = round(self._clock.monotonic() - began, 3)
             logger.info("completed", extra={"job": job.id, "attempt": job.attempt, "seconds": seconds})
 
     async def _follow(self) -> Done:
@@ -178,7 +180,7 @@ class Run:
             return
         # Both by the database's clock; this host's may be another.
         left_s = job.deadline_at - job.started_at
-        timer = asyncio.get_running_loop().call_later(left_s, self.end, "deadline")
+        timer = self._clock.call_later(left_s, lambda: self.end("deadline"))
         try:
             yield timer.cancel
         finally:
@@ -190,7 +192,7 @@ class Run:
             self._resumed_step = event.step
         self.latest = event
         # A step that is not written now is written by the next heartbeat, unless a newer one replaces it.
-        if begins or event.step in (0, event.steps) or time.monotonic() - self._written_at >= PROGRESS_S:
+        if begins or event.step in (0, event.steps) or self._clock.monotonic() - self._written_at >= PROGRESS_S:
             with suppress(*STORE_AWAY):
                 await self.write_progress()
 
@@ -242,7 +244,7 @@ class Run:
                 if self._stopping:
                     logger.warning("gave up recording", extra={"job": self.job.id, "error": one_line(error)})
                     return False
-                await asyncio.sleep(delay_s)
+                await self._clock.sleep(delay_s)
                 delay_s = min(2 * delay_s, 5)
         if not took_effect:
             logger.info("superseded", extra={"job": self.job.id, "attempt": self.job.attempt})

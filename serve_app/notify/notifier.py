@@ -6,10 +6,9 @@ Lives beside a dispatcher, and knows nothing of it. Any number of notifiers shar
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
-from contextlib import suppress
 
+from serve_app.clock import CLOCK, Clock
 from serve_app.config import Config
 from serve_app.db.database import STORE_AWAY, Database
 from serve_app.errors import one_line
@@ -52,8 +51,9 @@ class Notifier:
         ConfigError: an option of webhooks or mail that cannot work.
     """
 
-    def __init__(self, database: Database, config: Config) -> None:
+    def __init__(self, database: Database, config: Config, clock: Clock = CLOCK) -> None:
         self._options = config.webhooks
+        self._clock = clock
         self._poll_s = config.dispatcher.poll_s
         # Twice what a try may take: time to write down how it went, and the bound on how late a lost one is repeated.
         self._lease_s = 2 * config.webhooks.timeout_s
@@ -106,25 +106,24 @@ class Notifier:
                 away += 1
                 pause = max(pause, min(0.1 * 2**away, 5))
                 logger.warning("store unreachable", extra={"error": one_line(error), "retry_in_s": pause})
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
+            await self._clock.wait(self._wake, pause)
 
     async def _claim(self) -> None:
         while not self._stopping and len(self._sending) < self._options.concurrency:
             counts = Counter(self._sending.values())
             busy = [receiver for receiver, count in counts.items() if count >= _PER_RECEIVER]
-            parcel = await self._outbox.claim(self._lease_s, busy)
-            if parcel is None:
+            due = await self._outbox.claim(self._lease_s, busy)
+            if due is None:
                 return
-            task = asyncio.create_task(self._deliver(parcel), name=parcel.delivery.id)
-            self._sending[task] = parcel.delivery.endpoint_id
+            task = asyncio.create_task(self._deliver(due), name=due.delivery.id)
+            self._sending[task] = due.delivery.endpoint_id
             task.add_done_callback(self._ended)
 
     async def _forget(self) -> None:
-        if time.monotonic() - self._forgot_at >= min(_FORGET_S, self._options.retention_s):
+        if self._clock.monotonic() - self._forgot_at >= min(_FORGET_S, self._options.retention_s):
             while await self._outbox.forget(self._options.retention_s):
                 pass
-            self._forgot_at = time.monotonic()
+            self._forgot_at = self._clock.monotonic()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._sending[task]
@@ -132,9 +131,9 @@ class Notifier:
             logger.error("delivery broke", extra={"delivery": task.get_name()}, exc_info=error)
         self._wake.set()  # there is room for another
 
-    async def _deliver(self, parcel: DueDelivery) -> None:
-        delivery, event = parcel.delivery, parcel.event
-        outcome = await self._send(parcel)
+    async def _deliver(self, due: DueDelivery) -> None:
+        delivery, event = due.delivery, due.event
+        outcome = await self._send(due)
         fields = {
             "delivery": delivery.id,
             "event": event.id,
@@ -148,19 +147,19 @@ class Notifier:
             logger.info("delivered", extra=fields)
         else:
             logger.warning("not delivered", extra={**fields, "error": outcome.error})
-        given_up_at = time.monotonic() + self._lease_s
+        given_up_at = self._clock.monotonic() + self._lease_s
         while True:
             try:
                 await self._outbox.record(delivery, outcome)
                 return
             except STORE_AWAY as error:
-                if time.monotonic() > given_up_at:  # it is due again anyhow
+                if self._clock.monotonic() > given_up_at:  # it is due again anyhow
                     logger.warning("delivery not recorded", extra={**fields, "error": one_line(error)})
                     return
-                await asyncio.sleep(min(1.0, self._lease_s / 10))
+                await self._clock.sleep(min(1.0, self._lease_s / 10))
 
-    async def _send(self, parcel: DueDelivery) -> Outcome:
-        delivery, event, endpoint = parcel.delivery, parcel.event, parcel.endpoint
+    async def _send(self, due: DueDelivery) -> Outcome:
+        delivery, event, endpoint = due.delivery, due.event, due.endpoint
         if delivery.tries > self._outbox.most_tries:
             return _dropped("its last try was cut off")
         if delivery.endpoint_id:
@@ -171,9 +170,9 @@ class Notifier:
             return await webhook.send(self._outbound, endpoint, event)
         if self._mailer is None:
             return _dropped("no mail server is configured")
-        if parcel.job is None:
+        if due.job is None:
             return _dropped("the video was deleted")
-        return await self._mailer.send(delivery, event, parcel.job)
+        return await self._mailer.send(delivery, event, due.job)
 
 
 def _dropped(reason: str) -> Outcome:

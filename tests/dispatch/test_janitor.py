@@ -11,13 +11,18 @@ from serve_app.config import RetentionConfig
 from serve_app.errors import JobFailed
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
+from tests.support.clock import MovableClock
 from tests.support.fakes import FakePipeline, files, until
 from tests.support.running import Start, create, ended, expected_files
 
 
 @pytest.mark.parametrize("kept", ["completed", "failed"])
-async def test_row_and_files_go_together(store: JobStore, storage: Storage, start: Start, kept: str) -> None:
-    store._retention = RetentionConfig(**{f"{kept}_s": 0, f"{'failed' if kept == 'completed' else 'completed'}_s": 0.3})
+async def test_row_and_files_go_together(
+    store: JobStore, storage: Storage, start: Start, clock: MovableClock, kept: str
+) -> None:
+    store._retention = RetentionConfig(
+        **{f"{kept}_s": 0, f"{'failed' if kept == 'completed' else 'completed'}_s": 3600}
+    )
     failing, sound = await create(store), await create(store)
     start(FakePipeline(storage, errors=[JobFailed("out_of_memory", "Too large.")]), running_jobs=1)
     ids = {"failed": failing, "completed": sound}
@@ -28,6 +33,8 @@ async def test_row_and_files_go_together(store: JobStore, storage: Storage, star
 
     job = await ended(store, stays, kept)
     assert job.expires_at is None
+    await ended(store, goes, "failed" if kept == "completed" else "completed")
+    clock.advance(3601)
     await until(gone)
 
     async def only_the_other() -> bool:

@@ -28,7 +28,7 @@ from tests.support.fakes import FakePipeline
 async def main(url, folder, lease_s):
     store, storage = JobStore(url), Storage(folder)
     await store.start()
-    options = config.Dispatcher(lease_s=float(lease_s), poll_s=0.05)
+    options = config.DispatcherConfig(lease_s=float(lease_s), poll_s=0.05)
     Dispatcher(store, storage, FakePipeline(storage, step_s=0.06, saving=True), options).start()
     await asyncio.Event().wait()
 

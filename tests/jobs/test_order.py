@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from dataclasses import dataclass
 from typing import get_args
@@ -15,15 +14,16 @@ from serve_app.config import Ageing, Priority
 from serve_app.db.tables import Job
 from serve_app.jobs.store import JobStore
 from serve_app.request import Urgency
+from tests.support.clock import MovableClock
 from tests.support.fakes import PARAMS
 
 OPTIONS = config.DispatcherConfig()
-PATIENCE = Ageing(interactive=60, standard=900, batch=3600)
+AGEING = Ageing(interactive=60, standard=900, batch=3600)
 CLASSES: tuple[Priority, ...] = get_args(Priority)
 
 
 @dataclass
-class Clock:
+class CreationTime:
     """Stands in for `new_id`: jobs are created when it says."""
 
     now: float = 1_700_000_000.0
@@ -35,11 +35,11 @@ class Clock:
 
 
 @pytest.fixture
-def clock(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    store._ageing = PATIENCE
-    clock = Clock()
-    monkeypatch.setattr("serve_app.jobs.store.new_id", clock)
-    return clock
+def creation(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> CreationTime:
+    store._ageing = AGEING
+    creation = CreationTime()
+    monkeypatch.setattr("serve_app.jobs.store.new_id", creation)
+    return creation
 
 
 async def create(store: JobStore, priority: Priority = "standard", deadline_s: float | None = None) -> str:
@@ -84,26 +84,26 @@ async def test_a_more_urgent_class_goes_first(store: JobStore) -> None:
     assert (job.priority, job.deadline_at, job.effective_deadline) == ("batch", None, job.created_at + Ageing().batch)
 
 
-async def test_patience_ends(store: JobStore, clock: Clock) -> None:
+async def test_patience_ends(store: JobStore, creation: CreationTime) -> None:
     waiting = await create(store, "batch")
-    clock.now += PATIENCE.batch - PATIENCE.interactive - 1
+    creation.now += AGEING.batch - AGEING.interactive - 1
     before = await create(store, "interactive")
-    clock.now += 2
+    creation.now += 2
     after = await create(store, "interactive")
     assert [await claimed(store) for _ in range(3)] == [before, waiting, after]
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-async def test_nobody_is_overtaken_beyond_the_bound(store: JobStore, clock: Clock, seed: int) -> None:
+async def test_nobody_is_overtaken_beyond_the_bound(store: JobStore, creation: CreationTime, seed: int) -> None:
     """A busy day: more comes in than goes out, mostly of the urgent classes."""
     draw = random.Random(seed)
     created: dict[str, tuple[float, Priority]] = {}
     waiting: list[str] = []
     for _ in range(120):
-        clock.now += draw.expovariate(1 / 60)
+        creation.now += draw.expovariate(1 / 60)
         priority = draw.choices(CLASSES, (6, 3, 1))[0]
         video_id = await create(store, priority)
-        created[video_id] = (clock.now, priority)
+        created[video_id] = (creation.now, priority)
         waiting.append(video_id)
         if draw.random() < 0.7:
             first = await claimed(store)
@@ -112,7 +112,7 @@ async def test_nobody_is_overtaken_beyond_the_bound(store: JobStore, clock: Cloc
             at, priority = created[first]
             for other in waiting:
                 since, own = created[other]
-                lead = getattr(PATIENCE, own) - getattr(PATIENCE, priority)
+                lead = getattr(AGEING, own) - getattr(AGEING, priority)
                 assert since >= at or at - since <= lead, "overtaken by one that came too late"
     places = {await store.position(video_id): video_id for video_id in waiting}
     assert [await claimed(store) for _ in waiting] == [places[index + 1] for index in range(len(waiting))]
@@ -126,11 +126,11 @@ async def test_a_job_handed_back_keeps_its_place(store: JobStore) -> None:
     assert await claimed(store) == first
 
 
-async def test_nothing_is_started_beyond_its_deadline(store: JobStore) -> None:
-    late, sound = await create(store, deadline_s=0.1), await create(store, deadline_s=60)
+async def test_nothing_is_started_beyond_its_deadline(store: JobStore, clock: MovableClock) -> None:
+    late, sound = await create(store, deadline_s=30), await create(store, deadline_s=60)
     job = await get(store, late)
-    assert job.deadline_at is not None and 0 <= job.deadline_at - job.created_at - 0.1 < 5
-    await asyncio.sleep(0.15)
+    assert job.deadline_at is not None and 0 <= job.deadline_at - job.created_at - 30 < 5
+    clock.advance(31)
     assert await claimed(store) == sound  # before any sweep
     await store.sweep(OPTIONS)
     job = await get(store, late)
