@@ -20,9 +20,8 @@ from tests.support.running import Start, create, ended, expected_files
 async def test_row_and_files_go_together(
     store: JobStore, storage: Storage, start: Start, clock: MovableClock, kept: str
 ) -> None:
-    store._retention = RetentionConfig(
-        **{f"{kept}_s": 0, f"{'failed' if kept == 'completed' else 'completed'}_s": 3600}
-    )
+    forgotten = "failed" if kept == "completed" else "completed"
+    store._retention = RetentionConfig(**{f"{kept}_s": 0, f"{forgotten}_s": 3600})
     failing, sound = await create(store), await create(store)
     start(FakePipeline(storage, errors=[JobFailed("out_of_memory", "Too large.")]), running_jobs=1)
     ids = {"failed": failing, "completed": sound}
@@ -33,7 +32,7 @@ async def test_row_and_files_go_together(
 
     job = await ended(store, stays, kept)
     assert job.expires_at is None
-    await ended(store, goes, "failed" if kept == "completed" else "completed")
+    await ended(store, goes, forgotten)
     clock.advance(3601)
     await until(gone)
 
