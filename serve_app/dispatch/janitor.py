@@ -1,6 +1,6 @@
-"""Removes what nobody will ask for: jobs whose time is up, and the files of those and of runs that came to nothing.
+"""The janitor, which removes expired jobs, their files, and the files of runs that were superseded or cut off.
 
-Beside the dispatcher's loop, not in it: a storage that is slow or hangs must not keep leases from being renewed.
+It runs beside the dispatcher's loop rather than in it: a storage that hangs must not keep leases from being renewed.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ from serve_app.storage import Storage
 
 logger = get_logger(__name__)
 
-# How often at least.
-_PAUSE_S = 5.0
+# Most seconds between two rounds.
+_LONGEST_PAUSE_S = 5.0
 
 
 class Janitor:
-    """Works until stopped, some rows and folders at a time. Any number of them share one store.
+    """A loop that removes some rows and folders at a time until stopped. Any number of janitors share one store.
 
     Args:
-        pause_s: between two rounds.
+        store: a started job store.
+        storage: the storage of the jobs' files.
+        pause_s: seconds between two rounds.
+        clock: the clock by which it waits.
     """
 
     def __init__(self, store: JobStore, storage: Storage, pause_s: float, clock: Clock = CLOCK) -> None:
         self._store = store
         self._storage = storage
-        self._pause_s = min(pause_s, _PAUSE_S)
+        self._pause_s = min(pause_s, _LONGEST_PAUSE_S)
         self._clock = clock
         self.task: asyncio.Task[None] | None = None
 
@@ -39,7 +42,7 @@ class Janitor:
         self.task = asyncio.create_task(self._loop(), name="janitor")
 
     async def stop(self) -> None:
-        """End, wherever it is: what is not struck off is removed again."""
+        """End at once. A folder whose row is still there is removed again later."""
         if self.task is not None:
             self.task.cancel()
             await asyncio.wait([self.task], timeout=5)
@@ -55,7 +58,7 @@ class Janitor:
             await self._clock.sleep(self._pause_s)
 
     async def _remove(self) -> None:
-        """Remove the folders that are due. Their rows stay until they are gone, so what fails is tried again."""
+        """Remove the folders that are due. A row stays until its folder is gone, so that a failure is tried again."""
         items = await self._store.garbage()
         for item in items:
             if removed := await self._storage.delete_prefix(item.prefix):

@@ -1,4 +1,4 @@
-"""One attempt at a job: drives the pipeline, writes its progress, and records how it went.
+"""One attempt at a job, which drives the pipeline, writes progress, and records the end.
 
 Knows nothing of Ray: the pipeline is a callable that yields events.
 """
@@ -23,21 +23,21 @@ from serve_app.storage import Storage
 logger = get_logger(__name__)
 
 Runner = Callable[[dict[str, Any]], AsyncGenerator[Event, None]]
-"""Makes the video of a job (see `spec`), telling its events. Closing the generator cancels it."""
+"""A function that makes the video of a job (see `spec`) and yields its events. Closing the generator cancels it."""
 
 Verdict = Literal["cancelled", "deadline", "lost", "stopping"]
 
-# Between two writes of progress, in seconds: what a watching person can tell apart, and a database never notices.
+# Seconds between two writes of progress: often enough for a watching person, rare enough for a database.
 PROGRESS_S = 0.25
-# Why a run was cut off, as its job's error: code and message.
-_ENDED = {
+# Error code and message of a job whose run was cut off.
+_CUT_OFF = {
     "cancelled": (CANCELLED, "Cancelled while it ran."),
     "deadline": ("deadline_exceeded", "Its deadline passed while it ran."),
 }
 
 
 class PipelineUnavailable(Exception):
-    """The pipeline cannot be reached at all, which is no job's fault: jobs wait and lose no attempt."""
+    """A pipeline that cannot be reached at all. That is no job's fault: jobs wait and lose no attempt."""
 
 
 def spec(job: Job) -> dict[str, Any]:
@@ -62,11 +62,16 @@ def spec(job: Job) -> dict[str, Any]:
 
 
 class Run:
-    """One attempt that is under way here.
+    """One attempt that runs here.
 
     Args:
-        job: as claimed.
-        pause: called when the pipeline cannot be reached, before the job waits again.
+        job: the job as claimed.
+        store: a started job store.
+        storage: the storage from which outputs are removed if the run is superseded.
+        runner: the pipeline.
+        options: how often a job is tried.
+        pause: is called when the pipeline cannot be reached, before the job waits again.
+        clock: the clock by which the run waits.
     """
 
     def __init__(
@@ -82,7 +87,7 @@ class Run:
         self.job = job
         self.verdict: Verdict | None = None
         self.latest: Progress | None = None
-        """What has not been written yet."""
+        """Progress that has not been written yet."""
         self.task: asyncio.Task[None] | None = None
         self._store = store
         self._storage = storage
@@ -93,7 +98,7 @@ class Run:
         self._entered = False
         self._stopping = False
         self._resumed_step: int | None = None
-        """The denoising step that this attempt began at, once it is known."""
+        """The denoising step at which this attempt began, once it is known."""
         self._written_at = 0.0
         self._writing = asyncio.Lock()
 
@@ -103,19 +108,19 @@ class Run:
         return self.task
 
     def end(self, verdict: Verdict) -> None:
-        """Cut the run off, once. A task that has not begun looks at the verdict itself."""
+        """Cut the run off for a reason; the first one counts. A task that has not begun checks the verdict itself."""
         if self.verdict is None:
             self.verdict = verdict
             if self._entered and self.task is not None:
                 self.task.cancel()
 
     def stop(self) -> None:
-        """Hand the job back, and wait for nothing that may take long."""
+        """Hand the job back without waiting for anything that may take long."""
         self._stopping = True
         self.end("stopping")
 
     async def write_progress(self) -> None:
-        """Write what has not been written yet."""
+        """Write the progress that has not been written yet."""
         async with self._writing:
             progress, self.latest = self.latest, None
             if progress is None:
@@ -160,25 +165,25 @@ class Run:
             logger.info("completed", extra={"job": job.id, "attempt": job.attempt, "seconds": seconds})
 
     async def _follow(self) -> Done:
-        """The pipeline's events up to the video, or to the deadline."""
+        """Follow the pipeline's events up to the video or the deadline; return the video."""
         with self._deadline() as disarm:
             async with aclosing(self._runner(spec(self.job))) as events:
                 async for event in events:
                     if isinstance(event, Done):
-                        # What is there in time is recorded, however long that takes.
+                        # A video that is there in time is recorded, however long that takes.
                         disarm()
                         return event
-                    await self._heard(event)
+                    await self._on_progress(event)
         raise JobFailed("internal_error", "The pipeline ended without a video.")
 
     @contextmanager
     def _deadline(self) -> Iterator[Callable[[], None]]:
-        """Ends the run at its job's deadline, unless it is left, or what it yields is called, before."""
+        """End the run at its job's deadline, unless the block ends or the yielded function is called before."""
         job = self.job
         if job.deadline_at is None or job.started_at is None:
             yield lambda: None
             return
-        # Both by the database's clock; this host's may be another.
+        # Both times are by the database's clock; this host's may differ.
         left_s = job.deadline_at - job.started_at
         timer = self._clock.call_later(left_s, lambda: self.end("deadline"))
         try:
@@ -186,12 +191,12 @@ class Run:
         finally:
             timer.cancel()
 
-    async def _heard(self, event: Progress) -> None:
+    async def _on_progress(self, event: Progress) -> None:
         begins = event.stage == "denoise" and self._resumed_step is None
         if begins:
             self._resumed_step = event.step
         self.latest = event
-        # A step that is not written now is written by the next heartbeat, unless a newer one replaces it.
+        # The next heartbeat writes a step that is not written now, unless a newer one replaces it.
         if begins or event.step in (0, event.steps) or self._clock.monotonic() - self._written_at >= PROGRESS_S:
             with suppress(*STORE_AWAY):
                 await self.write_progress()
@@ -223,18 +228,18 @@ class Run:
             await self._record(lambda: store.release(job.id, job.attempt))
         else:
             assert self.verdict is not None
-            code, message = _ENDED[self.verdict]
+            code, message = _CUT_OFF[self.verdict]
             await self._record(lambda: store.fail(job.id, job.attempt, code, message))
 
     async def _record(self, write: Callable[[], Awaitable[bool]]) -> bool:
-        """Write how a run ended, for as long as it takes the store to come back. False if it was superseded."""
+        """Write how a run ended, again until the store is back. Return False if the run was superseded."""
         delay_s = 0.1
         while True:
             try:
                 took_effect = await write()
                 break
             except asyncio.CancelledError:
-                # The heartbeat saw a cancel or a takeover while we wrote. If the write went through, it stands; if
+                # The heartbeat saw a cancel or a takeover during the write. If the write went through, it stands; if
                 # not, the verdict is carried out now.
                 if self.verdict is None:
                     raise
@@ -252,7 +257,7 @@ class Run:
         return took_effect
 
     async def _remove_outputs(self) -> None:
-        """Remove what a run stored that is not, or no longer, the job's: at once here, later by the garbage rows."""
+        """Remove files of the run that do not belong to the job: at once here, and later by the garbage rows."""
         job = self.job
         try:
             current = await self._store.get(job.id)

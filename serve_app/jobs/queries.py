@@ -1,4 +1,4 @@
-"""What anyone may ask about jobs: one of them, a page of them, a place in the queue, and how long it will take."""
+"""Read-only questions about jobs: one of them, a page of them, the place in the queue, the time until it is done."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Queries(Rows):
         self._pace_at = float("-inf")
 
     async def get(self, video_id: str, owner: str | None = None) -> Job | None:
-        """The job, or None. Another owner's is none; `owner` None stands for all of them."""
+        """Return a job; None if there is none, or if it belongs to another owner than `owner` (None: any)."""
         if id_time(video_id) is None:
             return None
         async with self._db.read() as session:
@@ -43,8 +43,14 @@ class Queries(Rows):
         owner: str | None = None,
         status: str | None = None,
     ) -> tuple[Sequence[Job], bool]:
-        """A page of at most `limit` jobs by age, and whether more follow. `after` is the last id of the page before.
-        Those of one owner, or with None all; those of one `Job.shown_status`, or with None all.
+        """Return a page of at most `limit` jobs by age, and whether more follow.
+
+        Args:
+            after: the last id of the page before; None for the first page.
+            limit: most jobs of a page.
+            order: "desc" for the newest first.
+            owner: whose jobs; None for all.
+            status: a `Job.shown_status`; None for all.
 
         Raises:
             LookupError: `after` is no id.
@@ -69,14 +75,15 @@ class Queries(Rows):
         return jobs[:limit], len(jobs) > limit
 
     async def count_queued(self) -> int:
-        """How many jobs wait."""
+        """Count the jobs that wait."""
         async with self._db.read() as session:
             return await self._count(session)
 
     async def position(self, video_id: str) -> int | None:
-        """Place in the queue, 1 being next; None if the job does not wait. Jobs that come later may still push in.
+        """Return the place in the queue, 1 being next; None if the job does not wait.
 
-        Others' jobs are counted as if owners took turns from now on, whoever has the fewest running.
+        Jobs that come later may still go first. Other owners' jobs are counted as if owners took turns from now on,
+        however many jobs each has running.
         """
         if id_time(video_id) is None:
             return None
@@ -93,7 +100,7 @@ class Queries(Rows):
             return own + sum(min(count, own) for count in await session.scalars(others))
 
     async def seconds_left(self, job: Job) -> float | None:
-        """Estimate of when a job is done that waits; None while nothing is known."""
+        """Estimate the seconds until a waiting job is done; None while nothing is known."""
         pace = await self.pace()
         if not pace.finished:
             return None
@@ -103,7 +110,7 @@ class Queries(Rows):
             return pace.seconds_left(ahead, job.work or pace.typical_work, begins_in_s)
 
     async def pace(self) -> Pace:
-        """How fast jobs are done at the moment, looked up every few seconds however many ask."""
+        """Return how fast jobs are done at present, measured at most every few seconds."""
         if time.monotonic() - self._pace_at >= _PACE_S:
             self._pace_at = time.monotonic()
             async with self._db.read() as session:

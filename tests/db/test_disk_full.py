@@ -47,7 +47,7 @@ async def test_a_running_job_survives_a_full_disk(small_disk: Disk, tmp_path_fac
     clock.advance(31)  # its lease is over by then
     job = await store.get(video_id)
     assert job is not None and job.status == "in_progress"
-    dispatcher.check()
+    dispatcher.raise_if_ended()
     small_disk.free()
 
     async def completed() -> bool:

@@ -145,7 +145,7 @@ async def test_takeover_after_a_silent_dispatcher(
     after = await store.get(video_id)
     assert after is not None and after.outputs == job.outputs
     with pytest.raises(RuntimeError, match="loop has ended"):
-        frozen.check()
+        frozen.raise_if_ended()
 
 
 async def test_leases_outlive_quiet_stages(
@@ -181,7 +181,7 @@ async def test_stop_hands_jobs_back(store: JobStore, storage: Storage, start: St
     assert job is not None
     assert (job.status, job.attempt, job.failures, job.lease_owner) == ("queued", 1, 0, None)
     assert pipeline.ended == [video_id]
-    dispatcher.check()
+    dispatcher.raise_if_ended()
     gate.set()
     start(pipeline)
     assert (await ended(store, video_id, "completed")).attempt == 2
@@ -207,7 +207,7 @@ async def test_store_away_for_a_while(store: JobStore, storage: Storage, start: 
     database.write = database.read = away  # type: ignore[method-assign]
     gate.set()
     await asyncio.wait_for(often.wait(), 20)
-    dispatcher.check()
+    dispatcher.raise_if_ended()
     del database.write, database.read
     assert (await ended(store, video_id, "completed")).attempt == 1
 
@@ -253,7 +253,7 @@ async def test_an_outage_costs_nobody_a_lease(
 
 async def test_a_broken_loop_shows(store: JobStore, storage: Storage, start: Start) -> None:
     dispatcher = start(FakePipeline(storage))
-    dispatcher.check()
+    dispatcher.raise_if_ended()
 
     async def broken(*_: Any) -> Any:
         raise KeyError("a bug")
@@ -262,7 +262,7 @@ async def test_a_broken_loop_shows(store: JobStore, storage: Storage, start: Sta
 
     async def noticed() -> bool:
         try:
-            dispatcher.check()
+            dispatcher.raise_if_ended()
         except RuntimeError as error:
             return isinstance(error.__cause__, KeyError)
         return False

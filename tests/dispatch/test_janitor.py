@@ -81,7 +81,7 @@ async def test_a_storage_that_hangs_costs_no_lease(store: JobStore, storage: Sto
     dispatcher = start(FakePipeline(storage), lease_s=3)
     video_id = await create(store)
     assert (await ended(store, video_id, "completed")).attempt == 1
-    dispatcher.check()
+    dispatcher.raise_if_ended()
     assert f"videos/{gone}" in [item.prefix for item in await store.garbage()]
     del storage.delete_prefix
 

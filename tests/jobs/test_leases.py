@@ -75,8 +75,8 @@ async def test_late_writers_are_fenced(store: JobStore) -> None:
     assert not await store.retry(job.id, 1, LOST, OPTIONS)
     assert not await store.release(job.id, 1)
     assert await store.renew({job.id: 1}, 60) == {}
-    assert await store.check({job.id: 1}) == {}
-    assert await store.check({job.id: 2}) == {job.id: False}
+    assert await store.still_held({job.id: 1}) == {}
+    assert await store.still_held({job.id: 2}) == {job.id: False}
     now = await get(store, job.id)
     assert (now.status, now.progress, now.attempt) == ("in_progress", 0, 2)
     assert await store.complete(job.id, 2, DONE)

@@ -126,7 +126,7 @@ async def test_cancel(store: JobStore) -> None:
     asked = await store.request_cancel(running.id)
     assert asked is not None
     assert (asked.status, asked.cancel_requested) == ("in_progress", True)
-    assert await store.check({running.id: 1}) == {running.id: True}
+    assert await store.still_held({running.id: 1}) == {running.id: True}
     assert await store.renew({running.id: 1}, 60) == {running.id: True}
     # Whichever way the attempt ends, no other is made.
     assert await store.release(running.id, 1)
@@ -142,7 +142,7 @@ async def test_delete(store: JobStore, clock: MovableClock) -> None:
     assert (await claim(store)).id == running.id
     assert await store.delete(running.id)
     assert not await store.progress(running.id, 1, Progress("denoise", 1, 4))
-    assert await store.check({running.id: 1}) == {}
+    assert await store.still_held({running.id: 1}) == {}
     # What ran may still store something for `late_outputs_s`, so its folders go now and once more after that.
     async with store._db.read() as session:
         rows = list((await session.execute(select(Garbage.prefix, Garbage.due_at).order_by(Garbage.due_at))).all())

@@ -47,7 +47,7 @@ async def notify(store: JobStore) -> AsyncIterator[Notify]:
 
     yield begin
     for notifier in started:
-        notifier.check()
+        notifier.raise_if_ended()
         await notifier.stop()
 
 
