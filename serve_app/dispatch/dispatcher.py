@@ -198,7 +198,7 @@ class Dispatcher:
             return 0
         return max(self._options.running_jobs - len(self._runs), 0)
 
-    async def _hold(self) -> None:
+    async def _learn_paused(self) -> None:
         """Ask the store whether jobs are paused. The claim asks again; this keeps messages from being taken."""
         held, self._jobs_paused = self._jobs_paused, await self._store.paused_since() is not None
         if held and not self._jobs_paused:
