@@ -21,7 +21,7 @@ from serve_app.replica import check_hosts
 
 
 def wrapped(cause: Exception) -> Exception:
-    """As it arrives from a handle."""
+    """Return an error as a Serve handle raises it."""
     error = RayTaskError("generate", "a long traceback", cause, proctitle="x", pid=1, ip="127.0.0.1")
     return error.as_instanceof_cause()
 
@@ -92,7 +92,7 @@ def test_anything_else_is_shown_as_it_was() -> None:
 
 
 class Response:
-    """A call that tells one step and then does what it is told."""
+    """A call that yields one step and then ends as the test says."""
 
     def __init__(self, then: BaseException | None, *, on_cancel: Exception | None = None) -> None:
         self._then = then

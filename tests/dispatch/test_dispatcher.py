@@ -124,7 +124,7 @@ async def test_delete_completed_removes_its_files(store: JobStore, storage: Stor
 async def test_takeover_after_a_silent_dispatcher(
     store: JobStore, storage: Storage, start: Start, clock: MovableClock
 ) -> None:
-    """One freezes while its run goes on; another takes the job; the first one's video must not count."""
+    """A dispatcher freezes while its run goes on, and another takes the job: the first run's video must not count."""
     gate = asyncio.Event()
     slow, quick = FakePipeline(storage, gate=gate), FakePipeline(storage)
     video_id = await create(store)

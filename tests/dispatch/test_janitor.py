@@ -62,7 +62,7 @@ def test_the_default_is_a_week() -> None:
 
 
 async def test_a_storage_that_hangs_costs_no_lease(store: JobStore, storage: Storage, start: Start) -> None:
-    """Nor does one that refuses keep the rest from going on."""
+    """A storage that refuses does not keep the rest from going on either."""
     refused = asyncio.Event()
 
     async def hangs(_: str) -> int:

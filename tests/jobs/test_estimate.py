@@ -46,7 +46,7 @@ def test_a_later_start() -> None:
 
 
 def test_like_size() -> None:
-    """What work leaves out weighs differently in small jobs and in large ones."""
+    """The time that does not grow with work weighs more in small jobs than in large ones."""
     pace = Pace([Finished(100, 0, 1), Finished(10_000, 1, 501)])
     assert pace.seconds_left(0, 120) == 1.2
     assert pace.seconds_left(0, 20_000) == 1000
@@ -58,7 +58,7 @@ def sized(width: int, height: int, frames: int = 81, steps: int = 40) -> Params:
 
 
 def pixels(params: Params) -> float:
-    """What work would be if it grew with the pixels."""
+    """Return the work of a video if it grew with the pixels."""
     return float(params.width * params.height * params.num_frames * params.num_inference_steps)
 
 
@@ -129,7 +129,7 @@ async def test_from_the_store(store: JobStore, monkeypatch) -> None:
 
 
 async def test_others_count_as_in_the_position(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Owners take turns: what a flood put into the queue is not all in front of who came after it."""
+    """Owners take turns: not all jobs of a flood are in front of an owner who came after it."""
     monkeypatch.setattr("serve_app.jobs.queries._PACE_S", 0)
     done = await store.create(PARAMS, "wan")
     await store.claim("me", 60)

@@ -1,4 +1,4 @@
-"""Who goes next: classes, patience and deadlines, on real databases."""
+"""The order of the queue: priority classes, ageing and deadlines, on real databases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSES: tuple[Priority, ...] = get_args(Priority)
 
 @dataclass
 class CreationTime:
-    """Stands in for `new_id`: jobs are created when it says."""
+    """A double of `new_id`, by which jobs are created at `now`."""
 
     now: float = 1_700_000_000.0
     count: int = 0
@@ -54,7 +54,7 @@ async def owned(store: JobStore, owner: str, count: int = 1, priority: Priority 
 
 
 async def owners(store: JobStore, count: int, *, end: bool = False) -> str:
-    """Whose jobs the next claims give, one letter each; `end` lets one run at a time."""
+    """Return the owners of the next claims, one letter each; `end` lets one job run at a time."""
     found = ""
     for _ in range(count):
         job = await store.claim("me", 60)
@@ -84,7 +84,7 @@ async def test_a_more_urgent_class_goes_first(store: JobStore) -> None:
     assert (job.priority, job.deadline_at, job.effective_deadline) == ("batch", None, job.created_at + Ageing().batch)
 
 
-async def test_patience_ends(store: JobStore, creation: CreationTime) -> None:
+async def test_ageing_ends(store: JobStore, creation: CreationTime) -> None:
     waiting = await create(store, "batch")
     creation.now += AGEING.batch - AGEING.interactive - 1
     before = await create(store, "interactive")
@@ -165,14 +165,14 @@ async def test_a_free_place_goes_to_whom_has_least(store: JobStore) -> None:
     assert await owners(store, 3) == "aaa"
     await owned(store, "b", 5)
     await owned(store, "c", 5)
-    assert await owners(store, 4) == "bcbc"  # among equals whose turn is first
+    assert await owners(store, 4) == "bcbc"  # among equals the earliest effective deadline
     assert await owners(store, 2) in ("bc", "cb")
     assert sorted(await owners(store, 2)) != ["a", "a"]
 
 
 @pytest.mark.parametrize("ageing", [0, 900])
 async def test_owners_take_turns_also_where_one_job_runs_at_a_time(store: JobStore, ageing: float) -> None:
-    """All of the flood came before. With patience its turns come first, but only until the other's has come too."""
+    """The whole flood came before. Its earlier effective deadlines count only until the other's has passed."""
     store._ageing = Ageing(interactive=0, standard=ageing, batch=900)
     await owned(store, "a", 6)
     await owned(store, "b", 3)
@@ -192,7 +192,7 @@ async def test_positions_count_owners_taking_turns(store: JobStore) -> None:
     assert [await store.position(video_id) for video_id in flood[:3]] == [2, 4, 5]
 
 
-async def test_a_job_waits_for_its_start_and_its_patience_counts_from_then(store: JobStore) -> None:
+async def test_a_job_waits_for_its_start_and_its_ageing_counts_from_then(store: JobStore) -> None:
     async with store._db.read() as session:
         now = await store._db.clock(session)
     later = (await store.create(PARAMS, "wan", Urgency(priority="interactive", start_at=now + 60))).id

@@ -39,7 +39,7 @@ def fragile_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Serve
 
 @pytest.fixture
 def fragile(fragile_server: S3Server, s3_credentials: None) -> Iterator[S3Server]:
-    """That server, running before the test and after it."""
+    """The server for those tests, running before the test and after it."""
     fragile_server.start()
     yield fragile_server
     fragile_server.thaw()

@@ -79,7 +79,7 @@ def _version(programs: Path) -> float:
 
 
 def _who() -> dict[str, Any]:
-    """As whom it runs: it refuses root."""
+    """Return the user that runs it, since it refuses root."""
     if os.geteuid() != 0:
         return {}
     try:

@@ -23,7 +23,7 @@ class Received:
 
 @dataclass
 class Receiver:
-    """What came, and how the next requests are answered: a status each, then always `status`.
+    """Requests that came, and the answers to the next ones: a status each, then always `status`.
 
     HANG says nothing until `release` is set, and then hangs up; HOLD then answers `status`.
     """

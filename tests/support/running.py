@@ -1,4 +1,4 @@
-"""Dispatchers at work on a store and a storage, and what tests ask of them."""
+"""Dispatchers on a store and a storage, and questions that tests ask of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def storage(tmp_path: Path, store_url: str, request: pytest.FixtureRequest) -> S
 
 @pytest.fixture
 async def start(store: JobStore, storage: Storage, clock: MovableClock) -> AsyncIterator[Start]:
-    """Starts dispatchers, and stops them after the test."""
+    """Start dispatchers, and stop them after the test."""
     started: list[Dispatcher] = []
 
     def begin(run: Runner, **options: Any) -> Dispatcher:

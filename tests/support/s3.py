@@ -166,11 +166,11 @@ class S3Server:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port at which it listens."""
         return self._ports["proxy"]
 
     def stored_files(self) -> int:
-        """How many files it holds; each part of an unfinished upload is one."""
+        """Return how many files it holds; each part of an unfinished upload is one."""
         return sum(1 for _ in (self.folder / "devices").rglob("*.data"))
 
     def make_bucket(self) -> str:
@@ -180,7 +180,7 @@ class S3Server:
         return bucket
 
     def sign(self, method: str, bucket: str, key: str, expires_s: int = 60) -> str:
-        """A presigned URL, made without the code under test."""
+        """Return a presigned URL, made without the code under test."""
         store = S3Store(
             bucket,
             endpoint=self.endpoint,
