@@ -136,7 +136,7 @@ async def test_who_pays_for_what_ends_early(store: JobStore, clock: MovableClock
         await store.progress(ids[end], 1, Progress("encode", 1, 1))
         if end != "encoding":
             await store.progress(ids[end], 1, Progress("denoise", 0, 4))
-    clock.advance(20)
+    clock.advance(0.05)
     for end in set(ids) - {"encoding"}:
         await store.progress(ids[end], 1, Progress("denoise", 2, 4))
     await store.fail(ids["encoding"], 1, "cancelled", "")
@@ -150,7 +150,7 @@ async def test_who_pays_for_what_ends_early(store: JobStore, clock: MovableClock
         rows = {row.job_id: row.gpu_seconds for row in await session.scalars(select(Usage))}
     paid = {end: rows[video_id] for end, video_id in ids.items() if video_id in rows}
     assert set(paid) == {"cancelled", "deleted", "deadline"}
-    assert all(20 < seconds < 50 for seconds in paid.values()), paid
+    assert all(0.04 < seconds < 30 for seconds in paid.values()), paid
     # The second attempt pays for itself alone.
     again = await store.claim("me", 60)
     assert again is not None and (again.id, again.denoise_at) == (ids["lost"], None)
