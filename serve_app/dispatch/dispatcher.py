@@ -98,7 +98,7 @@ class Dispatcher:
         self._paused_until = 0.0
         self._reap_from = 0.0
         self._must_look = True
-        """Whether the store may hold a job that nobody announces."""
+        """True when the store may hold a job that nobody announces."""
         self._looked_at = float("-inf")
         self._jobs_paused = False
         self._away = 0
@@ -211,7 +211,7 @@ class Dispatcher:
             await self._fill()
             return
         messages = broker.take_messages()
-        # As many messages are done as jobs were begun; if no job is left, all are.
+        # Each job that begins settles one message; if no job is left, all are settled.
         done = 0
         try:
             overdue = self._clock.monotonic() - self._looked_at >= (broker.poll_s if broker.connected else 0)

@@ -48,12 +48,12 @@ LOST = {
     *("OwnerDiedError", "PlasmaObjectNotAvailable", "RayActorError", "RaySystemError", "RequestCancelledError"),
     *("RayServeException", "ReferenceCountingAssertionError", "ReplicaUnavailableError", "RpcError"),
     *("TaskCancelledError", "TaskPlacementGroupRemoved", "TaskUnschedulableError", "WorkerCrashedError"),
-    # Of features that we do not use, subclasses of those above.
+    # Errors of features that we do not use, and subclasses of those above.
     *("RayCgraphCapacityExceeded", "RayChannelError", "RayChannelTimeoutError", "RayDirectTransportError"),
     *("StreamingGeneratorReplayInconsistentError", "gRPCStatusError"),
 }
 AWAY = {"BackPressureError", "DeploymentUnavailableError"}
-# What our code or configuration does, or what never comes out of a handle.
+# Errors of our code or configuration, or that never come out of a handle.
 OURS = {
     *("ActorAlreadyExistsError", "ActorHandleNotFoundError", "AsyncioActorExit", "AuthenticationError"),
     *("CrossLanguageError", "GetTimeoutError", "ObjectRefStreamEndOfStreamError"),

@@ -16,7 +16,7 @@ from serve_app.storage import Storage
 from tests.support.fakes import PARAMS, FakePipeline, files, until
 
 LEASE_S = 1.0
-# What it runs saves a state after each of 1000 steps and would take a minute.
+# Its pipeline saves a state after each of 1000 steps and would take a minute.
 DISPATCHER = """
 import asyncio, sys
 from serve_app import config

@@ -143,7 +143,7 @@ async def test_delete(store: JobStore, clock: MovableClock) -> None:
     assert await store.delete(running.id)
     assert not await store.progress(running.id, 1, Progress("denoise", 1, 4))
     assert await store.still_held({running.id: 1}) == {}
-    # What ran may still store something for `late_outputs_s`, so its folders go now and once more after that.
+    # The run may still store files for `late_outputs_s`, so its folders are removed now and once more after that.
     async with store._db.read() as session:
         rows = list((await session.execute(select(Garbage.prefix, Garbage.due_at).order_by(Garbage.due_at))).all())
     moments = {prefix: [at for other, at in rows if other == prefix] for prefix, _ in rows}

@@ -147,7 +147,7 @@ async def test_links(s3_storage: Storage) -> None:
         assert thumbnail.headers["content-type"] == "image/jpeg"
         head = await http.head(str(await s3_storage.link("videos/v/1/video.mp4", "HEAD")))
         assert (head.status_code, head.headers["content-length"]) == (200, str(len(LARGE)))
-        # What it was not signed for.
+        # Requests that it was not signed for.
         assert (await http.head(url)).status_code == 403
         assert (await http.delete(url)).status_code == 403
         assert (await http.put(url, content=b"x")).status_code == 403
