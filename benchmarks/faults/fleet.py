@@ -81,8 +81,8 @@ async def dispatcher(config: Config) -> None:
     notifier.start()
     while True:
         await asyncio.sleep(0.5)
-        dispatching.check()
-        notifier.check()
+        dispatching.raise_if_ended()
+        notifier.raise_if_ended()
 
 
 class Fleet(ABC):

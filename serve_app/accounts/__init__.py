@@ -1,4 +1,4 @@
-"""API keys: who may do what and how much.
+"""API keys, their scopes and limits.
 
 Knows neither HTTP nor how jobs are run.
 """

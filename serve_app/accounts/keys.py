@@ -1,7 +1,7 @@
-"""API keys: who may do what and how much, and the GPU-seconds that each has used.
+"""API keys, their scopes and limits, and the GPU-seconds that each has used.
 
-A key's text is `wan_<id>_<secret>`. The id finds its row; of the secret, 256 random bits, only the SHA-256 is stored,
-which for that many bits needs neither salt nor stretching. Knows nothing of HTTP.
+A key's text is `wan_<id>_<secret>`. The id finds its row. Of the secret, 256 random bits, only the SHA-256 is stored;
+that many random bits need neither salt nor stretching. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sqlalchemy import Select, String, delete, func, select
+from sqlalchemy import Select, delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, aliased, mapped_column
+from sqlalchemy.orm import aliased
 
 from serve_app.db.database import Database
-from serve_app.db.tables import Base, Job, Usage
+from serve_app.db.tables import Job, Key, Usage
 from serve_app.errors import ServeAppError
 
 Scope = Literal["create", "read", "admin"]
@@ -30,32 +30,15 @@ DAY_S = 86400
 _TEXT = re.compile(r"wan_([0-9a-f]{16})_([0-9a-f]{64})")
 
 
-class Key(Base):
-    """A key. Its id is the `owner` of the jobs that are created with it. A limit that is None does not hold."""
-
-    __tablename__ = "keys"
-
-    id: Mapped[str] = mapped_column(String(64), primary_key=True)
-    digest: Mapped[str] = mapped_column(String(64))
-    """SHA-256 of the secret, in hex."""
-    name: Mapped[str]
-    """What its maker calls it."""
-    scopes: Mapped[list[str]]
-    """Of `SCOPES`."""
-    created_at: Mapped[float]
-    revoked_at: Mapped[float | None]
-    requests_per_minute: Mapped[int | None]
-    queued_jobs: Mapped[int | None]
-    running_jobs: Mapped[int | None]
-    gpu_seconds_per_day: Mapped[float | None]
-
-
 @dataclass(frozen=True)
 class KeyLimits:
-    """How much a key may have; None is no limit.
+    """The limits of a key; None is no limit.
 
-    `requests_per_minute` counts every call over HTTP; `queued_jobs` those that wait; `running_jobs` those that run,
-    beyond which further ones wait; `gpu_seconds_per_day` is looked at when a job is created, over the last 24 hours.
+    Attributes:
+        requests_per_minute: calls over HTTP.
+        queued_jobs: jobs that wait.
+        running_jobs: jobs that run at once; further ones wait.
+        gpu_seconds_per_day: GPU-seconds of the last 24 hours, checked when a job is created.
     """
 
     requests_per_minute: int | None = None
@@ -65,10 +48,12 @@ class KeyLimits:
 
 
 class OverLimit(ServeAppError):
-    """A key asks for more than it may have.
+    """A key is at one of its limits.
 
     Args:
-        retry_after_s: when that may change, None if it is not known.
+        code: the name of the limit.
+        message: one sentence for the user.
+        retry_after_s: seconds until that may change; None if not known.
     """
 
     def __init__(self, code: str, message: str, retry_after_s: float | None = None) -> None:
@@ -82,13 +67,13 @@ class OverLimit(ServeAppError):
 
 
 class Keys:
-    """The keys in the database of a `JobStore`."""
+    """The API keys in a database."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
 
     async def create(self, name: str, scopes: Sequence[Scope], limits: KeyLimits | None = None) -> tuple[Key, str]:
-        """A new key and its text, which nobody can be told again."""
+        """Create a key. Return it with its text, which cannot be read again later."""
         key_id, secret = secrets.token_hex(8), secrets.token_hex(32)
         async with self._db.write() as session:
             key = Key(
@@ -103,7 +88,7 @@ class Keys:
         return key, f"wan_{key_id}_{secret}"
 
     async def find(self, text: str) -> Key | None:
-        """The key of a text, None if there is none or it was revoked."""
+        """Return the key of a text; None if there is none or it was revoked."""
         match = _TEXT.fullmatch(text)
         if match is None:
             return None
@@ -114,7 +99,7 @@ class Keys:
         return key
 
     async def list(self) -> Sequence[tuple[Key, float]]:
-        """All keys by age, those that were revoked too, each with the GPU-seconds of its last 24 hours."""
+        """Return all keys by age, revoked ones too, each with the GPU-seconds of its last 24 hours."""
         async with self._db.read() as session:
             since = await self._db.clock(session) - DAY_S
             used = (
@@ -126,7 +111,7 @@ class Keys:
             return [(key, seconds) for key, seconds in rows]
 
     async def revoke(self, key_id: str) -> bool:
-        """End a key at once; False if there is none. Its jobs stay, and run."""
+        """Revoke a key at once; return False if there is none. Its jobs stay and still run."""
         async with self._db.write() as session:
             key = await session.get(Key, key_id, with_for_update=True)
             if key is not None and key.revoked_at is None:
@@ -134,7 +119,7 @@ class Keys:
         return key is not None
 
     async def limit(self, key_id: str, changes: dict[str, float | None]) -> Key | None:
-        """Change limits, named as in `KeyLimits`; None if there is no such key."""
+        """Change limits, named as in `KeyLimits`; return the key, or None if there is none."""
         async with self._db.write() as session:
             key = await session.get(Key, key_id, with_for_update=True)
             if key is not None:
@@ -143,12 +128,13 @@ class Keys:
         return key
 
 
-async def admit(session: AsyncSession, owner: str, now: float) -> None:
-    """Whether the owner may create a job now. Its row stays locked to the end of the transaction, so that the same
-    key's creates come one after the other.
+async def check_quota(session: AsyncSession, owner: str, now: float) -> None:
+    """Check that the owner may create a job now.
+
+    The key's row stays locked to the end of the transaction, so that jobs of one key are created one after the other.
 
     Raises:
-        OverLimit: it may not.
+        OverLimit: the key is at its `queued_jobs` or `gpu_seconds_per_day`.
     """
     key = await session.get(Key, owner, with_for_update=True) if owner else None
     if key is None:
@@ -168,7 +154,7 @@ async def admit(session: AsyncSession, owner: str, now: float) -> None:
 
 
 def at_running_limit() -> Select[Any]:
-    """The owners of whom as many jobs run as may. Looks at the rows of running jobs only."""
+    """Select the owners at their limit of running jobs. Reads the rows of running jobs only."""
     running = aliased(Job)
     return (
         select(running.owner)
@@ -180,10 +166,12 @@ def at_running_limit() -> Select[Any]:
 
 
 def _until_below(limit: float, used: Sequence[tuple[float, float]], now: float) -> float | None:
-    """Seconds until enough has gone out of the last 24 hours, None if it is below the limit now.
+    """Return the seconds until the usage of the last 24 hours falls below a limit; None if it is below now.
 
     Args:
+        limit: GPU-seconds.
         used: times and GPU-seconds, the oldest first.
+        now: the database's time.
     """
     left = sum(seconds for _, seconds in used)
     if left < limit:

@@ -1,4 +1,4 @@
-"""The database: engine, sessions, migrations, every table, and what a call raises while it is away.
+"""The database: engine, sessions, migrations, every table, and the exceptions of one that is away.
 
-Knows nothing of what the rows mean to jobs, accounts or notifications.
+Knows nothing of the rules by which jobs, accounts and notifications change their rows.
 """

@@ -1,7 +1,7 @@
-"""A connection pool on SQLite or PostgreSQL. All that differs between the two is in here.
+"""A connection pool on SQLite or PostgreSQL, and everything in which the two differ.
 
-Row locks do too, without a word: SQLAlchemy leaves FOR UPDATE out on SQLite, where a writing transaction holds the
-only write lock from its first statement on.
+Row locks need no code here: SQLAlchemy leaves FOR UPDATE out on SQLite, where a writing transaction holds the only
+write lock from its first statement on.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from serve_app.db.schema import migrate
 from serve_app.errors import ConfigError, without_password
 
 STORE_AWAY = (SQLAlchemyError, OSError)
-"""What a call raises while the database is away; asyncpg raises OSError when it cannot connect."""
+"""Exceptions that a call raises while the database is away; asyncpg raises OSError when it cannot connect."""
 
-# `postgres` is what libpq and many a provider call it.
+# libpq and many providers write `postgres`.
 _DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
     "postgresql": "postgresql+asyncpg",
@@ -35,13 +35,13 @@ _DRIVERS = {
 }
 _OPTIONS_OF_THE_DIALECT = ("prepared_statement_cache_size", "prepared_statement_name_func")
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-# One lock for whoever changes the tables: a number that other users of the database are unlikely to have chosen.
+# The lock of whoever changes the tables: a number that other users of the database are unlikely to have chosen.
 _SCHEMA_LOCK = 0x77616E32
-# How long a writer waits for the others before SQLite says "database is locked".
+# Seconds that a writer waits for others before SQLite says "database is locked".
 _BUSY_S = 30
-# Between two tries to switch a file of SQLite.
-_SWITCH_S = 0.02
-# A server that hangs is away: for a connection, and for an answer, which never takes as long as this.
+# Seconds between two tries to give a file of SQLite a write-ahead log.
+_WRITE_AHEAD_RETRY_S = 0.02
+# Seconds for a connection and for an answer, after which a server that hangs counts as away. No answer takes as long.
 _CONNECT_S = 10
 _ANSWER_S = 30
 
@@ -53,8 +53,8 @@ class Database:
         url: a SQLAlchemy URL; the driver may be left out.
 
     Raises:
-        ConfigError: the URL cannot be read, names another kind of database, or has an option that there is not; or the
-            package is missing that talks to it.
+        ConfigError: the URL cannot be read, names another kind of database or an unknown option, or the driver's
+            package is not installed.
     """
 
     def __init__(self, url: str) -> None:
@@ -73,10 +73,10 @@ class Database:
             self._url = self._with_options_of_asyncpg(self._url)
         self._engine: AsyncEngine | None = None
         # SQLite admits one writer; queueing here beats polling for the file lock.
-        self._turn: Any = asyncio.Lock() if self._sqlite else nullcontext()
+        self._write_lock: Any = asyncio.Lock() if self._sqlite else nullcontext()
 
     def _with_options_of_asyncpg(self, url: URL) -> URL:
-        """Return the URL with the names that asyncpg has for what stands behind its `?`, where libpq has others."""
+        """Return the URL with the options after its `?` renamed from libpq's names to asyncpg's."""
         if url.port is not None and not 0 < url.port < 65536:
             raise ConfigError(f"{self._said}: has the port {url.port}, expected 1 to 65535")
         try:
@@ -94,19 +94,19 @@ class Database:
 
     @property
     def file(self) -> Path | None:
-        """The file of SQLite; None of PostgreSQL."""
+        """The file of SQLite; None on PostgreSQL."""
         return Path(self._url.database or "").absolute() if self._sqlite else None
 
     @property
     def folder(self) -> Path | None:
-        """Where the file of SQLite lies; None of PostgreSQL."""
+        """The folder of the SQLite file; None on PostgreSQL."""
         return self.file.parent if self.file else None
 
     async def start(self) -> None:
-        """Connect, and make the tables or bring them up to date.
+        """Connect, and create the tables or migrate them to this version.
 
         Raises:
-            ConfigError: the database cannot be opened, or its tables are not of this version or an older one.
+            ConfigError: the database cannot be opened, or its tables are of a newer version.
         """
         if self._engine is not None:
             return
@@ -133,7 +133,7 @@ class Database:
             limits = {"timeout": _CONNECT_S, "command_timeout": _ANSWER_S}
             engine = create_async_engine(self._url, pool_pre_ping=True, connect_args=limits)
         try:
-            # Of SQLite this transaction is the only writer from its beginning on.
+            # On SQLite this transaction is the only writer from its beginning on.
             async with engine.begin() as connection:
                 if not self._sqlite:
                     await connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
@@ -144,32 +144,32 @@ class Database:
         return engine
 
     async def close(self) -> None:
-        """Give every connection back."""
+        """Close every connection."""
         engine, self._engine = self._engine, None
         if engine is not None:
             await engine.dispose()
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
-        """A session that only reads. Rows stay usable after it."""
+        """Open a session that only reads. Rows stay usable after it."""
         engine = self._started().execution_options(read_only=True)
         async with AsyncSession(engine, expire_on_commit=False) as session:
             yield session
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncSession]:
-        """A session that is one transaction: committed at its end, rolled back on an exception."""
+        """Open a session that is one transaction: committed at its end, rolled back on an exception."""
         engine = self._started()
-        async with self._turn, AsyncSession(engine, expire_on_commit=False) as session, session.begin():
+        async with self._write_lock, AsyncSession(engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     async def clock(self, session: AsyncSession) -> float:
-        """The database's time, in seconds since the epoch: the one clock that all dispatchers share."""
+        """Return the database's time in seconds since the epoch: the one clock that all dispatchers share."""
         now = self.now()
         return now if isinstance(now, float) else float(await session.scalar(select(now)) or 0)
 
     def now(self) -> float | ColumnElement[Any]:
-        """`clock` as part of a statement."""
+        """Return the time of `clock` as part of a statement."""
         if self._sqlite:
             return time.time()  # the database is in this process
         return func.extract("epoch", func.clock_timestamp())
@@ -192,10 +192,10 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _write_ahead(cursor: Any) -> None:
-    """Have the file keep a write-ahead log, which stays so.
+    """Give the file a write-ahead log, which it keeps.
 
-    SQLite does not wait here for one that writes, whatever its timeout: of several that open a new file at once the
-    first begins to write, and others may be told that it is locked.
+    SQLite does not wait for a writer here, whatever its timeout: when several processes open a new file at once, the
+    first begins to write, and the others may be told that the file is locked.
     """
     deadline = time.monotonic() + _BUSY_S
     while True:
@@ -205,16 +205,16 @@ def _write_ahead(cursor: Any) -> None:
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
-        await_only(asyncio.sleep(_SWITCH_S))
+        await_only(asyncio.sleep(_WRITE_AHEAD_RETRY_S))
 
 
 def _roll_back_sqlite(connection: Any, _record: Any, _error: Any) -> None:
-    """Called before a connection is closed whose task was cancelled within a statement.
+    """Roll back before a connection is closed whose task was cancelled within a statement.
 
-    Closing alone would not end its transaction: for as long as anything, a traceback say, refers to a cursor with rows
-    left to read, SQLite keeps the closed connection, and with it the only write lock.
+    Closing alone would not end the transaction: while anything, such as a traceback, refers to a cursor with unread
+    rows, SQLite keeps the closed connection and with it the only write lock.
     """
-    with suppress(Exception, asyncio.CancelledError):  # it has been asked for, and is cancelled already
+    with suppress(Exception, asyncio.CancelledError):  # the rollback was sent, and the task is cancelled already
         connection.rollback()
 
 

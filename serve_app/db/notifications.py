@@ -1,7 +1,7 @@
-"""The tables of notices, the same on SQLite and PostgreSQL. Times are seconds since the epoch.
+"""The tables of notifications, the same on SQLite and PostgreSQL. Times are seconds since the epoch.
 
-An event is written in the transaction that ends its job. It is then distributed: one delivery for each endpoint that
-wants it, and one for the mail that the job asked for.
+An event is written in the transaction that ends its job. Distributing it makes one delivery for each endpoint that
+subscribed to its type, and one for the mail that the job asked for.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 DeliveryStatus = Literal["pending", "delivered", "failed"]
 
 _ID = re.compile(r"(?:we|evt|dlv)_[0-9a-f]{38}")
-# Tries that a delivery's log remembers; the latest ones.
+# The latest tries that a delivery's log keeps.
 LOGGED_TRIES = 20
 
 
 def new_id(kind: Literal["we", "evt", "dlv"]) -> tuple[str, float]:
-    """A fresh id and its time. Ids of a kind sort by time, and 96 random bits keep them from being guessed."""
+    """Return a fresh id and its time. Ids of a kind sort by time, and 96 random bits keep them from being guessed."""
     microseconds = time.time_ns() // 1000
     return f"{kind}_{microseconds:014x}{secrets.token_hex(12)}", microseconds / 1e6
 
 
 def is_id(text: str) -> bool:
-    """Whether it can be an id of these tables at all."""
+    """Return whether a text has the form of an id of these tables."""
     return _ID.fullmatch(text) is not None
 
 
 class Endpoint(Base):
-    """A URL that is told of its owner's videos.
+    """A webhook URL that gets the events of its owner's videos.
 
-    Secrets are stored as they are: signing needs them, unlike checking a password.
+    Secrets are stored in plain text: signing needs them, unlike checking a password.
     """
 
     __tablename__ = "webhook_endpoints"
@@ -50,13 +50,13 @@ class Endpoint(Base):
     url: Mapped[str]
     event_types: Mapped[list[str]]
     secret: Mapped[str]
-    """`whsec_` and padded base64."""
+    """The newest secret: `whsec_` and padded base64."""
     old_secrets: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
-    """Each with `secret` and `until`, the time up to which it signs as well."""
+    """Earlier secrets, each with `secret` and `until`, the time up to which it signs as well."""
     created_at: Mapped[float]
     updated_at: Mapped[float]
     disabled_reason: Mapped[str | None]
-    """None while it is enabled."""
+    """The reason why nothing is sent; None while the endpoint is enabled."""
 
 
 class Event(Base):
@@ -81,9 +81,9 @@ class Event(Base):
 class Delivery(Base):
     """An event on its way to one receiver.
 
-    `due_at` is when it is next tried. Whoever tries it first moves that beyond the time that a try can take, which is
-    its lease: after a crash in between it is due again. `claims` counts these and fences what is recorded of a try;
-    `tries` counts them since the delivery began or was replayed, for the schedule.
+    `due_at` is the time of the next try. A notifier claims the delivery by moving `due_at` beyond the time that a try
+    can take, which is its lease: after a crash the delivery is due again. `claims` counts the claims, and a result is
+    recorded only under the latest one; `tries` counts since the delivery began or was replayed, for the schedule.
     """
 
     __tablename__ = "deliveries"
@@ -91,16 +91,16 @@ class Delivery(Base):
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     event_id: Mapped[str] = mapped_column(String(64))
     endpoint_id: Mapped[str] = mapped_column(String(64), default="")
-    """Empty for a mail."""
+    """The endpoint that gets it; empty for a mail."""
     recipient: Mapped[str] = mapped_column(default="")
-    """The address of a mail."""
+    """The address of a mail; empty for an endpoint."""
     status: Mapped[str] = mapped_column(String(16), default="pending")
     created_at: Mapped[float]
     due_at: Mapped[float]
     claims: Mapped[int] = mapped_column(default=0)
     tries: Mapped[int] = mapped_column(default=0)
     log: Mapped[list[dict[str, Any]]] = mapped_column(JSON, default=list)
-    """The latest tries, each as `Outcome.entry` has it."""
+    """The latest tries, each an `Outcome.entry`."""
 
     __table_args__ = (
         UniqueConstraint("event_id", "endpoint_id"),
@@ -111,18 +111,18 @@ class Delivery(Base):
 
 
 def event_of(job: Job) -> Event:
-    """What is to be told of a job that has just completed or failed."""
+    """Return the event of a job that has just completed or failed."""
     return new_event(job.owner, "video.completed" if job.status == "completed" else "video.failed", job.id)
 
 
 def new_event(owner: str, kind: EventType, video_id: str, *, distributed: bool = False) -> Event:
-    """An event of this moment."""
+    """Return an event that happens now."""
     event_id, created_at = new_id("evt")
     return Event(id=event_id, owner=owner, type=kind, video_id=video_id, created_at=created_at, distributed=distributed)
 
 
 def new_delivery(event: Event, now: float, *, endpoint_id: str = "", recipient: str = "") -> Delivery:
-    """A delivery that is due at `now`."""
+    """Return a delivery that is due at `now`."""
     delivery_id, _ = new_id("dlv")
     return Delivery(
         id=delivery_id,

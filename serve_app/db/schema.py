@@ -1,6 +1,6 @@
-"""Brings a database's tables to what this version knows, by the revisions under `migrations/`.
+"""Migrations of a database's tables to this version, by the revisions under `migrations/`.
 
-Knows no locks: the caller holds one, in the transaction of the connection that it passes.
+Knows no locks: the caller holds one in the transaction of the connection that it passes.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from sqlalchemy import Connection, inspect
 from serve_app.errors import ConfigError, without_password
 
 _FOLDER = Path(__file__).parent / "migrations"
-# The table that every version has had, also those from before there were revisions.
+# The table that every version has had, even those before the first revision.
 _FIRST_TABLE = "jobs"
 
 
 def alembic_config(connection: Connection) -> Config:
-    """What Alembic's commands take, without a file."""
+    """Return the configuration of Alembic's commands, without a file."""
     config = Config(attributes={"connection": connection})
     config.set_main_option("script_location", str(_FOLDER).replace("%", "%%"))
     return config
 
 
 def migrate(connection: Connection) -> None:
-    """Make the tables, or bring older ones up to date.
+    """Create the tables, or migrate older ones.
 
     Raises:
-        ConfigError: a newer version has been here, or one from before there were revisions.
+        ConfigError: a newer version made the tables, or one before the first revision.
     """
     config = alembic_config(connection)
     scripts = ScriptDirectory.from_config(config)

@@ -1,4 +1,4 @@
-"""The tables of the job store, the same on SQLite and PostgreSQL. Times are seconds since the epoch."""
+"""The tables of jobs and API keys, the same on SQLite and PostgreSQL. Times are seconds since the epoch."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _ID = re.compile(r"video_([0-9a-f]{14})[0-9a-f]{24}")
 
 
 def new_id() -> tuple[str, float]:
-    """A fresh id and its time of creation.
+    """Return a fresh video id and its time of creation.
 
-    The id begins with that time in microseconds, so a page of a list can start after a video that was deleted
-    meanwhile; 96 random bits keep it from being guessed.
+    The id begins with that time in microseconds, so that a page of a list can start after a video that was deleted
+    meanwhile; 96 random bits keep the id from being guessed.
     """
     microseconds = time.time_ns() // 1000
     return f"video_{microseconds:014x}{secrets.token_hex(12)}", microseconds / 1e6
 
 
 def id_time(video_id: str) -> float | None:
-    """The time in an id, or None if it is no id of ours."""
+    """Return the time in a video id, or None if the text is no such id."""
     match = _ID.fullmatch(video_id)
     return int(match[1], 16) / 1e6 if match else None
 
 
 class Base(DeclarativeBase):
-    """Every table. `serve_app/jobs/migrations` makes them; a test holds both to be the same."""
+    """The base of every table. `serve_app/db/migrations` creates them; a test checks that both are the same."""
 
     type_annotation_map = {  # noqa: RUF012 (SQLAlchemy's own declaration)
         dict[str, Any]: JSON,
@@ -47,69 +47,69 @@ class Base(DeclarativeBase):
 class Job(Base):
     """One video that somebody asked for.
 
-    `attempt` counts claims and fences every write of a run: one that was superseded writes nothing. `failures` counts
-    the attempts in a row that ended badly and began no further than the one before, which is what `max_attempts`
-    bounds: a job that was handed back loses nothing.
+    `attempt` counts claims and fences every write of a run: a superseded run writes nothing. `failures` counts the
+    attempts in a row that failed and began no further than the attempt before; `max_attempts` bounds it. A job that was
+    handed back counts no failure.
     """
 
     __tablename__ = "jobs"
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     owner: Mapped[str] = mapped_column(String(64), default="")
-    """The id of the key that created it; empty where nobody has to say who they are."""
+    """The id of the key that created it; empty without authentication."""
     status: Mapped[str] = mapped_column(String(16), default="queued")
     model: Mapped[str]
     params: Mapped[dict[str, Any]]
     """A `serve_app.request.Params` as JSON."""
     work: Mapped[float | None]
-    """TFLOP of its denoising (`serve_app.wan.cost.video_tflop`); empty if whoever created it did not know the model."""
+    """TFLOP of its denoising (`serve_app.wan.cost.video_tflop`); None if its creator did not know the model."""
     ranks: Mapped[int] = mapped_column(default=1)
-    """Of the groups it is made for: a second of denoising is as many GPU-seconds."""
+    """Ranks of a denoiser group: one second of denoising costs as many GPU-seconds."""
     remixed_from: Mapped[str | None] = mapped_column(String(64))
     notify_email: Mapped[str | None]
-    """Where a mail goes when it has ended."""
+    """The address of a mail that says that the job has ended."""
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
-    """The client's name for its request; the owner's other requests have others."""
+    """The client's name for its request, unique among the requests of the owner."""
     request_digest: Mapped[str | None] = mapped_column(String(64))
-    """Of the request that came with the idempotency key."""
+    """SHA-256 of the request that came with the idempotency key, in hex."""
     priority: Mapped[str] = mapped_column(String(16), default="standard")
     """A `serve_app.config.Priority`."""
     created_at: Mapped[float]
     start_at: Mapped[float | None]
-    """When somebody wants it to begin at the earliest; its waiting counts from then."""
+    """The earliest time to begin, if the request names one; waiting counts from then."""
     effective_deadline: Mapped[float] = mapped_column("turn")
-    """When the patience of its class ends: an owner's jobs are claimed in the order of their turns."""
+    """The time by which its priority class expects it to begin (ageing): an owner's jobs are claimed in this order."""
     deadline_at: Mapped[float | None]
-    """When the video ceases to be of use, by the database's clock."""
+    """The time after which the video is of no use, by the database's clock."""
     started_at: Mapped[float | None]
-    """When the current attempt began."""
+    """The time at which the current attempt began."""
     denoise_at: Mapped[float | None]
-    """When its denoising began."""
+    """The time at which the current attempt began to denoise."""
     completed_at: Mapped[float | None]
-    """When it completed or failed."""
+    """The time at which it completed or failed."""
     expires_at: Mapped[float | None]
-    """When row and files are removed; never if empty."""
+    """The time at which row and files are removed; None for never."""
 
     stage: Mapped[str | None] = mapped_column(String(16))
     step: Mapped[int] = mapped_column(default=0)
     steps: Mapped[int] = mapped_column(default=0)
     progress: Mapped[int] = mapped_column(default=0)
-    """0 to 100, and 100 only when completed; never falls within an attempt."""
+    """Percent, 100 only when completed. It never falls within an attempt."""
     seconds_left: Mapped[float | None]
 
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
     interruptions: Mapped[int] = mapped_column(default=0)
-    """Attempts that ended by a loss that the job had no part in."""
+    """Attempts that ended by a loss that the job did not cause."""
     resumed_step: Mapped[int] = mapped_column(default=0)
-    """The furthest denoising step that an attempt began at."""
+    """The furthest denoising step at which an attempt began."""
     lost_step: Mapped[int | None]
     """The step, counted from 1, during which a group was last lost with this job in it."""
     losses: Mapped[int] = mapped_column(default=0)
-    """How many groups in a row were lost during that step."""
+    """Groups lost in a row during that step."""
     not_before: Mapped[float] = mapped_column(default=0.0)
     announced_at: Mapped[float] = mapped_column(default=0.0)
-    """When the dispatchers were last told that it waits; 0 if not since it began to wait."""
+    """The time at which dispatchers were last told that it waits; 0 if not since it began to wait."""
     lease_owner: Mapped[str | None] = mapped_column(String(64))
     lease_until: Mapped[float | None]
     cancel_requested: Mapped[bool] = mapped_column(default=False)
@@ -117,12 +117,12 @@ class Job(Base):
     error_code: Mapped[str | None] = mapped_column(String(64))
     error_message: Mapped[str | None]
     outputs: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """`video`, `thumbnail`, `spritesheet` to storage keys."""
+    """Storage keys of `video`, `thumbnail` and `spritesheet`."""
     size_bytes: Mapped[int | None] = mapped_column(BigInteger)
     timings: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """A stage to its seconds."""
+    """Seconds of each stage."""
     revision: Mapped[str | None] = mapped_column(String(64))
-    """Of the weights that made it."""
+    """Revision of the weights that made it."""
     warnings: Mapped[list[str]] = mapped_column(default=list)
 
     __table_args__ = (
@@ -137,23 +137,23 @@ class Job(Base):
         Index("jobs_by_owner", "owner", "status"),
         Index("jobs_by_owner_and_age", "owner", "created_at", "id"),
         Index("jobs_by_end", "status", "completed_at"),
-        # Two gateways that get the same request at once: the index lets one of them create the job.
+        # When two gateways get the same request at once, this index lets only one of them create the job.
         Index("jobs_by_idempotency_key", "owner", "idempotency_key", unique=True),
     )
 
     @property
     def finished(self) -> bool:
-        """Whether nothing will change any more."""
+        """Return whether the job has ended for good."""
         return self.status in ("completed", "failed")
 
     @property
     def shown_status(self) -> str:
-        """The status for people: a job that was cancelled has failed for programs only, which know four."""
+        """The status shown to people: `cancelled` for a job that its owner stopped, which programs see as failed."""
         return "cancelled" if self.status == "failed" and self.error_code == CANCELLED else self.status
 
     @property
     def waits_since(self) -> float:
-        """From when on its waiting counts."""
+        """The time from which its waiting counts."""
         return max(self.created_at, self.start_at or 0)
 
     @property
@@ -174,7 +174,8 @@ SHOWN_STATUS = case((and_(Job.status == "failed", Job.error_code == CANCELLED), 
 class Garbage(Base):
     """A storage folder to be removed once `due_at` has come.
 
-    Rows, not calls, because a run that was cut off may still store its video when whoever cut it off is long gone.
+    A row rather than a call, because a run that was cut off may store its video after the dispatcher that cut it off
+    has gone.
     """
 
     __tablename__ = "garbage"
@@ -185,7 +186,7 @@ class Garbage(Base):
 
 
 class MaintenanceFlag(Base):
-    """What an operator has switched on, for all dispatchers: `paused`."""
+    """A flag that an operator has set for all dispatchers: `paused`."""
 
     __tablename__ = "switches"
 
@@ -193,9 +194,31 @@ class MaintenanceFlag(Base):
     since: Mapped[float]
 
 
+class Key(Base):
+    """An API key. Its id is the `owner` of the jobs that are created with it. A limit that is None does not hold."""
+
+    __tablename__ = "keys"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    digest: Mapped[str] = mapped_column(String(64))
+    """SHA-256 of the secret, in hex."""
+    name: Mapped[str]
+    """A label that its maker chose."""
+    scopes: Mapped[list[str]]
+    """From `serve_app.accounts.keys.SCOPES`."""
+    created_at: Mapped[float]
+    revoked_at: Mapped[float | None]
+    requests_per_minute: Mapped[int | None]
+    queued_jobs: Mapped[int | None]
+    running_jobs: Mapped[int | None]
+    gpu_seconds_per_day: Mapped[float | None]
+
+
 class Usage(Base):
-    """GPU-seconds that a job was charged to its key, at most once: when it completed, or was cut off by its owner or
-    its deadline. What was lost on our side is nobody's to pay. Outlives the job.
+    """GPU-seconds of a job that its key is charged, at most once. Outlives the job.
+
+    A job is charged when it completes, or when its owner or its deadline cuts it off; nobody pays for losses on the
+    server's side.
     """
 
     __tablename__ = "usage"

@@ -42,10 +42,10 @@ from serve_app.notify.notifier import Notifier
 from serve_app.replica import alive_hosts, check_hosts, starting, this_process
 from serve_app.storage import Storage
 
-# What happens to a machine or a replica, not to a request: another attempt may well succeed. Each stands for its
+# Failures of a machine or a replica rather than of a request: another attempt may well succeed. Each stands for its
 # subclasses too: ObjectLostError for an owner that died and for what cannot be reconstructed, RayActorError for an
-# actor that died or cannot be reached. RayServeException is what the router makes of a replica that died while another
-# stage waited for its answer.
+# actor that died or cannot be reached. The router raises RayServeException for a replica that died while another stage
+# waited for its answer.
 _LOST = (
     ActorPlacementGroupRemoved,
     ActorUnschedulableError,
@@ -80,6 +80,7 @@ class ServePipeline:
         self._handle: Any = None
 
     async def __call__(self, job: JobSpec) -> AsyncGenerator[Event, None]:
+        """Make the video of a job and yield its events. Closing the generator cancels it."""
         handle = await self._connected()
         response = None
         try:
@@ -90,26 +91,26 @@ class ServePipeline:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            # Serve spells a call that was cancelled at its far end like a cancellation of the caller.
+            # Serve raises this too for a call that was cancelled at its far end, where nobody cancelled us.
             raise _lost() from None
         except Exception as error:
             self._handle = None  # the application may have been deployed anew
             raise translate(error) from error
         finally:
             if response is not None:
-                # Without effect once the stream has ended. Where the call could not even be sent, it raises that again.
+                # This has no effect once the stream has ended. It raises again if the call could not even be sent.
                 with suppress(Exception):
                     response.cancel()
 
     async def prepare(self) -> None:
-        """Look for the pipeline's replicas before the first job waits for that, if it is deployed already."""
+        """Find the pipeline's replicas, if it is deployed already, so that the first job does not wait for that."""
         with suppress(PipelineUnavailable):
             await self._connected()
 
     async def _connected(self) -> Any:
         if self._handle is None:
             try:
-                # Asks the controller and blocks, so not on the event loop.
+                # This asks the controller and blocks, so it must not run on the event loop.
                 handle = await asyncio.to_thread(serve.get_app_handle, self._application)
                 self._handle = handle.options(stream=True)
             except (RayServeException, RayError, OSError) as error:
@@ -118,11 +119,11 @@ class ServePipeline:
 
 
 def translate(error: Exception) -> Exception:
-    """What an exception from a Serve handle means for the job.
+    """Return what an exception from a Serve handle means for the job.
 
     Returns:
-        `JobFailed` if it or something of the machinery failed, `PipelineUnavailable` if a stage takes no requests,
-        else the original.
+        `JobFailed` if the job failed or a process was lost, `PipelineUnavailable` if a stage takes no requests, else
+        the original.
     """
     cause: Any = error
     while isinstance(cause, RayTaskError) and isinstance(cause.cause, Exception):
@@ -142,7 +143,7 @@ def _lost() -> JobFailed:
 
 @serve.deployment(name="dispatcher")
 class DispatcherDeployment:
-    """One dispatcher and one notifier per replica; replicas share the jobs, and what is to be told, by the store."""
+    """A replica with one dispatcher and one notifier. Replicas share jobs and deliveries through the store."""
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
         with starting():
@@ -161,13 +162,13 @@ class DispatcherDeployment:
         self._preparing = asyncio.create_task(pipeline.prepare(), name="prepare")
 
     async def wake(self) -> None:
-        """There is something new in the store."""
+        """Have the dispatcher look at the store now."""
         self._dispatcher.wake()
 
     async def check_health(self) -> None:
-        """Called by Serve; raising replaces the replica."""
-        self._dispatcher.check()
-        self._notifier.check()
+        """Raise if the dispatcher or the notifier has ended: Serve then replaces the replica."""
+        self._dispatcher.raise_if_ended()
+        self._notifier.raise_if_ended()
 
     async def __del__(self) -> None:
         if hasattr(self, "_notifier"):

@@ -1,12 +1,13 @@
-"""Removes what nobody will ask for: jobs whose time is up, and the files of those and of runs that came to nothing.
+"""The janitor, which removes expired jobs, their files, and the files of runs that were superseded or cut off.
 
-Beside the dispatcher's loop, not in it: a storage that is slow or hangs must not keep leases from being renewed.
+It runs beside the dispatcher's loop rather than in it: a storage that hangs must not keep leases from being renewed.
 """
 
 from __future__ import annotations
 
 import asyncio
 
+from serve_app.clock import CLOCK, Clock
 from serve_app.db.database import STORE_AWAY
 from serve_app.errors import one_line
 from serve_app.jobs.store import JobStore
@@ -15,29 +16,33 @@ from serve_app.storage import Storage
 
 logger = get_logger(__name__)
 
-# How often at least.
-_PAUSE_S = 5.0
+# Most seconds between two rounds.
+_LONGEST_PAUSE_S = 5.0
 
 
 class Janitor:
-    """Works until stopped, some rows and folders at a time. Any number of them share one store.
+    """A loop that removes some rows and folders at a time until stopped. Any number of janitors share one store.
 
     Args:
-        pause_s: between two rounds.
+        store: a started job store.
+        storage: the storage of the jobs' files.
+        pause_s: seconds between two rounds.
+        clock: the clock by which it waits.
     """
 
-    def __init__(self, store: JobStore, storage: Storage, pause_s: float) -> None:
+    def __init__(self, store: JobStore, storage: Storage, pause_s: float, clock: Clock = CLOCK) -> None:
         self._store = store
         self._storage = storage
-        self._pause_s = min(pause_s, _PAUSE_S)
+        self._pause_s = min(pause_s, _LONGEST_PAUSE_S)
+        self._clock = clock
         self.task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin, as a task of the running event loop."""
-        self.task = asyncio.create_task(self._loop(), name="collector")
+        self.task = asyncio.create_task(self._loop(), name="janitor")
 
     async def stop(self) -> None:
-        """End, wherever it is: what is not struck off is removed again."""
+        """End at once. A folder whose row is still there is removed again later."""
         if self.task is not None:
             self.task.cancel()
             await asyncio.wait([self.task], timeout=5)
@@ -49,11 +54,11 @@ class Janitor:
                     logger.info("expired", extra={"jobs": expired})
                 await self._remove()
             except STORE_AWAY as error:
-                logger.warning("nothing collected", extra={"error": one_line(error)})
-            await asyncio.sleep(self._pause_s)
+                logger.warning("nothing removed", extra={"error": one_line(error)})
+            await self._clock.sleep(self._pause_s)
 
     async def _remove(self) -> None:
-        """Remove the folders that are due. Their rows stay until they are gone, so what fails is tried again."""
+        """Remove the folders that are due. A row stays until its folder is gone, so that a failure is tried again."""
         items = await self._store.garbage()
         for item in items:
             if removed := await self._storage.delete_prefix(item.prefix):

@@ -1,11 +1,11 @@
 """RabbitMQ as the messenger between whoever creates jobs and the dispatchers.
 
-A message says that the job whose id it holds waits; it is a hint, and no more. Which job a dispatcher then takes, the
-store decides: the order of `serve_app.jobs.order` knows fairness and patience, which no broker's priorities can
-express, so the queue is a plain durable one, the same on RabbitMQ 3.10 and 4. Whatever happens to the broker or its
-messages, no job is lost or run twice; at worst it is found by the next look at the store.
+A message holds the id of a waiting job and is only a hint. The store decides which job a dispatcher then takes: the
+order of `serve_app.jobs.order` has fairness and ageing, which no broker's priorities can express. So the queue is a
+plain durable one, the same on RabbitMQ 3.10 and 4. Whatever happens to the broker or its messages, no job is lost or
+run twice; at worst the next look at the store finds it.
 
-Knows nothing of the store. The package aio-pika is imported when one is started.
+Knows nothing of the store. The package aio-pika is imported when a `RabbitMQ` is made.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# Between two tries to connect; doubles from the first to the second.
+# Shortest and longest seconds between two tries to connect; each wait doubles the one before.
 _RETRY_S = (0.2, 5.0)
-# A broker that does not answer for this long is away. The protocol's heartbeat finds a silent one after twice its time.
+# Seconds without an answer after which a broker is away. The protocol's heartbeat finds a silent one after twice 10 s.
 _CONNECT_S = 5.0
 _HEARTBEAT_S = 10
 
@@ -38,7 +38,7 @@ class RabbitMQ:
     """One connection to the broker, made anew whenever it is lost.
 
     Args:
-        url: of the broker. It is not shown anywhere but without its password.
+        url: the broker's URL. It is shown without its password only.
         options: the name of the queue, and how long an announcement may take.
 
     Raises:
@@ -47,9 +47,9 @@ class RabbitMQ:
 
     def __init__(self, url: str, options: config.QueueConfig) -> None:
         try:
-            import aio_pika  # noqa: F401 (said before anything starts)
+            import aio_pika  # noqa: F401 (a missing package is an error before anything starts)
 
-            logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # it says at each try what is said here once
+            logging.getLogger("aiormq").setLevel(logging.CRITICAL)  # it logs at each try what we log once
         except ImportError as error:
             raise ConfigError(f"queue.transport has value 'rabbitmq': needs the package {error.name!r}") from None
         self._url = url
@@ -62,23 +62,23 @@ class RabbitMQ:
         self._queue: AbstractQueue | None = None
         self._lost = asyncio.Event()
         self._held: list[AbstractIncomingMessage] = []
-        self._room = 0
+        self._wanted = 0
         self._consuming: str | None = None
 
     @property
     def connected(self) -> bool:
-        """Whether the broker was there when last heard of."""
+        """Return whether the broker was there when last heard of."""
         return self._queue is not None
 
     def start(self) -> None:
-        """Connect, as a task of the running event loop. A broker that is away is tried again for ever."""
+        """Connect, as a task of the running event loop. A broker that is away is tried again without end."""
         self._task = asyncio.create_task(self._keep(), name="rabbitmq")
 
     async def away(self) -> str | None:
-        """Why the broker cannot be reached now; None if it can.
+        """Return why the broker cannot be reached now; None if it can.
 
         Raises:
-            ConfigError: it refuses the user, the password or the vhost, which will be no better later.
+            ConfigError: it refuses the user, the password or the vhost, so that waiting would not help.
         """
         from aio_pika import connect
         from aio_pika.exceptions import AuthenticationError, InvalidFrameError, ProbableAuthenticationError
@@ -91,7 +91,7 @@ class RabbitMQ:
         except (AuthenticationError, ProbableAuthenticationError):
             raise ConfigError(f"{said}: the broker refused this user and password") from None
         except InvalidFrameError:
-            # A "close" where the vhost should have been opened; aiormq (7.2) does not tell the reason in it.
+            # The broker sent "close" instead of opening the vhost; aiormq (7.2) does not pass the reason on.
             raise ConfigError(f"{said}: the broker has no such vhost, or not for this user") from None
         except Exception as error:
             return one_line(error)
@@ -99,14 +99,14 @@ class RabbitMQ:
         return None
 
     async def close(self) -> None:
-        """Leave. Messages in hand go to others."""
+        """Disconnect. The broker gives messages that were not settled to other dispatchers."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
             await asyncio.wait([task], timeout=_CONNECT_S)
 
     async def announce(self, video_ids: Sequence[str]) -> bool:
-        """Say that these jobs wait; whether the broker has it on its disk. Raises nothing."""
+        """Announce waiting jobs; return whether the broker has the messages on its disk. Raises nothing."""
         from aio_pika import DeliveryMode, Message
 
         channel = self._channel
@@ -116,15 +116,15 @@ class RabbitMQ:
             async with asyncio.timeout(self._timeout_s):
                 for video_id in video_ids:
                     message = Message(video_id.encode(), delivery_mode=DeliveryMode.PERSISTENT)
-                    # Confirmed; and refused if the queue is no more.
+                    # The broker confirms it, or refuses it if the queue is gone.
                     await channel.default_exchange.publish(message, self._name, mandatory=True)
         except Exception as error:
             self._give_up("not announced", error, channel)
             return False
         return True
 
-    async def idle(self) -> bool:
-        """Whether the broker holds no message, so that what waits in the store has to be announced again."""
+    async def is_empty(self) -> bool:
+        """Return whether the broker holds no message, so that waiting jobs have to be announced again."""
         channel = self._channel
         if channel is None:
             return False
@@ -135,25 +135,25 @@ class RabbitMQ:
             return False
         return not queue.declaration_result.message_count
 
-    def take(self) -> list[AbstractIncomingMessage]:
-        """The messages that have come, each to be handed to `settle`."""
+    def take_messages(self) -> list[AbstractIncomingMessage]:
+        """Return the messages that have come, each to be handed to `settle`."""
         held, self._held = self._held, []
         return held
 
     async def settle(self, messages: Sequence[AbstractIncomingMessage], done: int) -> None:
-        """Acknowledge the first `done` messages and give the rest to whoever has room."""
+        """Acknowledge the first `done` messages and hand the rest back, for dispatchers with free places."""
         for index, message in enumerate(messages):
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await (message.ack() if index < done else message.nack(requeue=True))
-            except Exception as error:  # it went with its channel: the broker delivers it again
+            except Exception as error:  # the message went with its channel: the broker delivers it again
                 logger.info("message not settled", extra={"error": one_line(error)})
                 return
 
-    async def attend(self, room: int) -> None:
-        """Take as many messages at a time as there is room for jobs, and none where there is none."""
-        self._room = room
-        if self._queue is None or (self._consuming is None) == (room == 0):
+    async def listen_for(self, count: int) -> None:
+        """Take up to `count` messages at a time, as many as jobs could begin; 0 takes none."""
+        self._wanted = count
+        if self._queue is None or (self._consuming is None) == (count == 0):
             return
         channel = self._channel
         try:
@@ -162,16 +162,16 @@ class RabbitMQ:
         except Exception as error:
             self._give_up("not listening", error, channel)
             return
-        if not room:
-            await self.settle(self.take(), 0)
+        if not count:
+            await self.settle(self.take_messages(), 0)
 
     async def _listen(self) -> None:
-        """Begin or end to take messages, as the room demands."""
+        """Begin or stop taking messages, depending on how many are wanted."""
         assert self._queue is not None and self._channel is not None
-        if self._room and self._consuming is None:
-            await self._channel.set_qos(prefetch_count=self._room)
+        if self._wanted and self._consuming is None:
+            await self._channel.set_qos(prefetch_count=self._wanted)
             self._consuming = await self._queue.consume(self._received)
-        elif not self._room and self._consuming is not None:
+        elif not self._wanted and self._consuming is not None:
             tag, self._consuming = self._consuming, None
             await self._queue.cancel(tag)
 
@@ -202,7 +202,7 @@ class RabbitMQ:
                 await self._lost.wait()
                 pause_s = _RETRY_S[0] if time.monotonic() - began > _RETRY_S[1] else pause_s
             except Exception as error:
-                if away != (away := one_line(error)):  # once, and not every few seconds for as long as it lasts
+                if away != (away := one_line(error)):  # logged once rather than every few seconds
                     logger.warning("broker away", extra={"error": away, "retries_every_s": _RETRY_S[1]})
             finally:
                 self._forget()
@@ -229,14 +229,14 @@ class RabbitMQ:
         self._lost.set()
 
     def _give_up(self, what: str, error: Exception, channel: Any) -> None:
-        """Connect anew: who did not answer once would have every request wait for it."""
+        """Connect anew, because a broker that did not answer once would keep every request waiting."""
         logger.warning(what, extra={"queue": self._name, "error": one_line(error)})
         if channel is self._channel:
             self._forget()
             self._lost.set()
 
     def _forget(self) -> None:
-        # The broker delivers what was not acknowledged again, so it is not lost with the list.
+        # The broker delivers unacknowledged messages again, so they are not lost with the list.
         self._channel = self._queue = self._consuming = None
         self._held = []
 
@@ -248,7 +248,7 @@ async def _closed(connection: AbstractConnection) -> None:
 
 
 def broker(options: config.Config) -> RabbitMQ | None:
-    """Return the broker that a configuration names, not started; None where dispatchers ask the store alone.
+    """Return the broker that a configuration names, not started; None if dispatchers only ask the store.
 
     Raises:
         ConfigError: no URL is given, or its package is not installed.

@@ -1,4 +1,4 @@
-"""One attempt at a job: drives the pipeline, writes its progress, and records how it went.
+"""One attempt at a job, which drives the pipeline, writes progress, and records the end.
 
 Knows nothing of Ray: the pipeline is a callable that yields events.
 """
@@ -6,12 +6,12 @@ Knows nothing of Ray: the pipeline is a callable that yields events.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Literal, cast
 
 from serve_app import config
+from serve_app.clock import CLOCK, Clock
 from serve_app.config import Priority
 from serve_app.db.database import STORE_AWAY
 from serve_app.db.tables import CANCELLED, Job
@@ -30,17 +30,17 @@ Runner = Callable[[JobSpec], AsyncGenerator[Event, None]]
 
 Verdict = Literal["cancelled", "deadline", "lost", "stopping"]
 
-# Between two writes of progress, in seconds: what a watching person can tell apart, and a database never notices.
+# Seconds between two writes of progress: often enough for a watching person, rare enough for a database.
 PROGRESS_S = 0.25
-# Why a run was cut off, as its job's error: code and message.
-_ENDED = {
+# Error code and message of a job whose run was cut off.
+_CUT_OFF = {
     "cancelled": (CANCELLED, "Cancelled while it ran."),
     "deadline": ("deadline_exceeded", "Its deadline passed while it ran."),
 }
 
 
 class PipelineUnavailable(Exception):
-    """The pipeline cannot be reached at all, which is no job's fault: jobs wait and lose no attempt."""
+    """A pipeline that cannot be reached at all. That is no job's fault: jobs wait and lose no attempt."""
 
 
 def spec_of(job: Job) -> JobSpec:
@@ -58,11 +58,16 @@ def spec_of(job: Job) -> JobSpec:
 
 
 class Run:
-    """One attempt that is under way here.
+    """One attempt that runs here.
 
     Args:
-        job: as claimed.
-        pause: called when the pipeline cannot be reached, before the job waits again.
+        job: the job as claimed.
+        store: a started job store.
+        storage: the storage from which outputs are removed if the run is superseded.
+        runner: the pipeline.
+        options: how often a job is tried.
+        pause: is called when the pipeline cannot be reached, before the job waits again.
+        clock: the clock by which the run waits.
     """
 
     def __init__(
@@ -73,21 +78,23 @@ class Run:
         runner: Runner,
         options: config.DispatcherConfig,
         pause: Callable[[], None],
+        clock: Clock = CLOCK,
     ) -> None:
         self.job = job
         self.verdict: Verdict | None = None
         self.latest: Progress | None = None
-        """What has not been written yet."""
+        """Progress that has not been written yet."""
         self.task: asyncio.Task[None] | None = None
         self._store = store
         self._storage = storage
         self._runner = runner
         self._options = options
         self._pause = pause
+        self._clock = clock
         self._entered = False
         self._stopping = False
         self._resumed_step: int | None = None
-        """The denoising step that this attempt began at, once it is known."""
+        """The denoising step at which this attempt began, once it is known."""
         self._written_at = 0.0
         self._writing = asyncio.Lock()
 
@@ -97,24 +104,24 @@ class Run:
         return self.task
 
     def end(self, verdict: Verdict) -> None:
-        """Cut the run off, once. A task that has not begun looks at the verdict itself."""
+        """Cut the run off for a reason; the first one counts. A task that has not begun checks the verdict itself."""
         if self.verdict is None:
             self.verdict = verdict
             if self._entered and self.task is not None:
                 self.task.cancel()
 
     def stop(self) -> None:
-        """Hand the job back, and wait for nothing that may take long."""
+        """Hand the job back without waiting for anything that may take long."""
         self._stopping = True
         self.end("stopping")
 
     async def write_progress(self) -> None:
-        """Write what has not been written yet."""
+        """Write the progress that has not been written yet."""
         async with self._writing:
             progress, self.latest = self.latest, None
             if progress is None:
                 return
-            self._written_at = time.monotonic()
+            self._written_at = self._clock.monotonic()
             job = self.job
             took_effect = await self._store.progress(job.id, job.attempt, progress, self._resumed_step or 0)
         if not took_effect:
@@ -123,7 +130,7 @@ class Run:
     async def _drive(self) -> None:
         self._entered = True
         job, store = self.job, self._store
-        began = time.monotonic()
+        began = self._clock.monotonic()
         try:
             if self.verdict is not None:
                 raise asyncio.CancelledError
@@ -150,43 +157,43 @@ class Run:
             await self._failed(cause)
             return
         if await self._record(lambda: store.complete(job.id, job.attempt, done)):
-            seconds = round(time.monotonic() - began, 3)
+            seconds = round(self._clock.monotonic() - began, 3)
             logger.info("completed", extra={"job": job.id, "attempt": job.attempt, "seconds": seconds})
 
     async def _follow(self) -> Done:
-        """The pipeline's events up to the video, or to the deadline."""
+        """Follow the pipeline's events up to the video or the deadline; return the video."""
         with self._deadline() as disarm:
             async with aclosing(self._runner(spec_of(self.job))) as events:
                 async for event in events:
                     if isinstance(event, Done):
-                        # What is there in time is recorded, however long that takes.
+                        # A video that is there in time is recorded, however long that takes.
                         disarm()
                         return event
-                    await self._heard(event)
+                    await self._on_progress(event)
         raise JobFailed("internal_error", "The pipeline ended without a video.")
 
     @contextmanager
     def _deadline(self) -> Iterator[Callable[[], None]]:
-        """Ends the run at its job's deadline, unless it is left, or what it yields is called, before."""
+        """End the run at its job's deadline, unless the block ends or the yielded function is called before."""
         job = self.job
         if job.deadline_at is None or job.started_at is None:
             yield lambda: None
             return
-        # Both by the database's clock; this host's may be another.
+        # Both times are by the database's clock; this host's may differ.
         left_s = job.deadline_at - job.started_at
-        timer = asyncio.get_running_loop().call_later(left_s, self.end, "deadline")
+        timer = self._clock.call_later(left_s, lambda: self.end("deadline"))
         try:
             yield timer.cancel
         finally:
             timer.cancel()
 
-    async def _heard(self, event: Progress) -> None:
+    async def _on_progress(self, event: Progress) -> None:
         begins = event.stage == "denoise" and self._resumed_step is None
         if begins:
             self._resumed_step = event.step
         self.latest = event
-        # A step that is not written now is written by the next heartbeat, unless a newer one replaces it.
-        if begins or event.step in (0, event.steps) or time.monotonic() - self._written_at >= PROGRESS_S:
+        # The next heartbeat writes a step that is not written now, unless a newer one replaces it.
+        if begins or event.step in (0, event.steps) or self._clock.monotonic() - self._written_at >= PROGRESS_S:
             with suppress(*STORE_AWAY):
                 await self.write_progress()
 
@@ -217,18 +224,18 @@ class Run:
             await self._record(lambda: store.release(job.id, job.attempt))
         else:
             assert self.verdict is not None
-            code, message = _ENDED[self.verdict]
+            code, message = _CUT_OFF[self.verdict]
             await self._record(lambda: store.fail(job.id, job.attempt, code, message))
 
     async def _record(self, write: Callable[[], Awaitable[bool]]) -> bool:
-        """Write how a run ended, for as long as it takes the store to come back. False if it was superseded."""
+        """Write how a run ended, again until the store is back. Return False if the run was superseded."""
         delay_s = 0.1
         while True:
             try:
                 took_effect = await write()
                 break
             except asyncio.CancelledError:
-                # The heartbeat saw a cancel or a takeover while we wrote. If the write went through, it stands; if
+                # The heartbeat saw a cancel or a takeover during the write. If the write went through, it stands; if
                 # not, the verdict is carried out now.
                 if self.verdict is None:
                     raise
@@ -238,7 +245,7 @@ class Run:
                 if self._stopping:
                     logger.warning("gave up recording", extra={"job": self.job.id, "error": one_line(error)})
                     return False
-                await asyncio.sleep(delay_s)
+                await self._clock.sleep(delay_s)
                 delay_s = min(2 * delay_s, 5)
         if not took_effect:
             logger.info("superseded", extra={"job": self.job.id, "attempt": self.job.attempt})
@@ -246,7 +253,7 @@ class Run:
         return took_effect
 
     async def _remove_outputs(self) -> None:
-        """Remove what a run stored that is not, or no longer, the job's: at once here, later by the garbage rows."""
+        """Remove files of the run that do not belong to the job: at once here, and later by the garbage rows."""
         job = self.job
         try:
             current = await self._store.get(job.id)

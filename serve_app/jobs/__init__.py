@@ -1,4 +1,4 @@
-"""Durable jobs: the table that owns their state, and the dispatcher that drives them through a pipeline.
+"""Durable jobs: the store that owns their state, their order, leases and transitions, and estimates of their time.
 
-Knows nothing of the routes of our API, nor of how a video is made: the pipeline is a callable that yields events.
+Knows nothing of HTTP, of dispatchers, nor of how a video is made.
 """

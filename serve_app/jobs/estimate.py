@@ -1,8 +1,8 @@
-"""How long jobs take, from what the last ones took. Nothing is said where nothing was measured.
+"""Estimates of how long jobs take, from the times of the last ones; there are none before the first job has completed.
 
-Work is TFLOP, as `serve_app.wan.cost` counts them for the model that is served. A job's time has parts that do not
-grow with it (encoding, decoding, the wait for a group), so its own is taken from jobs of like size where there are any.
-A job whose work is not known is taken for an average one of those that were measured.
+Work is in TFLOP, as `serve_app.wan.cost` counts it for the served model. A job's time has parts that do not grow with
+its work (encoding, decoding, the wait for a group), so it is estimated from jobs of similar work where there are any.
+A job of unknown work counts as an average one of those that were measured.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve_app.db.tables import Job
 
-# Of the last jobs: enough to even out chance, few enough to follow a change of the hardware.
+# Number of latest jobs to measure: enough to even out chance, few enough to follow a change of the hardware.
 _RECENT = 50
-# Work that differs by no more than this factor is of like size.
-_LIKE = 4.0
+# Amounts of work that differ by no more than this factor are similar.
+_SIMILAR = 4.0
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A completed job: its work, and when its only attempt began and ended."""
+    """A completed job: its work in TFLOP, and the times at which its only attempt began and ended."""
 
     work: float
     began: float
@@ -32,13 +32,13 @@ class Finished:
 
 @dataclass(frozen=True)
 class Pace:
-    """What the last jobs say about the next ones."""
+    """The speed of the last jobs, from which the next ones are estimated."""
 
     finished: Sequence[Finished] = ()
 
     @property
     def work_per_s(self) -> float | None:
-        """Work that all groups together did in a second in which they had any; None if none is known."""
+        """TFLOP per second of all groups together while they had work; None if not known."""
         busy, reached = 0.0, float("-inf")
         for job in sorted(self.finished, key=lambda job: job.began):
             busy += max(job.ended - max(job.began, reached), 0)
@@ -47,33 +47,33 @@ class Pace:
 
     @property
     def typical_work(self) -> float:
-        """Of a job; 0 if none is known."""
+        """Average TFLOP of a job; 0 if not known."""
         return sum(job.work for job in self.finished) / max(len(self.finished), 1)
 
     @property
     def seconds_per_job(self) -> float | None:
-        """How often a job ends while there is work; None if it is not known."""
+        """Seconds between the ends of two jobs while there is work; None if not known."""
         work_per_s = self.work_per_s
         return self.typical_work / work_per_s if work_per_s else None
 
     def seconds_left(self, ahead: float, work: float, begins_in_s: float = 0.0) -> float | None:
-        """Until a job is done that waits.
+        """Return the seconds until a waiting job is done; None if not known.
 
         Args:
             ahead: work that comes before it, running or waiting.
-            work: its own.
-            begins_in_s: it may not begin sooner than this.
+            work: its own work.
+            begins_in_s: seconds before which it may not begin.
         """
         work_per_s = self.work_per_s
         if work_per_s is None:
             return None
-        like = [job for job in self.finished if work / _LIKE <= job.work <= work * _LIKE] or self.finished
-        own = work * sum(job.ended - job.began for job in like) / sum(job.work for job in like)
+        similar = [job for job in self.finished if work / _SIMILAR <= job.work <= work * _SIMILAR] or self.finished
+        own = work * sum(job.ended - job.began for job in similar) / sum(job.work for job in similar)
         return max(ahead / work_per_s, begins_in_s) + own
 
 
 async def measure(session: AsyncSession) -> Pace:
-    """From the jobs that completed last, without those that needed several attempts or whose work is not known."""
+    """Measure the jobs that completed last, except those that needed several attempts or whose work is not known."""
     rows = await session.execute(
         select(Job.work, Job.started_at, Job.completed_at)
         .where(Job.status == "completed", Job.attempt == 1)
@@ -91,9 +91,11 @@ async def measure(session: AsyncSession) -> Pace:
 
 
 async def work_ahead(session: AsyncSession, job: Job, typical: float) -> float:
-    """Of the jobs that run, what is left, and of those that wait in front of this one, counted as in `position`.
+    """Return the TFLOP before a waiting job: the rest of the running ones, and those that `position` counts before it.
 
     Args:
+        session: an open session.
+        job: the waiting job.
         typical: work of a job whose own is not known.
     """
     work = func.coalesce(Job.work, typical)

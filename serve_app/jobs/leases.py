@@ -1,7 +1,7 @@
-"""What dispatchers do with jobs: lease them, report on them, and end them. The database's clock judges all leases.
+"""The dispatchers' half of the job store: lease jobs, report on them, and end them. The database's clock judges leases.
 
-Writes of a run name its attempt and answer whether they took effect; one that did not has been superseded, cancelled or
-deleted, and its run should end.
+Every write of a run names its attempt and returns whether it took effect. If it did not, the run has been superseded,
+cancelled or deleted, and should end.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from serve_app.jobs import transitions
 from serve_app.jobs.order import due, next_job, not_paused
 from serve_app.jobs.rows import Rows, held_by
 
-# Percent at which a stage begins and ends. Denoising takes nearly all of the time on every model and device.
+# Percent at which each stage begins and ends. Denoising takes nearly all of the time on every model and device.
 _SPANS = {"encode": (0, 2), "denoise": (2, 92), "decode": (92, 99)}
-# Of a claim, each of which means that another dispatcher has just got a job. The poll finds what is left.
-_TRIES = 3
+# Tries of one claim. Each that fails means that another dispatcher has just got a job; the next poll finds the rest.
+_CLAIM_TRIES = 3
 
 
 def percent(progress: Progress) -> int:
-    """Progress over all stages, 0 to 99."""
+    """Return the progress over all stages, 0 to 99."""
     low, high = _SPANS[progress.stage]
     return int(low + (high - low) * min(progress.step / max(progress.steps, 1), 1))
 
@@ -35,17 +35,17 @@ class Leases(Rows):
     """The dispatchers' half of a `JobStore`."""
 
     async def claim(self, owner: str, lease_s: float) -> Job | None:
-        """Lease the job that is next, or None if none is due or all are paused. `serve_app.jobs.order` has the rule.
+        """Lease the next job by the rule of `serve_app.jobs.order`; None if no job is due or jobs are paused.
 
-        So within an owner a job is only overtaken by one of a more urgent class that came at most (its own patience -
-        the other's) after it; once it has waited its patience, nobody who came later goes first. Within a class it is
-        first come, first served.
+        A job can be overtaken, among those of its owner, only by one of a more urgent class that came at most the
+        difference of their ageing times after it. Once it has waited its own ageing time, nothing that came later goes
+        first. Within a class the order is first come, first served.
 
-        Jobs of a key of which as many run as may are passed over. Dispatchers that claim at the same moment may exceed
-        that by one each.
+        Jobs of a key at its `running_jobs` limit are passed over. Dispatchers that claim at the same moment may exceed
+        that limit by one each.
         """
-        for _ in range(_TRIES):
-            # Most looks find nothing: those shall neither write nor weigh the owners.
+        for _ in range(_CLAIM_TRIES):
+            # Most looks find nothing, and should then neither write nor compare owners.
             async with self._db.read() as session:
                 now = await self._db.clock(session)
                 may_begin = (due(now), not_paused(), Job.owner.not_in(at_running_limit()))
@@ -69,11 +69,11 @@ class Leases(Rows):
                 job = claimed.one_or_none()
             if job is not None:
                 return job
-            # All due jobs of the owner whose turn it was are in other dispatchers' hands: then it is another's.
+            # Other dispatchers hold all due jobs of the owner who was next, so another owner is next now.
         return None
 
     async def renew(self, held: Mapping[str, int], lease_s: float) -> dict[str, bool]:
-        """Extend the leases on `held` (job id to attempt); the ids still held, each with `cancel_requested`."""
+        """Extend the leases on `held` (job id to attempt). Return the ids still held, each with `cancel_requested`."""
         if not held:
             return {}
         async with self._db.write() as session:
@@ -87,8 +87,8 @@ class Leases(Rows):
             )
             return {row.id: row.cancel_requested for row in rows}
 
-    async def check(self, held: Mapping[str, int]) -> dict[str, bool]:
-        """What `renew` would answer, without writing."""
+    async def still_held(self, held: Mapping[str, int]) -> dict[str, bool]:
+        """Return which of `held` are still held, each with `cancel_requested`: `renew` without writing."""
         if not held:
             return {}
         async with self._db.read() as session:
@@ -99,8 +99,12 @@ class Leases(Rows):
         """Record a step.
 
         Args:
-            resumed_step: the denoising step that the attempt began at. One beyond all before forgives their failures;
-                it is recorded here, while the attempt runs, because its dispatcher may not live to tell.
+            video_id: the job.
+            attempt: the attempt that reports.
+            progress: the step.
+            resumed_step: the denoising step at which the attempt began. If it is beyond those of all attempts before,
+                their failures are forgiven. It is recorded while the attempt runs, because the dispatcher may die
+                before the attempt ends.
         """
         reached = percent(progress)
         began = self._db.now() if progress.stage == "denoise" else None
@@ -147,9 +151,9 @@ class Leases(Rows):
     async def retry(
         self, video_id: str, attempt: int, error: JobFailed, options: config.DispatcherConfig, resumed_step: int = 0
     ) -> bool:
-        """Record that an attempt, which began at `resumed_step`, failed: the job is tried again or fails.
+        """Record that an attempt that began at `resumed_step` failed.
 
-        See `transitions.attempt_failed` for which, and when.
+        `transitions.attempt_failed` decides whether and when the job is tried again.
         """
         async with self._db.write() as session:
             job = await self._locked(session, video_id, attempt)
@@ -161,7 +165,7 @@ class Leases(Rows):
         return True
 
     async def release(self, video_id: str, attempt: int, *, delay_s: float = 0) -> bool:
-        """Hand a job back that did nothing wrong; it keeps its place, and no failure is counted."""
+        """Hand a job back to the queue, where it keeps its place. No failure is counted."""
         async with self._db.write() as session:
             job = await self._locked(session, video_id, attempt)
             if job is None:

@@ -1,4 +1,4 @@
-"""What an operator switches for all dispatchers at once. Kept in the store, so it holds for those that start later."""
+"""Maintenance flags that an operator sets for all dispatchers, those that start later too, and counts of jobs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Maintenance(Rows):
     """The operator's part of a `JobStore`."""
 
     async def pause(self) -> bool:
-        """Begin no more jobs; those that run go on. Whether that was not so before."""
+        """Begin no more jobs; running ones go on. Return False if jobs were paused before."""
         async with self._db.write() as session:
             if await session.get(MaintenanceFlag, PAUSED) is not None:
                 return False
@@ -21,7 +21,7 @@ class Maintenance(Rows):
         return True
 
     async def resume(self) -> bool:
-        """Begin jobs again; whether they were paused."""
+        """Begin jobs again. Return whether they were paused."""
         async with self._db.write() as session:
             gone = await session.scalars(
                 delete(MaintenanceFlag).where(MaintenanceFlag.name == PAUSED).returning(MaintenanceFlag.name)
@@ -29,13 +29,13 @@ class Maintenance(Rows):
             return gone.one_or_none() is not None
 
     async def paused_since(self) -> float | None:
-        """When jobs were paused, in seconds since the epoch; None if they are not."""
+        """Return the time since which jobs are paused, in seconds since the epoch; None if they are not."""
         async with self._db.read() as session:
-            switch = await session.get(MaintenanceFlag, PAUSED)
-            return None if switch is None else switch.since
+            flag = await session.get(MaintenanceFlag, PAUSED)
+            return None if flag is None else flag.since
 
     async def running(self) -> int:
-        """How many jobs somebody works on."""
+        """Count the jobs that a dispatcher works on now."""
         async with self._db.read() as session:
             now = await self._db.clock(session)
             held = select(func.count()).where(Job.status == "in_progress", Job.lease_until >= now)

@@ -1,10 +1,10 @@
-"""Who is next: the rule as SQL, the same on SQLite and PostgreSQL.
+"""The order of the queue as SQL, the same on SQLite and PostgreSQL.
 
-An owner's jobs go by their turns (creation, or the start that was asked for, plus the patience of the class). Between
-owners, the one with the fewest jobs running goes first; among equals the one whose turn comes first, turns that have
-come counting alike; then the one that was served longest ago. So whoever floods the queue, or calls everything urgent,
-overtakes nobody but themselves, and a free place goes to whom has least. Owners of whom as many run as may are passed
-over.
+An owner's jobs go by their effective deadlines (creation, or the requested start, plus the ageing time of the priority
+class). Between owners, the one with the fewest running jobs goes first; among equals the one whose job has the earliest
+effective deadline, where all that have passed count alike; then the one that was served longest ago. So an owner who
+floods the queue, or marks every job as urgent, delays only their own jobs, and a free place goes to the owner with the
+fewest running jobs. Owners at their limit of running jobs are passed over.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ PAUSED = "paused"
 
 
 def due(now: float, job: Any = Job, *, by_effective_deadline: bool = False) -> ColumnElement[bool]:
-    """Whether a job waits and may begin.
+    """Return the condition that a job waits and may begin.
 
     Args:
-        by_turn: the rows are to be read in the order of their turns, which SQLite would leave for an index on this.
+        now: the database's time.
+        job: the table or an alias of it.
+        by_effective_deadline: read the rows in the order of their effective deadlines. Without this, SQLite would take
+            the index on `not_before` instead.
     """
     not_before = job.not_before + 0.0 if by_effective_deadline else job.not_before
     return and_(job.status == "queued", not_before <= now, or_(job.deadline_at.is_(None), job.deadline_at > now))
 
 
 def not_paused() -> ColumnElement[bool]:
-    """Whether jobs may begin at all."""
+    """Return the condition that jobs are not paused."""
     return ~exists(select(MaintenanceFlag.name).where(MaintenanceFlag.name == PAUSED))
 
 
 def next_job(now: float) -> Select[str]:
-    """The id of the job to begin next, of those whose rows nobody else is claiming."""
+    """Select the id of the job to begin next, among those whose rows nobody else is claiming."""
     return (
         select(Job.id)
         .where(due(now, by_effective_deadline=True), Job.owner == _next_owner(now), not_paused())
@@ -47,7 +50,7 @@ def next_job(now: float) -> Select[str]:
 
 
 def _next_owner(now: float) -> Any:
-    # From one owner to the next by the index; DISTINCT would read every row that waits.
+    # This recursion steps from one owner to the next by the index; DISTINCT would read every waiting row.
     other, head, run, past = (aliased(Job) for _ in range(4))
     owners = select(func.min(Job.owner).label("owner")).where(Job.status == "queued").cte("owners", recursive=True)
     further = select(func.min(other.owner)).where(other.status == "queued", other.owner > owners.c.owner)
@@ -70,7 +73,7 @@ def _next_owner(now: float) -> Any:
         )
         .where(owners.c.owner.is_not(None), owners.c.owner.not_in(at_running_limit()))
         .cte("heads")
-        .prefix_with("MATERIALIZED")  # else PostgreSQL computes each column anew wherever it is named
+        .prefix_with("MATERIALIZED")  # otherwise PostgreSQL computes each column again wherever it is named
     )
     return (
         select(heads.c.owner)

@@ -1,4 +1,4 @@
-"""What every part of the job store shares: finding a job's row and locking it, and how a transition is stored."""
+"""The base of every part of the job store: find and lock a job's row, and store a transition."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Rows:
     """The rows of one database.
 
     Args:
-        late_outputs_s: how long a run that was cut off may still store something, in seconds.
-        retention: of jobs that end here.
+        late_outputs_s: seconds in which a run that was cut off may still store something.
+        retention: how long jobs that end here are kept.
     """
 
     def __init__(self, database: Database, late_outputs_s: float, retention: RetentionConfig) -> None:
@@ -34,7 +34,7 @@ class Rows:
         return await session.scalar(query.with_for_update())
 
     def _settle(self, session: AsyncSession, job: Job, now: float, rows: Iterable[Base]) -> None:
-        """After a transition: the rows that it left behind, and when a job that has ended is forgotten."""
+        """Store the rows that a transition returned, and set when a job that has ended expires."""
         session.add_all(rows)
         if job.finished:
             keep_s = self._retention.completed_s if job.status == "completed" else self._retention.failed_s
@@ -42,5 +42,5 @@ class Rows:
 
 
 def held_by(held: Mapping[str, int]) -> ColumnElement[bool]:
-    """The rows that these attempts (job id to attempt) still own."""
+    """Return the condition that a job is still held by one of these attempts (job id to attempt)."""
     return (Job.status == "in_progress") & tuple_(Job.id, Job.attempt).in_(list(held.items()))

@@ -5,41 +5,39 @@ Knows nothing of Ray, HTTP or storage.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
-from sqlalchemy import func, or_, select, text, tuple_
+from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from serve_app.accounts.keys import Keys, admit
+from serve_app.accounts.keys import Keys, check_quota
 from serve_app.config import Ageing, Config, RetentionConfig
 from serve_app.db.database import Database
-from serve_app.db.tables import CANCELLED, SHOWN_STATUS, Job, id_time, new_id
+from serve_app.db.tables import CANCELLED, Job, new_id
 from serve_app.errors import ServeAppError
 from serve_app.jobs import transitions
-from serve_app.jobs.estimate import Pace, measure, work_ahead
 from serve_app.jobs.leases import Leases
 from serve_app.jobs.maintenance import Maintenance
+from serve_app.jobs.queries import Queries
 from serve_app.jobs.upkeep import Upkeep
 from serve_app.request import Params, Urgency
 
 WorkOf = Callable[[Params], float]
-"""Returns the TFLOP that the denoising of a video takes."""
+"""A function that returns the TFLOP that the denoising of a video takes."""
 
-_WHENEVER = Urgency()
-# Between two looks at the jobs that ended last, in seconds.
-_PACE_S = 2.0
+_NOT_URGENT = Urgency()
 
 
 class QueueFull(ServeAppError):
-    """As many jobs wait as may wait.
+    """The queue holds as many waiting jobs as it may.
 
     Args:
-        retry_after_s: when one fewer will, None if nothing is known.
+        message: one sentence for the user.
+        retry_after_s: seconds until one fewer is expected to wait; None if not known.
     """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
@@ -52,39 +50,39 @@ class QueueFull(ServeAppError):
 
 
 class IdempotencyConflict(ServeAppError):
-    """The owner used this idempotency key for another request."""
+    """An idempotency key that its owner used before for another request."""
 
 
 @dataclass(frozen=True)
 class Idempotency:
-    """A request's name, chosen by its client, and a digest of what it asks for: the same request makes one job however
-    often it comes.
-    """
+    """A client's name for a request, and a digest of its content: a retry of the request returns the same job."""
 
     key: str
     digest: str
 
 
 class Announcer(Protocol):
-    """Tells dispatchers, wherever they are, that jobs wait."""
+    """Something that tells dispatchers on all hosts that jobs wait."""
 
     async def announce(self, video_ids: Sequence[str]) -> bool:
-        """Whether they will hear of all of them. Takes no longer than a request may wait, and raises nothing."""
+        """Announce jobs, quickly and without raising; return whether dispatchers will hear of all of them."""
 
 
-class JobStore(Leases, Upkeep, Maintenance):
-    """Jobs in SQLite or PostgreSQL: what users do here, what dispatchers do in `Leases` and `Upkeep`, and operators in
-    `Maintenance`.
+class JobStore(Queries, Leases, Upkeep, Maintenance):
+    """Jobs in SQLite or PostgreSQL.
+
+    This class creates, cancels and deletes jobs for users; `Queries` reads, `Leases` and `Upkeep` are for dispatchers,
+    `Maintenance` for operators.
 
     Args:
         url: a SQLAlchemy URL; the driver may be left out.
-        late_outputs_s: how long a run that was cut off may still store something, in seconds.
-        ageing: of each class of jobs that are created here; the defaults if None.
-        retention: of jobs that end here; the defaults if None.
-        announcer: told of jobs that are created here. Without one, dispatchers find them when they next look.
-        ranks: of the groups that they are made for, for GPU-seconds.
-        work_of: TFLOP that the denoising of a video takes, for estimates. Without it the jobs that are created here
-            have no known work.
+        late_outputs_s: seconds in which a run that was cut off may still store something.
+        ageing: the ageing time of each priority class, for jobs created here; the defaults if None.
+        retention: how long jobs that end here are kept; the defaults if None.
+        announcer: is told of jobs created here. Without one, dispatchers find them when they next look.
+        ranks: ranks of a denoiser group, for GPU-seconds.
+        work_of: returns the TFLOP of a video's denoising, for estimates. Without it, jobs created here have no known
+            work.
 
     Raises:
         ConfigError: the URL cannot be read, or names another kind of database.
@@ -106,15 +104,13 @@ class JobStore(Leases, Upkeep, Maintenance):
         self._announcer = announcer
         self._ranks = ranks
         self._work_of = work_of
-        self._pace = Pace()
-        self._pace_at = float("-inf")
 
     @classmethod
     def of(cls, config: Config, announcer: Announcer | None = None, work_of: WorkOf | None = None) -> JobStore:
-        """The store that a configuration names.
+        """Return the store that a configuration names, not started.
 
         Raises:
-            ConfigError: it would lie in a folder that cannot be made or written to.
+            ConfigError: its folder cannot be made or written to.
         """
         if not config.store.url:
             config.make_home()
@@ -130,28 +126,28 @@ class JobStore(Leases, Upkeep, Maintenance):
 
     @property
     def database(self) -> Database:
-        """The database that it is in, for other tables in there."""
+        """The database of the store, for its other tables."""
         return self._db
 
     async def start(self) -> None:
-        """Connect, and make the tables or bring them up to date.
+        """Connect, and create the tables or migrate them to this version.
 
         Raises:
-            ConfigError: the database cannot be opened, or its tables are not of this version or an older one.
+            ConfigError: the database cannot be opened, or its tables are of a newer version.
         """
         await self._db.start()
 
     async def close(self) -> None:
-        """Give every connection back."""
+        """Close every connection."""
         await self._db.close()
 
     @property
     def folder(self) -> Path | None:
-        """Where the database lies, if this process writes it."""
+        """The folder of the SQLite file; None on PostgreSQL."""
         return self._db.folder
 
     async def ping(self) -> None:
-        """Ask the database for a sign of life; raises what the driver raises."""
+        """Check that the database answers; raise what the driver raises if it does not."""
         async with self._db.read() as session:
             await session.execute(text("SELECT 1"))
 
@@ -159,7 +155,7 @@ class JobStore(Leases, Upkeep, Maintenance):
         self,
         params: Params,
         model: str,
-        urgency: Urgency = _WHENEVER,
+        urgency: Urgency = _NOT_URGENT,
         *,
         owner: str = "",
         idempotency: Idempotency | None = None,
@@ -168,15 +164,24 @@ class JobStore(Leases, Upkeep, Maintenance):
         warnings: Sequence[str] = (),
         max_queued: int | None = None,
     ) -> Job:
-        """Put a job into the queue; see `claim` for its place. Once it is there, whoever listens is told.
+        """Put a job into the queue and announce it. `claim` says which job is next.
 
-        Where the same request of the same owner was here before, its job is returned, whatever became of it.
+        If the same request of the same owner came before (`idempotency`), its job is returned, whatever its status.
 
         Args:
-            warnings: sentences for the user that can be said before any work.
+            params: the video to make.
+            model: the name of the served model.
+            urgency: priority, start and deadline.
+            owner: the id of the key that asks; empty without authentication.
+            idempotency: the client's name for the request, if it has one.
+            remixed_from: the id of the video that this one remixes.
+            notify_email: the address of a mail that says that the job has ended.
+            warnings: sentences for the user that are known before any work.
+            max_queued: most jobs that may wait; None for no limit.
 
         Raises:
-            QueueFull: `max_queued` jobs wait already. OverLimit: as many of this owner do as may.
+            QueueFull: `max_queued` jobs wait already.
+            OverLimit: the owner is at a limit of their key.
             IdempotencyConflict: another request of this owner had the same idempotency key.
         """
         await self.pace()  # before the transaction, which should be short
@@ -198,7 +203,7 @@ class JobStore(Leases, Upkeep, Maintenance):
         try:
             before = await self._add(job, urgency.deadline_s, max_queued)
         except IntegrityError:
-            # Somebody else created the job between our look and our insert. Now we see it.
+            # Another process created the job between our look and our insert. Now we see it.
             before = None if idempotency is None else await self.known(owner, idempotency)
             if before is None:
                 raise
@@ -209,27 +214,27 @@ class JobStore(Leases, Upkeep, Maintenance):
         return job
 
     async def _add(self, job: Job, deadline_s: float | None, max_queued: int | None) -> Job | None:
-        """Give a job its id and times and store it, unless its request was here before: then that one's job."""
+        """Give a job its id and times and store it. If its request came before, store nothing and return that job."""
         async with self._db.write() as session:
             if job.idempotency_key is not None:
                 before = await _known(session, job.owner, job.idempotency_key, job.request_digest)
                 if before is not None:
                     return before
             job.id, job.created_at = new_id()
-            # By the clock that will judge it: this host's may be off by more than somebody's deadline.
+            # The database's clock will judge the deadline, and this host's may be off by more than that.
             now = await self._db.clock(session)
-            await admit(session, job.owner, now)
+            await check_quota(session, job.owner, now)
             if max_queued is not None and await self._count(session) >= max_queued:
                 raise QueueFull(f"{max_queued} jobs wait already.", self._pace.seconds_per_job)
             job.deadline_at = None if deadline_s is None else now + deadline_s
             job.effective_deadline = job.waits_since + getattr(self._ageing, job.priority)
-            # One that is to begin later is announced when it is due, and one whose announcement gets lost once more.
+            # A job that begins later is announced when it is due; a lost announcement is repeated.
             job.announced_at = job.created_at if job.waits_since <= job.created_at else 0.0
             session.add(job)
         return None
 
     async def known(self, owner: str, idempotency: Idempotency) -> Job | None:
-        """The job of a request that was here before, or None.
+        """Return the job of a request that came before, or None.
 
         Raises:
             IdempotencyConflict: another request of this owner had the same idempotency key.
@@ -237,49 +242,8 @@ class JobStore(Leases, Upkeep, Maintenance):
         async with self._db.read() as session:
             return await _known(session, owner, idempotency.key, idempotency.digest)
 
-    async def get(self, video_id: str, owner: str | None = None) -> Job | None:
-        """The job, or None. Another owner's is none; `owner` None stands for all of them."""
-        if id_time(video_id) is None:
-            return None
-        async with self._db.read() as session:
-            job = await session.get(Job, video_id)
-        return job if job is not None and owner in (None, job.owner) else None
-
-    async def list(
-        self,
-        after: str | None = None,
-        limit: int = 20,
-        order: Literal["asc", "desc"] = "desc",
-        owner: str | None = None,
-        status: str | None = None,
-    ) -> tuple[Sequence[Job], bool]:
-        """A page of at most `limit` jobs by age, and whether more follow. `after` is the last id of the page before.
-        Those of one owner, or with None all; those of one `Job.shown_status`, or with None all.
-
-        Raises:
-            LookupError: `after` is no id.
-        """
-        key = tuple_(Job.created_at, Job.id)
-        query = select(Job).limit(limit + 1)
-        if owner is not None:
-            query = query.where(Job.owner == owner)
-        if status is not None:
-            query = query.where(SHOWN_STATUS.in_([status]))
-        if order == "asc":
-            query = query.order_by(Job.created_at, Job.id)
-        else:
-            query = query.order_by(Job.created_at.desc(), Job.id.desc())
-        if after is not None:
-            since = id_time(after)
-            if since is None:
-                raise LookupError(after)
-            query = query.where(key > (since, after) if order == "asc" else key < (since, after))
-        async with self._db.read() as session:
-            jobs = (await session.scalars(query)).all()
-        return jobs[:limit], len(jobs) > limit
-
     async def delete(self, video_id: str, owner: str | None = None) -> bool:
-        """Forget a job and have its files removed; False if there is none. A run of it ends when it next reports."""
+        """Delete a job and have its files removed; False if there is none. A run of it ends when it next reports."""
         async with self._db.write() as session:
             job = await self._locked(session, video_id)
             if job is None or owner not in (None, job.owner):
@@ -290,7 +254,7 @@ class JobStore(Leases, Upkeep, Maintenance):
         return True
 
     async def request_cancel(self, video_id: str, owner: str | None = None) -> Job | None:
-        """Cancel at once what waits, and ask the dispatcher to cancel what runs; None if there is no such job."""
+        """Cancel a waiting job at once, or ask the dispatcher to cancel a running one; None if there is no such job."""
         async with self._db.write() as session:
             job = await self._locked(session, video_id)
             if job is None or owner not in (None, job.owner):
@@ -302,51 +266,6 @@ class JobStore(Leases, Upkeep, Maintenance):
             elif job.status == "in_progress":
                 job.cancel_requested = True
         return job
-
-    async def count_queued(self) -> int:
-        """How many jobs wait."""
-        async with self._db.read() as session:
-            return await self._count(session)
-
-    async def position(self, video_id: str) -> int | None:
-        """Place in the queue, 1 being next; None if the job does not wait. Jobs that come later may still push in.
-
-        Others' jobs are counted as if owners took turns from now on, whoever has the fewest running.
-        """
-        if id_time(video_id) is None:
-            return None
-        async with self._db.read() as session:
-            place = select(Job.owner, Job.effective_deadline).where(Job.id == video_id, Job.status == "queued")
-            if (row := (await session.execute(place)).one_or_none()) is None:
-                return None
-            waits = select(func.count()).where(Job.status == "queued")
-            before = waits.where(
-                Job.owner == row.owner, tuple_(Job.effective_deadline, Job.id) < (row.effective_deadline, video_id)
-            )
-            own = (await session.scalar(before) or 0) + 1
-            others = waits.where(or_(Job.owner < row.owner, Job.owner > row.owner)).group_by(Job.owner)
-            return own + sum(min(count, own) for count in await session.scalars(others))
-
-    async def seconds_left(self, job: Job) -> float | None:
-        """Estimate of when a job is done that waits; None while nothing is known."""
-        pace = await self.pace()
-        if not pace.finished:
-            return None
-        async with self._db.read() as session:
-            begins_in_s = job.not_before - await self._db.clock(session)
-            ahead = await work_ahead(session, job, pace.typical_work)
-            return pace.seconds_left(ahead, job.work or pace.typical_work, begins_in_s)
-
-    async def pace(self) -> Pace:
-        """How fast jobs are done at the moment, looked up every few seconds however many ask."""
-        if time.monotonic() - self._pace_at >= _PACE_S:
-            self._pace_at = time.monotonic()
-            async with self._db.read() as session:
-                self._pace = await measure(session)
-        return self._pace
-
-    async def _count(self, session: AsyncSession) -> int:
-        return await session.scalar(select(func.count()).where(Job.status == "queued")) or 0
 
 
 async def _known(session: AsyncSession, owner: str, key: str, digest: str | None) -> Job | None:

@@ -1,9 +1,8 @@
-"""How a job's row changes when an attempt ends: tried again, failed or completed; which files are garbage then, and
-what its key is charged.
+"""Transitions of a job's row when an attempt ends: tried again, failed or completed.
 
-Rules only: the caller holds the row's lock, and stores the rows that they return in the same transaction: the garbage,
-what is charged, and the event of a job that has ended, so that nothing ends without being told. Times are seconds since
-the epoch by the database's clock.
+Rules only: the caller holds the row's lock, and stores the returned rows in the same transaction. They are the files
+that are garbage now, the usage that its key is charged, and the event of a job that has ended, so that no job ends
+without its notification. Times are seconds since the epoch by the database's clock.
 """
 
 from __future__ import annotations
@@ -16,17 +15,16 @@ from serve_app.db.tables import CANCELLED, Base, Garbage, Job, Usage
 from serve_app.errors import JobFailed
 from serve_app.events import Done
 
-# A longer wait between two attempts helps nobody: what takes minutes to come back keeps no job from waiting.
+# Longest wait between two attempts, in seconds. A longer one would not help: jobs can wait for what is away anyway.
 _LONGEST_DELAY_S = 60
-# Error codes of what is lost around a job: its group outside of its steps, a process that drove it, its dispatcher, the
-# storage.
+# Error codes of losses around a job: its group outside of its steps, a process that drove it, its dispatcher, storage.
 _INTERRUPTIONS = {"group_lost", "worker_lost", "lease_expired", "store_failed"}
-# Error codes of ends that the owner chose: the GPUs' time is charged to the key all the same.
-_CHOSEN = {CANCELLED, "deadline_exceeded"}
+# Error codes of ends that the owner chose: the key is charged for the GPUs' time all the same.
+_CHARGED = {CANCELLED, "deadline_exceeded"}
 
 
 def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Base]:
-    """The video is there. Files of earlier attempts and saved states have served."""
+    """End a job with its video. Files of earlier attempts and saved states become garbage."""
     job.status = "completed"
     job.completed_at = now
     job.progress = 100
@@ -45,8 +43,8 @@ def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Ba
 
 
 def fail(job: Job, now: float, code: str, message: str, late_outputs_s: float) -> list[Base]:
-    """There will be no video."""
-    charge = _charge(job, now, _denoised_s(job, now)) if code in _CHOSEN else []
+    """End a job without a video."""
+    charge = _charge(job, now, _denoised_s(job, now)) if code in _CHARGED else []
     job.status = "failed"
     job.completed_at = now
     job.error_code, job.error_message = code, message
@@ -56,7 +54,7 @@ def fail(job: Job, now: float, code: str, message: str, late_outputs_s: float) -
 
 
 def forget(job: Job, now: float, late_outputs_s: float) -> list[Base]:
-    """The row is about to be deleted."""
+    """Return the rows that a job leaves behind when its own is about to be deleted."""
     prefixes = [f"videos/{job.id}"]
     if job.attempt and not job.finished:
         prefixes.append(job.state_prefix)
@@ -66,7 +64,7 @@ def forget(job: Job, now: float, late_outputs_s: float) -> list[Base]:
 
 
 def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list[Base]:
-    """Back to its place in the queue, unless somebody wanted it cancelled. Saved states stay for the next attempt."""
+    """Put a job back to its place in the queue, or end it if it was cancelled. Its saved states stay."""
     if job.cancel_requested:
         return fail(job, now, CANCELLED, "Cancelled while it ran.", late_outputs_s)
     job.status = "queued"
@@ -80,11 +78,11 @@ def requeue(job: Job, now: float, delay_s: float, late_outputs_s: float) -> list
 def attempt_failed(
     job: Job, now: float, error: JobFailed, resumed_step: int, options: config.DispatcherConfig, late_outputs_s: float
 ) -> list[Base]:
-    """An attempt that began at `resumed_step` ended with a retryable error: again, later, or never.
+    """Decide whether a job is tried again, after an attempt that began at `resumed_step` ended with a retryable error.
 
-    A job that only waited, or was driven, where something was lost is no reason for it: that is an interruption, of
-    which a job may have many. The same step that loses its group again and again is taken for the job's doing; other
-    failures count while attempts in a row begin no further than the one before.
+    Three things are counted. An interruption is a loss that the job did not cause, because none of its steps was
+    running; a job may have many. A step that loses its group again and again is taken for the job's fault
+    ("poisonous"). Every other failure counts while attempts in a row begin no further than the attempt before.
     """
     if resumed_step > job.resumed_step:
         job.resumed_step, job.failures = resumed_step, 0
@@ -93,7 +91,7 @@ def attempt_failed(
         if job.interruptions >= options.max_interruptions:
             message = f"{error.message} Gave up after {job.interruptions} interruptions."
             return fail(job, now, error.code, message, late_outputs_s)
-        # At once, unless the last attempt was cut short just now: then what is missing is not back yet.
+        # Try at once, unless this attempt was very short: then what was lost is probably not back yet.
         lasted_s = now - (job.started_at or now)
         job.error_code, job.error_message = error.code, error.message
         return requeue(job, now, 0 if lasted_s >= options.retry_s else options.retry_s, late_outputs_s)
@@ -108,31 +106,31 @@ def attempt_failed(
     if job.failures >= options.max_attempts:
         tries = "1 attempt" if job.failures == 1 else f"{job.failures} attempts in a row"
         return fail(job, now, error.code, f"{error.message} Gave up after {tries}.", late_outputs_s)
-    # Shown while it waits, so that a user who sees the second attempt also sees why.
+    # The error is shown while the job waits, so that a user who sees the second attempt also sees why.
     job.error_code, job.error_message = error.code, error.message
     return requeue(job, now, delay_s(job.failures, options.retry_s), late_outputs_s)
 
 
 def delay_s(failures: int, retry_s: float) -> float:
-    """Seconds before the attempt that follows `failures` bad ones: 0 after the first, then doubling from `retry_s`."""
+    """Return the seconds to wait after `failures` failures: 0 after the first, then doubling from `retry_s`."""
     if failures < 2:
         return 0
     return min(retry_s * 2 ** min(failures - 2, 32), _LONGEST_DELAY_S)
 
 
 def _garbage(prefixes: Iterable[str], now: float, late_outputs_s: float) -> list[Garbage]:
-    """Removed now, and again when nobody can still be storing: a run may outlive the decision to end it."""
+    """Have folders removed now, and again when no run can still be storing: it may outlive the decision to end it."""
     times = (now, now + late_outputs_s) if late_outputs_s else (now,)
     return [Garbage(prefix=prefix, due_at=due_at) for prefix in prefixes for due_at in times]
 
 
 def _charge(job: Job, now: float, denoised_s: float) -> list[Usage]:
-    """What its key pays, if it has one."""
+    """Return the usage that the job's key is charged, if it has one."""
     if not job.owner or denoised_s <= 0:
         return []
     return [Usage(job_id=job.id, owner=job.owner, at=now, gpu_seconds=denoised_s * job.ranks)]
 
 
 def _denoised_s(job: Job, now: float) -> float:
-    """How long the attempt under way has been in a group: what `timings` would say of it if it ended now."""
+    """Return the seconds that the current attempt has denoised, as `timings` would say if it ended now."""
     return 0.0 if job.denoise_at is None or job.status != "in_progress" else now - job.denoise_at

@@ -1,7 +1,7 @@
-"""Which addresses on the network may be called for a user: public ones, and those that the operator allows.
+"""Addresses that may be called for a user: public ones, and those that the operator allows.
 
-Written out rather than left to `ipaddress.is_global`, which depends on Python's version, knows no multicast, and looks
-through no embedded address (::ffff:127.0.0.1 is global to Python 3.11).
+The networks are written out because `ipaddress.is_global` depends on Python's version, knows no multicast, and does not
+see embedded addresses (::ffff:127.0.0.1 is global to Python 3.11).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 
 Network = IPv4Network | IPv6Network
 
-# The IANA special-purpose registry of IPv4: all that is not globally reachable, with multicast and reserved space.
+# IPv4 networks that are not globally reachable by IANA's special-purpose registry, with multicast and reserved space.
 _PRIVATE_V4 = [
     IPv4Network(network)
     for network in (
@@ -32,21 +32,21 @@ _PRIVATE_V4 = [
         "240.0.0.0/4",
     )
 ]
-# Of IPv6 only global unicast is public. What embeds an IPv4 address (mapped, compatible, NAT64) lies outside of it.
+# Only global unicast is public in IPv6. Addresses that embed IPv4 ones (mapped, compatible, NAT64) lie outside of it.
 _PUBLIC_V6 = IPv6Network("2000::/3")
 # Teredo, ORCHID and benchmarking; documentation; 6to4; documentation again.
 _PRIVATE_V6 = [IPv6Network(network) for network in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")]
 
 
 def is_allowed(text: str, networks: Iterable[Network]) -> bool:
-    """Whether an address, as a resolver spells it, is public or lies in one of `networks`.
+    """Return whether an address, as a resolver spells it, is public or lies in one of `networks`.
 
     Raises:
         ValueError: it is no address.
     """
     address = ip_address(text)
     if isinstance(address, IPv6Address) and address.scope_id is not None:
-        return False  # means something on one link only
+        return False  # such an address is valid on one link only
     if any(address in network for network in networks):
         return True
     if isinstance(address, IPv4Address):

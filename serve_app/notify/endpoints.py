@@ -1,6 +1,6 @@
-"""What users do with endpoints: make and change them, look at what was delivered, and have it sent again.
+"""Webhook endpoints for users: create and change them, list their deliveries, and have events sent again.
 
-`owner` is whose endpoints are meant; None means everybody's.
+`owner` is the key whose endpoints are meant; None means every key's.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from serve_app.notify.outcome import Outcome
 from serve_app.notify.webhook import new_secret
 
 OLD_SECRET_S = 24 * 3600
-# Secrets that sign besides the newest one: each makes the header longer.
+# Most secrets that sign besides the newest one: each makes the header longer.
 _OLD_SECRETS = 4
-# Events that one call replays, so that its transaction stays short.
+# Most events that one call replays, so that its transaction stays short.
 REPLAY = 500
 
 Row = tuple[Delivery, Event]
 
 
 class TooManyEndpoints(ServeAppError):
-    """The owner has as many endpoints as they may have."""
+    """The owner has as many endpoints as allowed."""
 
 
 class Endpoints:
-    """Endpoints in a database."""
+    """The webhook endpoints in a database."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
 
     async def create(self, owner: str, name: str, url: str, event_types: Sequence[str], most: int) -> Endpoint:
-        """A new endpoint with a secret of its own.
+        """Create an endpoint with a secret of its own.
 
         Raises:
             TooManyEndpoints: the owner has `most` already.
@@ -63,7 +63,7 @@ class Endpoints:
         return endpoint
 
     async def get(self, endpoint_id: str, owner: str | None) -> Endpoint | None:
-        """The endpoint, or None."""
+        """Return an endpoint, or None if there is none."""
         if not is_id(endpoint_id):
             return None
         async with self._db.read() as session:
@@ -71,7 +71,7 @@ class Endpoints:
             return found
 
     async def list(self, owner: str | None, after: str | None, limit: int) -> tuple[Sequence[Endpoint], bool]:
-        """A page of at most `limit` endpoints, the newest first, and whether more follow.
+        """Return a page of at most `limit` endpoints, the newest first, and whether more follow.
 
         Raises:
             LookupError: `after` is no id.
@@ -86,7 +86,7 @@ class Endpoints:
         return found[:limit], len(found) > limit
 
     async def update(self, endpoint_id: str, owner: str | None, changes: dict[str, Any]) -> Endpoint | None:
-        """Change columns; the endpoint, or None if there is none."""
+        """Change columns; return the endpoint, or None if there is none."""
         async with self._db.write() as session:
             endpoint = await self._locked(session, endpoint_id, owner)
             if endpoint is not None and any(getattr(endpoint, name) != value for name, value in changes.items()):
@@ -96,7 +96,7 @@ class Endpoints:
         return endpoint
 
     async def rotate(self, endpoint_id: str, owner: str | None, *, keep_old: bool) -> Endpoint | None:
-        """A new secret. With `keep_old` the one before also signs for another `OLD_SECRET_S`; else no other does."""
+        """Make a new secret. With `keep_old` the secret before also signs for another `OLD_SECRET_S`."""
         async with self._db.write() as session:
             endpoint = await self._locked(session, endpoint_id, owner)
             if endpoint is not None:
@@ -109,17 +109,17 @@ class Endpoints:
         return endpoint
 
     async def delete(self, endpoint_id: str, owner: str | None) -> bool:
-        """Forget an endpoint and what was or is to be delivered to it; False if there is none."""
+        """Delete an endpoint with all of its deliveries; return False if there is none."""
         if await self.get(endpoint_id, owner) is None:
             return False
         async with self._db.write() as session:
-            # First the deliveries, in the order that recording a try locks them.
+            # Deliveries go first: recording a try locks rows in the same order.
             await session.execute(delete(Delivery).where(Delivery.endpoint_id == endpoint_id))
             gone = await session.scalars(delete(Endpoint).where(Endpoint.id == endpoint_id).returning(Endpoint.id))
             return gone.one_or_none() is not None
 
     async def deliveries(self, endpoint_id: str, after: str | None, limit: int) -> tuple[Sequence[Row], bool]:
-        """A page of the endpoint's deliveries with their events, the newest first, and whether more follow.
+        """Return a page of the endpoint's deliveries with their events, the newest first, and whether more follow.
 
         Raises:
             LookupError: `after` is no id.
@@ -138,7 +138,7 @@ class Endpoints:
         return found[:limit], len(found) > limit
 
     async def log(self, endpoint: Endpoint, event: Event, outcome: Outcome) -> None:
-        """Keep a try that was made outside of the outbox, of an event that is not in the database yet."""
+        """Record a try that was made outside of the outbox, with its event, which is not in the database yet."""
         async with self._db.write() as session:
             now = await self._db.clock(session)
             delivery = new_delivery(event, now, endpoint_id=endpoint.id)
@@ -148,15 +148,16 @@ class Endpoints:
             session.add_all([event, delivery])
 
     async def replay(self, endpoint: Endpoint, *, event_id: str = "", since: float = 0) -> tuple[int, bool] | None:
-        """Have events of the endpoint's owner delivered as if they had just happened.
+        """Have one event of the endpoint's owner (`event_id`) or all undelivered ones (`since`) delivered again.
 
         Args:
-            event_id: this one, whether or not it arrived before.
-            since: else all of this time and later that the endpoint wants and that neither arrived nor are on their
-                way; `REPLAY` of them at most, the oldest first.
+            endpoint: the receiver.
+            event_id: an event, whether or not it arrived before.
+            since: without `event_id`, seconds since the epoch: events from then on that the endpoint subscribed to and
+                that neither arrived nor are pending; at most `REPLAY` of them, the oldest first.
 
         Returns:
-            How many, and whether there are more. None if there is no such event (any more).
+            How many are sent, and whether there are more. None if there is no such event (any more).
         """
         query = select(Event).where(Event.owner == endpoint.owner, Event.distributed)
         if event_id:
@@ -186,7 +187,7 @@ class Endpoints:
                 if delivery is None:
                     session.add(new_delivery(event, now, endpoint_id=endpoint.id))
                 else:
-                    # The claim before, if one is under way, no longer counts.
+                    # A try that is under way no longer counts.
                     delivery.status, delivery.due_at, delivery.tries = "pending", now, 0
                     delivery.claims += 1
         return len(chosen), len(events) > REPLAY

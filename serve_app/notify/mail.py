@@ -1,7 +1,7 @@
-"""A mail that a video has ended, and the SMTP server that takes it.
+"""A mail that says that a video has ended, and the SMTP client that sends it.
 
-The text holds nothing that the requester wrote: it goes to any address that a request names, and must be of no use to
-somebody who wants words of their own sent there.
+The text holds nothing that the requester wrote: a request may name any address, and nobody should be able to send
+words of their own there.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TEXTS = {
 
 
 def compose(mail: MailConfig, public_url: str, delivery: Delivery, event: Event, job: Job) -> EmailMessage:
-    """The mail, the same at every try, its Message-ID too. In Chinese if the prompt holds a Chinese character."""
+    """Return the mail: the same at every try, with its Message-ID; in Chinese if the prompt has a Chinese character."""
     language = "zh" if any("\u4e00" <= char <= "\u9fff" for char in job.params["prompt"]) else "en"
     subject, text = _TEXTS[language, CANCELLED if job.shown_status == CANCELLED else event.type]
     message = EmailMessage()
@@ -59,10 +59,12 @@ class Mailer:
     """Hands mails to an SMTP server.
 
     Args:
-        timeout_s: for all of a mail, from the connection to the server's word that it has it.
+        options: the SMTP server and the sender.
+        public_url: the URL of the gateway, for a link to the video; empty for none.
+        timeout_s: seconds for all of a mail, from the connection to the server's confirmation.
 
     Raises:
-        ConfigError: a user without a password in the environment, or a `ca_file` that cannot be read.
+        ConfigError: a user has no password in the environment, or `ca_file` cannot be read.
     """
 
     def __init__(self, options: MailConfig, public_url: str, timeout_s: float) -> None:
@@ -86,7 +88,7 @@ class Mailer:
             use_tls=options.security == "tls",
             start_tls=options.security == "starttls",
             tls_context=self._tls,
-            timeout=None,  # the library's is one of each command, not of all
+            timeout=None,  # the library's timeout is per command
         )
         began = time.monotonic()
         try:
@@ -94,7 +96,7 @@ class Mailer:
                 await client.connect()
                 _, said = await client.send_message(message, sender=options.sender, recipients=[delivery.recipient])
             seconds = time.monotonic() - began
-            # The server has the mail: what becomes of the farewell does not matter.
+            # The server has the mail, so a failing goodbye does not matter.
             with suppress(aiosmtplib.SMTPException, OSError):
                 await client.quit(timeout=_QUIT_S)
         except TimeoutError:
@@ -103,12 +105,12 @@ class Mailer:
         except (aiosmtplib.SMTPException, OSError) as error:
             return _failed(error, time.monotonic() - began)
         finally:
-            client.close()  # as a context manager it would wait for a farewell, from a server that hangs for ever
+            client.close()  # a context manager would wait for the goodbye of a server that hangs
         return Outcome(True, seconds, 250, said[:_ANSWER_CHARS])
 
 
 def _failed(error: Exception, seconds: float) -> Outcome:
-    """A server that knows no such recipient will not know it tomorrow; everything else may be mended."""
+    """Return a failed try: final if the server does not know the recipient, since other failures may be mended."""
     refused = error.recipients[0] if isinstance(error, aiosmtplib.SMTPRecipientsRefused) else error
     code = refused.code if isinstance(refused, aiosmtplib.SMTPResponseException) else None
     final = isinstance(refused, aiosmtplib.SMTPRecipientRefused) and refused.code >= 500

@@ -1,15 +1,14 @@
-"""The notifier: sends what the outbox holds, again and again until it arrives or is given up.
+"""The notifier, which sends the deliveries of the outbox again until they arrive or are given up.
 
-Lives beside a dispatcher, and knows nothing of it. Any number of notifiers share one outbox.
+It runs beside a dispatcher and knows nothing of it. Any number of notifiers share one outbox.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
-from contextlib import suppress
 
+from serve_app.clock import CLOCK, Clock
 from serve_app.config import Config
 from serve_app.db.database import STORE_AWAY, Database
 from serve_app.errors import one_line
@@ -22,16 +21,17 @@ from serve_app.notify.outcome import Outcome
 
 logger = get_logger(__name__)
 
-# Deliveries to one endpoint at once, and mails at once: a receiver that hangs must not hold up all others.
+# Most deliveries to one endpoint at once, and most mails: a receiver that hangs must not hold up all others.
 _PER_RECEIVER = 4
+# Seconds between two looks for old events and deliveries.
 _FORGET_S = 60.0
 
 
 def outbound(config: Config) -> Outbound:
-    """What calls the endpoints of this deployment.
+    """Return the HTTP client that calls the endpoints of a deployment.
 
     Raises:
-        ConfigError: an option that cannot work.
+        ConfigError: an option cannot work.
     """
     options = config.webhooks
     return Outbound(
@@ -43,19 +43,22 @@ def outbound(config: Config) -> Outbound:
 
 
 class Notifier:
-    """Delivers until stopped.
+    """A loop that delivers until stopped.
 
     Args:
-        database: started.
+        database: a started database.
+        config: the options of webhooks and mail.
+        clock: the clock by which the notifier waits.
 
     Raises:
-        ConfigError: an option of webhooks or mail that cannot work.
+        ConfigError: an option of webhooks or mail cannot work.
     """
 
-    def __init__(self, database: Database, config: Config) -> None:
+    def __init__(self, database: Database, config: Config, clock: Clock = CLOCK) -> None:
         self._options = config.webhooks
+        self._clock = clock
         self._poll_s = config.dispatcher.poll_s
-        # Twice what a try may take: time to write down how it went, and the bound on how late a lost one is repeated.
+        # Twice the time of a try leaves time to record it, and bounds how late a lost try is repeated.
         self._lease_s = 2 * config.webhooks.timeout_s
         self._outbox = Outbox(database, config.webhooks.retries_s)
         self._outbound = outbound(config)
@@ -63,7 +66,7 @@ class Notifier:
         if config.mail is not None:
             self._mailer = Mailer(config.mail, config.gateway.public_url, config.webhooks.timeout_s)
         self._sending: dict[asyncio.Task[None], str] = {}
-        """Each with the id of its endpoint, empty for a mail."""
+        """The tries under way, each with the id of its endpoint, empty for a mail."""
         self._wake = asyncio.Event()
         self._stopping = False
         self._loop_task: asyncio.Task[None] | None = None
@@ -73,22 +76,22 @@ class Notifier:
         """Begin, as a task of the running event loop."""
         self._loop_task = asyncio.create_task(self._loop(), name="notifier")
 
-    def check(self) -> None:
-        """Raises whatever ended the loop, if it ended without being told to."""
+    def raise_if_ended(self) -> None:
+        """Raise RuntimeError, with its cause, if the loop has ended without being told to."""
         task = self._loop_task
         if task is None or not task.done() or self._stopping:
             return
         raise RuntimeError("the notifier's loop has ended") from (None if task.cancelled() else task.exception())
 
     async def stop(self) -> None:
-        """Begin no more deliveries, and wait for those under way, but not for long: they are in the database."""
+        """Begin no more tries, and wait up to 10 s for those under way; the database keeps their deliveries."""
         self._stopping = True
         self._wake.set()
         if self._loop_task is not None:
             await asyncio.wait([self._loop_task])
         if self._sending:
             _, late = await asyncio.wait([*self._sending], timeout=10)
-            for task in late:  # not recorded, so sent again once its lease runs out
+            for task in late:  # it is not recorded, so it is sent again once its lease runs out
                 task.cancel()
 
     async def _loop(self) -> None:
@@ -106,35 +109,34 @@ class Notifier:
                 away += 1
                 pause = max(pause, min(0.1 * 2**away, 5))
                 logger.warning("store unreachable", extra={"error": one_line(error), "retry_in_s": pause})
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause)
+            await self._clock.wait(self._wake, pause)
 
     async def _claim(self) -> None:
         while not self._stopping and len(self._sending) < self._options.concurrency:
             counts = Counter(self._sending.values())
             busy = [receiver for receiver, count in counts.items() if count >= _PER_RECEIVER]
-            parcel = await self._outbox.claim(self._lease_s, busy)
-            if parcel is None:
+            due = await self._outbox.claim(self._lease_s, busy)
+            if due is None:
                 return
-            task = asyncio.create_task(self._deliver(parcel), name=parcel.delivery.id)
-            self._sending[task] = parcel.delivery.endpoint_id
+            task = asyncio.create_task(self._deliver(due), name=due.delivery.id)
+            self._sending[task] = due.delivery.endpoint_id
             task.add_done_callback(self._ended)
 
     async def _forget(self) -> None:
-        if time.monotonic() - self._forgot_at >= min(_FORGET_S, self._options.retention_s):
+        if self._clock.monotonic() - self._forgot_at >= min(_FORGET_S, self._options.retention_s):
             while await self._outbox.forget(self._options.retention_s):
                 pass
-            self._forgot_at = time.monotonic()
+            self._forgot_at = self._clock.monotonic()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         del self._sending[task]
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("delivery broke", extra={"delivery": task.get_name()}, exc_info=error)
-        self._wake.set()  # there is room for another
+        self._wake.set()  # another try may begin
 
-    async def _deliver(self, parcel: DueDelivery) -> None:
-        delivery, event = parcel.delivery, parcel.event
-        outcome = await self._send(parcel)
+    async def _deliver(self, due: DueDelivery) -> None:
+        delivery, event = due.delivery, due.event
+        outcome = await self._send(due)
         fields = {
             "delivery": delivery.id,
             "event": event.id,
@@ -148,19 +150,19 @@ class Notifier:
             logger.info("delivered", extra=fields)
         else:
             logger.warning("not delivered", extra={**fields, "error": outcome.error})
-        given_up_at = time.monotonic() + self._lease_s
+        given_up_at = self._clock.monotonic() + self._lease_s
         while True:
             try:
                 await self._outbox.record(delivery, outcome)
                 return
             except STORE_AWAY as error:
-                if time.monotonic() > given_up_at:  # it is due again anyhow
+                if self._clock.monotonic() > given_up_at:  # its lease is over, so it is due again
                     logger.warning("delivery not recorded", extra={**fields, "error": one_line(error)})
                     return
-                await asyncio.sleep(min(1.0, self._lease_s / 10))
+                await self._clock.sleep(min(1.0, self._lease_s / 10))
 
-    async def _send(self, parcel: DueDelivery) -> Outcome:
-        delivery, event, endpoint = parcel.delivery, parcel.event, parcel.endpoint
+    async def _send(self, due: DueDelivery) -> Outcome:
+        delivery, event, endpoint = due.delivery, due.event, due.endpoint
         if delivery.tries > self._outbox.most_tries:
             return _dropped("its last try was cut off")
         if delivery.endpoint_id:
@@ -171,9 +173,9 @@ class Notifier:
             return await webhook.send(self._outbound, endpoint, event)
         if self._mailer is None:
             return _dropped("no mail server is configured")
-        if parcel.job is None:
+        if due.job is None:
             return _dropped("the video was deleted")
-        return await self._mailer.send(delivery, event, parcel.job)
+        return await self._mailer.send(delivery, event, due.job)
 
 
 def _dropped(reason: str) -> Outcome:

@@ -1,7 +1,7 @@
-"""What the notifiers do with events and deliveries: distribute, claim, record, forget. The database's clock judges all.
+"""The outbox, from which notifiers distribute events, claim deliveries, record their tries and delete old ones.
 
-Any number of notifiers share one outbox. A delivery is sent at least once: whoever dies between sending and recording
-leaves it to be sent again, with the same id.
+Any number of notifiers share one outbox. A delivery is sent at least once: if a notifier dies between sending and
+recording, it is sent again with the same id. All times are by the database's clock.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from serve_app.db.notifications import LOGGED_TRIES, Delivery, Endpoint, Event, 
 from serve_app.db.tables import Job
 from serve_app.notify.outcome import Outcome
 
-# Rows that one transaction takes on, so that none stays open for long.
+# Rows that one transaction handles, so that none stays open for long.
 _BATCH = 100
 _JITTER = 0.1
 
 
 @dataclass(frozen=True)
 class DueDelivery:
-    """A delivery that is claimed, with all that is needed to send it. `endpoint` or `job` is None once deleted."""
+    """A claimed delivery with everything needed to send it. `endpoint` or `job` is None once deleted."""
 
     delivery: Delivery
     event: Event
@@ -33,10 +33,11 @@ class DueDelivery:
 
 
 class Outbox:
-    """Events and deliveries in a database.
+    """The events and deliveries in a database.
 
     Args:
-        retries_s: wait before each try of a delivery, in seconds.
+        database: a started database.
+        retries_s: seconds to wait before each try of a delivery.
     """
 
     def __init__(self, database: Database, retries_s: Sequence[float]) -> None:
@@ -45,11 +46,11 @@ class Outbox:
 
     @property
     def most_tries(self) -> int:
-        """After this many tries a delivery has failed."""
+        """The number of tries after which a delivery has failed."""
         return len(self._retries_s)
 
     async def distribute(self) -> int:
-        """Make the deliveries of the oldest events that have none yet; how many events that were."""
+        """Make the deliveries of the oldest events that have none yet; return how many events those were."""
         undistributed = select(Event).where(Event.distributed.is_(False)).order_by(Event.id).limit(_BATCH)
         async with self._db.read() as session:  # a look costs SQLite's only writer nothing
             if await session.scalar(select(undistributed.exists())) is not True:
@@ -73,9 +74,10 @@ class Outbox:
         return len(events)
 
     async def claim(self, lease_s: float, busy: Collection[str] = ()) -> DueDelivery | None:
-        """The delivery that has been due for longest, for the caller to send within `lease_s`; None if there is none.
+        """Claim the delivery that has been due for longest; None if none is due.
 
         Args:
+            lease_s: seconds within which the caller sends it and records the try.
             busy: ids of endpoints (empty for mails) whose deliveries have to wait.
         """
         due = select(Delivery.id).where(Delivery.status == "pending", Delivery.endpoint_id.not_in(busy))
@@ -103,7 +105,7 @@ class Outbox:
             if delivery is None:
                 return None
             event = await session.get(Event, delivery.event_id)
-            if event is None:  # forgotten just when somebody replayed it
+            if event is None:  # it was deleted just when somebody replayed it
                 await session.delete(delivery)
                 return None
             endpoint = await session.get(Endpoint, delivery.endpoint_id) if delivery.endpoint_id else None
@@ -111,7 +113,7 @@ class Outbox:
             return DueDelivery(delivery, event, endpoint, job)
 
     async def record(self, delivery: Delivery, outcome: Outcome) -> None:
-        """How a try went, and what follows. Without effect if another has claimed the delivery since."""
+        """Record a try and plan the next one. Has no effect if the delivery was claimed again since."""
         async with self._db.write() as session:
             mine = (Delivery.id == delivery.id) & (Delivery.claims == delivery.claims) & (Delivery.status == "pending")
             row = await session.scalar(select(Delivery).where(mine).with_for_update())
@@ -133,13 +135,13 @@ class Outbox:
                 )
 
     async def forget(self, retention_s: float) -> int:
-        """Delete events and deliveries that are older than this and have come to their end; how many rows that were."""
+        """Delete finished events and deliveries older than `retention_s` seconds; return how many rows those were."""
         async with self._db.write() as session:
             before = await self._db.clock(session) - retention_s
             ended = select(Delivery.id).where(Delivery.created_at < before, Delivery.status != "pending")
             oldest = delete(Delivery).where(Delivery.id.in_(ended.limit(_BATCH))).returning(Delivery.id)
             deliveries = len((await session.scalars(oldest)).all())
-        # Not in one transaction: a replay locks events first and deliveries then.
+        # In a transaction of its own, because a replay locks events before deliveries.
         async with self._db.write() as session:
             told = Event.distributed & ~exists().where(Delivery.event_id == Event.id)
             done = select(Event.id).where(Event.created_at < before, told).limit(_BATCH)
@@ -147,5 +149,5 @@ class Outbox:
             return deliveries + len(events.all())
 
     def _wait_s(self, tries: int) -> float:
-        """Before the next try, when there were `tries`. Jitter, so that what failed together does not return so."""
+        """Return the seconds before the try that follows `tries`, with jitter so that joint failures spread out."""
         return self._retries_s[tries] * random.uniform(1 - _JITTER, 1 + _JITTER)

@@ -1,4 +1,4 @@
-"""How one try to deliver something went."""
+"""The outcome of one try to deliver a webhook or a mail."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """A try.
+    """The outcome of a try.
 
     Attributes:
         delivered: whether the receiver has it.
-        seconds: how long it took.
-        status_code: what the receiver answered, of HTTP or SMTP; None if it did not come to that.
+        seconds: the time that it took.
+        status_code: the status of HTTP or SMTP that the receiver answered; None without an answer.
         answer: the first characters of the answer's body.
         error: why it did not arrive, in one line; empty if it did.
-        final: whether there is no use in trying again.
-        disable: if not empty, why nothing more is to be sent to this endpoint.
+        final: whether another try is useless.
+        disable: why nothing more is to be sent to this endpoint; empty if it stays enabled.
     """
 
     delivered: bool
@@ -29,7 +29,7 @@ class Outcome:
     disable: str = ""
 
     def entry(self, at: float) -> dict[str, Any]:
-        """As the log of deliveries keeps it; `at` is when it ended."""
+        """Return the entry for the delivery's log; `at` is when the try ended, in seconds since the epoch."""
         return {
             "at": at,
             "seconds": round(self.seconds, 3),

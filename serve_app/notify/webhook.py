@@ -19,12 +19,12 @@ _GONE = 410
 
 
 def new_secret() -> str:
-    """`whsec_` and 32 random bytes in padded base64, which `openai` needs padded."""
+    """Return a new secret: `whsec_` and 32 random bytes in base64, padded because the `openai` package needs it."""
     return "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
 def payload(event: Event) -> str:
-    """The body, the same at every try."""
+    """Return the body, the same at every try."""
     return json.dumps(
         {
             "id": event.id,
@@ -38,9 +38,9 @@ def payload(event: Event) -> str:
 
 
 def signed_headers(endpoint: Endpoint, event_id: str, body: str, now: float) -> dict[str, str]:
-    """The headers for `body`, sent at `now` by this host's clock: one signature for each secret that is valid.
+    """Return the headers for `body`, sent at `now` by this host's clock, with one signature for each valid secret.
 
-    The id stays the same at every try and replay, so that a receiver can tell what it had before; the time is new.
+    The id stays the same at every try and replay, so that a receiver recognizes repeated events; the time is new.
     """
     sent_at = datetime.fromtimestamp(int(now), UTC)
     valid = [endpoint.secret, *(old["secret"] for old in endpoint.old_secrets if now < old["until"])]
@@ -52,7 +52,7 @@ def signed_headers(endpoint: Endpoint, event_id: str, body: str, now: float) -> 
 
 
 async def send(outbound: Outbound, endpoint: Endpoint, event: Event) -> Outcome:
-    """Tell an endpoint of an event, once. Only an answer of 2xx counts as delivered: a redirect does not."""
+    """Send an event to an endpoint, once. Only an answer of 2xx counts as delivered; a redirect does not."""
     body = payload(event)
     headers = {
         "content-type": "application/json",

@@ -1,6 +1,6 @@
-"""Where videos and saved samples are kept: objects under keys such as `videos/<id>/<attempt>/video.mp4`.
+"""Storage of videos and saved samples: objects under keys such as `videos/<id>/<attempt>/video.mp4`.
 
-On a folder or in a bucket of S3. Knows nothing of jobs or HTTP.
+Objects lie in a folder or in an S3 bucket. Knows nothing of jobs or HTTP.
 """
 
 from serve_app.storage.backend import Stat, StorageRefused

@@ -1,7 +1,7 @@
-"""Objects in a bucket of S3: AWS, MinIO, Ceph, Swift, and others that speak its protocol.
+"""Objects in an S3 bucket: AWS, MinIO, Ceph, Swift, and others that speak its protocol.
 
-Every request moves 8 MiB at most, whatever the size of the object, so that one time limit fits all of them and a
-server that hangs is noticed; each is repeated for a while, so that one that restarts is waited for.
+Every request moves at most 8 MiB, whatever the size of the object, so that one time limit fits all and a server that
+hangs is noticed. Each is repeated for a while, so that a server that restarts is waited for.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 4
 _PING_S = 5
 _BACKOFF: Any = {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=3), "base": 2}
-# Metadata that tells which call wrote an object.
+# The metadata field that says which call wrote an object.
 _WRITER = "put-id"
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([^<]*)</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
-# What the server says of the moment, below 500.
-_PASSING = {"408", "409", "412", "429", "RequestTimeout", "NoSuchUpload"}
+# Answers below 500 that may pass by themselves.
+_TRANSIENT = {"408", "409", "412", "429", "RequestTimeout", "NoSuchUpload"}
 _KIND = re.compile(r"\bkind: (Connect|Timeout)\b")
 
 
@@ -40,16 +40,16 @@ class Bucket(Backend):
     """A `Backend` on S3.
 
     A put of up to 8 MiB is one conditional request. A larger one is a multipart upload, which nobody can see before it
-    is complete; as the protocol has no conditional form of it that servers agree on, a look beforehand keeps it from
-    replacing what is there. That is a guard against mistakes and not a lock, nor does it have to be one: keys hold the
-    number of the attempt, or random bits, so no two writers share one.
+    is complete. Servers agree on no conditional form of it, so `put` looks first and does not replace an object. That
+    guards against mistakes but is no lock, and need not be: keys hold the number of the attempt or random bits, so no
+    two writers share one.
     """
 
     def __init__(self, options: config.StorageConfig) -> None:
         self._options = options
         self._store = self._open(options)
         quick = {"timeout_s": min(options.timeout_s, _PING_S), "retry_s": 0}
-        self._impatient = self._open(options.model_copy(update=quick))
+        self._quick = self._open(options.model_copy(update=quick))
         public = options.public_endpoint or options.endpoint
         self._public = self._open(options.model_copy(update={"endpoint": public}))
 
@@ -75,13 +75,14 @@ class Bucket(Backend):
         )
 
     def put(self, key: str, data: bytes | Path, filename: str | None, mark: str) -> None:
+        """Store an object, as `Backend.put` says."""
         attributes = {"Content-Type": content_type(key), _WRITER: mark}
         if filename is not None:
             attributes["Content-Disposition"] = disposition(filename)
         give_up = time.monotonic() + self._options.retry_s
         pause_s = 0.1
-        # obstore repeats what it knows to be safe. What was sent and never answered is decided here: the object may
-        # have been stored, and then bears this call's mark.
+        # obstore repeats what it knows to be safe. A request that was never answered is decided here: the object may
+        # have been stored, and then it bears this call's mark.
         while True:
             if (writer := self._writer(key)) is not None:
                 if writer == mark:
@@ -90,7 +91,7 @@ class Bucket(Backend):
             try:
                 self._upload(key, data, attributes)
                 return
-            except (BaseError, FileNotFoundError) as error:  # not found: the bucket, or an upload that was aborted
+            except (BaseError, FileNotFoundError) as error:  # FileNotFoundError: no bucket, or an aborted upload
                 told = self.explain(error)
                 if isinstance(told, StorageRefused) or time.monotonic() >= give_up:
                     raise told from error
@@ -98,7 +99,7 @@ class Bucket(Backend):
             pause_s = min(2 * pause_s, 3)
 
     def _writer(self, key: str) -> str | None:
-        """The mark of whoever wrote an object, empty if it has none; None if there is no object."""
+        """Return the mark of the call that wrote an object, empty if it has none; None if there is no object."""
         try:
             return str(obstore.get(self._store, key, options={"head": True}).attributes.get(_WRITER, ""))
         except FileNotFoundError:
@@ -121,28 +122,33 @@ class Bucket(Backend):
             obstore.put(self._store, key, data, attributes=attributes, use_multipart=False, mode=mode)
 
     def get(self, key: str) -> bytes:
+        """Return all of an object."""
         return b"".join(self.chunks(key, 0, self.stat(key).size))
 
     def chunks(self, key: str, start: int, end: int) -> Iterator[bytes]:
+        """Yield a part of an object."""
         for first in range(start, end, PART_BYTES):
             part = memoryview(obstore.get_range(self._store, key, start=first, end=min(first + PART_BYTES, end)))
             for offset in range(0, len(part), CHUNK_BYTES):
                 yield bytes(part[offset : offset + CHUNK_BYTES])
 
     def ping(self) -> None:
-        # A folder that nothing is ever stored in: the cheapest list that there is.
+        """Raise an OSError if the bucket cannot be listed within a few seconds."""
+        # Nothing is ever stored in this folder, so listing it is as cheap as it gets.
         try:
-            for _ in obstore.list(self._impatient, prefix="_none"):
+            for _ in obstore.list(self._quick, prefix="_none"):
                 break
         except BaseError as error:
             raise self._explain(error, min(self._options.timeout_s, _PING_S)) from error
 
     def link(self, key: str, method: Method) -> str | None:
+        """Return a presigned URL; None with `storage.proxy`."""
         if self._options.proxy:
             return None
         return obstore.sign(self._public, method, key, timedelta(seconds=self._options.presign_s))
 
     def explain(self, error: Exception) -> OSError:
+        """Return an exception of obstore as an OSError with one line."""
         return self._explain(error, self._options.timeout_s)
 
     def _explain(self, error: Exception, within_s: float) -> OSError:
@@ -156,8 +162,8 @@ class Bucket(Backend):
         if status := _STATUS.search(text):
             code, message = (found[1] if (found := part.search(text)) else "" for part in (_CODE, _MESSAGE))
             told = " ".join(f"{status[1]} {code} {message}".split())
-            passing = status[1] >= "500" or status[1] in _PASSING or code in _PASSING
-            return (OSError if passing else StorageRefused)(f"{where}: {told}{_hint(status[1], code)}")
+            transient = status[1] >= "500" or status[1] in _TRANSIENT or code in _TRANSIENT
+            return (OSError if transient else StorageRefused)(f"{where}: {told}{_hint(status[1], code)}")
         kinds = {found[1] for found in _KIND.finditer(text)}
         if "Timeout" in kinds:
             return OSError(f"{where}: no answer within {within_s:g} s (storage.endpoint, storage.timeout_s)")
@@ -167,7 +173,7 @@ class Bucket(Backend):
 
 
 def _hint(status: str, code: str) -> str:
-    """Which option an answer of S3 is about."""
+    """Return the option that an answer of S3 is about, in brackets."""
     if code == "NoSuchBucket":
         return " (storage.url)"
     if code in ("AuthorizationHeaderMalformed", "PermanentRedirect"):

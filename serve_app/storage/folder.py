@@ -35,27 +35,32 @@ class Folder(Backend):
         self._store = LocalStore(self.folder)
 
     def put(self, key: str, data: bytes | Path, filename: str | None, mark: str) -> None:
-        # Names and types are not kept: whoever serves a file derives them from its key. No mark: a file system answers.
+        """Store an object, as `Backend.put` says."""
+        # Names and types are derived from the key when a file is served. No mark: a file system answers.
         obstore.put(self._store, key, data, mode="create")
 
     def get(self, key: str) -> bytes:
+        """Return all of an object."""
         return bytes(obstore.get(self._store, key).bytes())
 
     def chunks(self, key: str, start: int, end: int) -> Iterator[bytes]:
+        """Yield a part of an object."""
         result = obstore.get(self._store, key, options={"range": (start, end)})
         for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
             yield bytes(chunk)
 
     def delete_prefix(self, prefix: str) -> int:
+        """Delete all objects below a prefix, and the folder itself."""
         count = 0
-        # Missing when another process sweeps the same prefix; the folder goes in any case.
+        # Files may be missing when another process deletes the same prefix; the folder goes in any case.
         with suppress(FileNotFoundError):
             count = super().delete_prefix(prefix)
-        # What a killed writer left behind (`name#1`) is invisible to list.
+        # `list` does not see files that a killed writer left behind (`name#1`).
         shutil.rmtree(self.folder / prefix, ignore_errors=True)
         return count
 
     def ping(self) -> None:
+        """Raise an OSError if the folder cannot be written to or its disk is nearly full."""
         if not os.access(self.folder, os.R_OK | os.W_OK | os.X_OK):
             raise StorageRefused(f"storage: {self.folder} cannot be written to")
         free_mib = shutil.disk_usage(self.folder).free / _MIB
@@ -66,7 +71,9 @@ class Folder(Backend):
             )
 
     def link(self, key: str, method: Method) -> str | None:
+        """Return None: a folder has no URLs."""
         return None
 
     def explain(self, error: Exception) -> OSError:
+        """Return an exception of obstore as an OSError with one line."""
         return OSError(f"storage: {str(error).strip().splitlines()[0]}")

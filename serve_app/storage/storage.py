@@ -1,4 +1,4 @@
-"""The one interface to stored objects, for event loops."""
+"""The interface to stored objects, for event loops."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ _Keys = list[str]  # inside `Storage`, `list` is a method
 
 logger = get_logger(__name__)
 
-# Every segment starts with a letter, digit or underscore: no `..`, no hidden files, no empty segments, no staging
-# files of the local store (`name#1`), no separators of other systems.
+# Every segment starts with a letter, digit or underscore. That excludes `..`, hidden files, empty segments, staging
+# files of the local store (`name#1`) and separators of other systems.
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
-# Of this storage's own, because calls to a server that hangs would use up the event loop's, and with them all that
-# else runs in threads.
+# Threads of this storage alone: calls to a server that hangs would use up the event loop's threads.
 _THREADS = 16
 
 
@@ -40,16 +39,16 @@ class Storage:
 
     Every call runs obstore's blocking form in a thread. Its asynchronous form was measured to abort 5 of 20
     interpreters that exit right after a call (obstore 0.12, Python 3.11): its runtime wakes the event loop after the
-    interpreter has begun to go.
+    interpreter has begun to shut down.
 
-    Where nothing more precise is said, what the file system refuses (a full disk, missing rights), or a server that
-    refuses or does not answer within `timeout_s` and `retry_s`, is an OSError.
+    Unless a method says otherwise, it raises OSError if the file system refuses (a full disk, missing rights), or if a
+    server refuses or does not answer within `timeout_s` and `retry_s`.
 
     Args:
-        options: with its `url` filled in (see `Config.storage_options`), or a folder alone.
+        options: options with `url` filled in (see `Config.storage_options`), or just a folder.
 
     Raises:
-        ConfigError: the folder cannot be made, or the URL names a kind of store that is not offered.
+        ConfigError: the folder cannot be made, or the URL names an unknown kind of storage.
     """
 
     def __init__(self, options: config.StorageConfig | str) -> None:
@@ -61,7 +60,7 @@ class Storage:
 
     @property
     def folder(self) -> Path:
-        """Where the files lie.
+        """The folder of the files.
 
         Raises:
             TypeError: they are objects of S3.
@@ -71,25 +70,24 @@ class Storage:
         raise TypeError(f"{self._options.url} is no folder")
 
     async def check(self) -> None:
-        """Find out early what is wrong.
+        """Check that the storage is usable. One that is full or does not answer is only logged, since it may come back.
 
         Raises:
-            ConfigError: the storage says no. One that does not answer, or is full, is only logged: it may come back,
-                and `ping` tells until it does.
+            ConfigError: the storage refuses, which will not pass by itself.
         """
         if (trouble := await self.trouble()) is not None:
             logger.warning("storage not usable yet", extra={"error": one_line(trouble)})
 
     async def trouble(self) -> OSError | None:
-        """Why nothing can be stored now, though the storage does not say no; None if it can.
+        """Return why nothing can be stored now, if that may pass by itself; None if the storage is usable.
 
         Raises:
-            ConfigError: it says no.
+            ConfigError: the storage refuses, which will not pass by itself.
         """
         key = f"_check/{secrets.token_hex(8)}"
         try:
             await self.ping()
-            if self._options.bucket:  # rights to list are not rights to write
+            if self._options.bucket:  # the right to list does not include the right to write
                 await self.put(key, b"")
                 await self.delete(key)
         except StorageRefused as error:
@@ -99,10 +97,10 @@ class Storage:
         return None
 
     async def ping(self) -> None:
-        """Look whether the storage would take a write, without one.
+        """Check without writing that the storage would take a write.
 
         Raises:
-            OSError: it would not, and why: it does not answer, or is full (`min_free_mib`).
+            OSError: it would not: it does not answer, or is full (`min_free_mib`). The message says which.
         """
         await self._call(self._backend.ping)
 
@@ -110,11 +108,13 @@ class Storage:
         """Store bytes, or a file's content, under a new key. Readers see all of it or nothing.
 
         Args:
-            filename: what it is called for somebody who gets it by a `link`.
+            key: the new key.
+            data: bytes, or a file with the content.
+            filename: the name under which somebody saves it who gets it by a `link`.
 
         Raises:
-            FileExistsError: the key is taken; what it holds stays as it is.
-            OSError: it cannot be stored. Nothing of it can be seen.
+            FileExistsError: the key is taken; its object stays as it is.
+            OSError: it cannot be stored. Readers see nothing of it.
             ValueError: the key is malformed.
         """
         _check(key)
@@ -124,7 +124,7 @@ class Storage:
             raise FileExistsError(f"storage already holds {key!r}") from None
 
     async def stat(self, key: str) -> Stat:
-        """Size, ETag and time of an object.
+        """Return size, ETag and time of an object.
 
         Raises:
             FileNotFoundError: nothing is stored under the key.
@@ -133,7 +133,7 @@ class Storage:
         return await self._call(self._backend.stat, key, missing=key)
 
     async def get(self, key: str) -> bytes:
-        """All bytes of an object.
+        """Return all bytes of an object.
 
         Raises:
             FileNotFoundError: nothing is stored under the key.
@@ -142,7 +142,7 @@ class Storage:
         return await self._call(self._backend.get, key, missing=key)
 
     async def stream(self, key: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
-        """The bytes from `start` up to, not including, `end` (None: to the last), in chunks of about 1 MiB.
+        """Yield the bytes from `start` up to, not including, `end` (None: the last) in chunks of about 1 MiB.
 
         Raises:
             FileNotFoundError: nothing is stored under the key.
@@ -157,32 +157,31 @@ class Storage:
             yield chunk
 
     async def link(self, key: str, method: Method = "GET") -> str | None:
-        """A URL that answers `method` for `presign_s` seconds to whoever knows it; None where there are none: on a
-        folder, and with `proxy`. Says nothing on whether the object is there.
+        """Return a URL that answers `method` for `presign_s` seconds to anybody; None for a folder, and with `proxy`.
+
+        It does not check that the object is there.
         """
         _check(key)
         return await self._call(self._backend.link, key, method)
 
     async def list(self, prefix: str) -> _Keys:
-        """The keys in the folder `prefix` and below, sorted; none if there is no such folder."""
+        """Return the keys in the folder `prefix` and below, sorted; none if there is no such folder."""
         _check(prefix)
         return await self._call(self._backend.list, prefix)
 
     async def delete(self, key: str) -> None:
-        """Remove an object. Removing what is not there is no error."""
+        """Delete an object. If there is none, that is no error."""
         _check(key)
         with suppress(FileNotFoundError):
             await self._call(self._backend.delete, key)
 
     async def delete_prefix(self, prefix: str) -> int:
-        """Remove every object in the folder `prefix`; how many there were. Removing nothing is no error."""
+        """Delete every object in the folder `prefix`; return how many there were. None is no error."""
         _check(prefix)
         return await self._call(self._backend.delete_prefix, prefix)
 
     async def _call(self, function: Callable[..., T], *args: Any, missing: str | None = None) -> T:
-        """What `function` returns, from a thread. obstore's own exceptions, which callers should not have to know,
-        become OSErrors.
-        """
+        """Return the result of `function`, called in a thread. obstore's own exceptions become OSErrors."""
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._threads, function, *args)
@@ -197,7 +196,7 @@ class Storage:
 
 
 def trouble_with(options: config.StorageConfig, error: OSError) -> ConfigError:
-    """What a storage said, as an error of the option that names it."""
+    """Return an error of a storage as an error of the option that names it."""
     told = str(error).removeprefix("storage: ").removeprefix(options.url).strip(" :")
     return ConfigError(f"storage.url has value {options.url!r}: {told}")
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from serve_app.accounts.keys import DAY_S, Key, KeyLimits, OverLimit
-from serve_app.db.tables import Usage
+from serve_app.accounts.keys import DAY_S, KeyLimits, OverLimit
+from serve_app.db.tables import Key, Usage
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
 from serve_app.jobs.store import Idempotency, IdempotencyConflict, JobStore
+from tests.support.clock import MovableClock
 from tests.support.fakes import PARAMS
 from tests.support.running import OPTIONS
 
@@ -125,7 +126,7 @@ async def test_gpu_seconds(store: JobStore) -> None:
     assert [seconds for _, seconds in await store.keys.list()] == [0.0]
 
 
-async def test_who_pays_for_what_ends_early(store: JobStore) -> None:
+async def test_who_pays_for_what_ends_early(store: JobStore, clock: MovableClock) -> None:
     """An owner who cancels pays for what ran; what we lost nobody pays for, and nothing is paid for twice."""
     key_id, _ = await make(store)
     ids = {}
@@ -135,7 +136,7 @@ async def test_who_pays_for_what_ends_early(store: JobStore) -> None:
         await store.progress(ids[end], 1, Progress("encode", 1, 1))
         if end != "encoding":
             await store.progress(ids[end], 1, Progress("denoise", 0, 4))
-    await asyncio.sleep(0.05)
+    clock.advance(0.05)
     for end in set(ids) - {"encoding"}:
         await store.progress(ids[end], 1, Progress("denoise", 2, 4))
     await store.fail(ids["encoding"], 1, "cancelled", "")

@@ -12,6 +12,7 @@ from serve_app.db.database import STORE_AWAY
 from serve_app.dispatch.dispatcher import Dispatcher
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
+from tests.support.clock import MovableClock
 from tests.support.disks import Disk
 from tests.support.fakes import PARAMS, FakePipeline, until
 from tests.support.links import LinkTo
@@ -21,9 +22,11 @@ async def test_a_running_job_survives_a_full_disk(small_disk: Disk, tmp_path_fac
     storage = Storage(str(tmp_path_factory.mktemp("elsewhere")))
     store = JobStore(f"sqlite:///{small_disk.folder / 'jobs.db'}")
     await store.start()
+    clock = MovableClock()
+    clock.lead(store.database)
     gate = asyncio.Event()
     pipeline = FakePipeline(storage, gate=gate)
-    dispatcher = Dispatcher(store, storage, pipeline, Options(poll_s=0.03, lease_s=3, retry_s=0.01))
+    dispatcher = Dispatcher(store, storage, pipeline, Options(poll_s=0.03, lease_s=30, retry_s=0.01), clock=clock)
     dispatcher.start()
     video_id = (await store.create(PARAMS, "wan")).id
 
@@ -41,10 +44,10 @@ async def test_a_running_job_survives_a_full_disk(small_disk: Disk, tmp_path_fac
         return video_id in pipeline.ended
 
     await until(made)
-    await asyncio.sleep(3.3)  # its lease is over by then
+    clock.advance(31)  # its lease is over by then
     job = await store.get(video_id)
     assert job is not None and job.status == "in_progress"
-    dispatcher.check()
+    dispatcher.raise_if_ended()
     small_disk.free()
 
     async def completed() -> bool:

@@ -68,7 +68,7 @@ async def test_tables_without_a_revision_are_refused(empty_url: str) -> None:
 
 
 async def test_an_older_schema_is_brought_up_to_date(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an older version would leave it: at no revision, that is the one before the first."""
+    """The database is as an older version would leave it, before the first revision."""
     store = JobStore(empty_url)
     await store.start()
     tables = ", ".join(table.name for table in reversed(Base.metadata.sorted_tables))
@@ -84,7 +84,7 @@ async def test_an_older_schema_is_brought_up_to_date(empty_url: str, monkeypatch
 
 async def test_work_in_pixels_is_forgotten(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An estimate that took pixels for TFLOP would be off by orders of magnitude."""
-    monkeypatch.setattr("serve_app.jobs.store._PACE_S", 0)
+    monkeypatch.setattr("serve_app.jobs.queries._PACE_S", 0)
 
     async def complete(store: JobStore) -> None:
         job = await store.claim("me", 60)

@@ -23,7 +23,7 @@ from tests.support.fakes import PARAMS
 
 
 def wrapped(cause: Exception) -> Exception:
-    """As it arrives from a handle."""
+    """Return an error as a Serve handle raises it."""
     error = RayTaskError("generate", "a long traceback", cause, proctitle="x", pid=1, ip="127.0.0.1")
     return error.as_instanceof_cause()
 
@@ -50,12 +50,12 @@ LOST = {
     *("OwnerDiedError", "PlasmaObjectNotAvailable", "RayActorError", "RaySystemError", "RequestCancelledError"),
     *("RayServeException", "ReferenceCountingAssertionError", "ReplicaUnavailableError", "RpcError"),
     *("TaskCancelledError", "TaskPlacementGroupRemoved", "TaskUnschedulableError", "WorkerCrashedError"),
-    # Of features that we do not use, subclasses of those above.
+    # Errors of features that we do not use, and subclasses of those above.
     *("RayCgraphCapacityExceeded", "RayChannelError", "RayChannelTimeoutError", "RayDirectTransportError"),
     *("StreamingGeneratorReplayInconsistentError", "gRPCStatusError"),
 }
 AWAY = {"BackPressureError", "DeploymentUnavailableError"}
-# What our code or configuration does, or what never comes out of a handle.
+# Errors of our code or configuration, or that never come out of a handle.
 OURS = {
     *("ActorAlreadyExistsError", "ActorHandleNotFoundError", "AsyncioActorExit", "AuthenticationError"),
     *("CrossLanguageError", "GetTimeoutError", "ObjectRefStreamEndOfStreamError"),
@@ -94,7 +94,7 @@ def test_anything_else_is_shown_as_it_was() -> None:
 
 
 class Response:
-    """A call that tells one step and then does what it is told."""
+    """A call that yields one step and then ends as the test says."""
 
     def __init__(self, then: BaseException | None, *, on_cancel: Exception | None = None) -> None:
         self._then = then

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.logs import JsonFormatter
 from serve_app.storage import Storage
+from tests.support.clock import MovableClock
 from tests.support.fakes import PARAMS, FakePipeline, files, until
-from tests.support.running import OPTIONS, Start, create, ended, expected_files, running
+from tests.support.running import OPTIONS, Start, create, ended, expected_files, lease_until, running
 
 
 async def test_drives_jobs_to_the_end(store: JobStore, storage: Storage, start: Start) -> None:
@@ -74,12 +76,15 @@ async def test_wake_beats_the_poll(store: JobStore, storage: Storage, start: Sta
     await ended(store, video_id, "completed")
 
 
-async def test_a_deadline_passes_in_the_queue(store: JobStore, storage: Storage, start: Start) -> None:
+async def test_a_deadline_passes_in_the_queue(
+    store: JobStore, storage: Storage, start: Start, clock: MovableClock
+) -> None:
     pipeline = FakePipeline(storage, gate=asyncio.Event())
     busy = await create(store)
     start(pipeline, running_jobs=1)  # no room for another: it fails all the same
     await until(lambda: running(store, busy))
-    video_id = await create(store, deadline_s=0.2)
+    video_id = await create(store, deadline_s=60)
+    clock.advance(61)
     assert (await ended(store, video_id, "failed")).error_code == "deadline_exceeded"
     assert [job.id for job in pipeline.jobs] == [busy]
 
@@ -117,16 +122,19 @@ async def test_delete_completed_removes_its_files(store: JobStore, storage: Stor
     await until(only_the_other)
 
 
-async def test_takeover_after_a_silent_dispatcher(store: JobStore, storage: Storage, start: Start) -> None:
-    """One freezes while its run goes on; another takes the job; the first one's video must not count."""
+async def test_takeover_after_a_silent_dispatcher(
+    store: JobStore, storage: Storage, start: Start, clock: MovableClock
+) -> None:
+    """A dispatcher freezes while its run goes on, and another takes the job: the first run's video must not count."""
     gate = asyncio.Event()
     slow, quick = FakePipeline(storage, gate=gate), FakePipeline(storage)
     video_id = await create(store)
-    frozen = start(slow, lease_s=1.5)
+    frozen = start(slow)
     await until(lambda: running(store, video_id))
     assert frozen._loop_task is not None
     frozen._loop_task.cancel()
     start(quick)
+    clock.advance(OPTIONS.lease_s + 1)
     job = await ended(store, video_id, "completed")
     assert (job.attempt, job.interruptions, job.outputs["video"]) == (2, 1, f"videos/{video_id}/2/video.mp4")
     gate.set()
@@ -138,17 +146,26 @@ async def test_takeover_after_a_silent_dispatcher(store: JobStore, storage: Stor
     after = await store.get(video_id)
     assert after is not None and after.outputs == job.outputs
     with pytest.raises(RuntimeError, match="loop has ended"):
-        frozen.check()
+        frozen.raise_if_ended()
 
 
-async def test_leases_outlive_quiet_stages(store: JobStore, storage: Storage, start: Start) -> None:
+async def test_leases_outlive_quiet_stages(
+    store: JobStore, storage: Storage, start: Start, clock: MovableClock
+) -> None:
     gate = asyncio.Event()
     first, second = FakePipeline(storage, gate=gate), FakePipeline(storage)
     video_id = await create(store)
-    start(first, lease_s=3)
+    start(first)
     await until(lambda: running(store, video_id))
-    start(second, lease_s=3)
-    await asyncio.sleep(3.6)  # longer than a lease, which is longer than a disk may keep a claim waiting
+    start(second)
+    for _ in range(3):  # longer than a lease
+        renewed = await lease_until(store, video_id) + 0.4 * OPTIONS.lease_s
+        clock.advance(0.4 * OPTIONS.lease_s)
+
+        async def is_renewed(by: float = renewed) -> bool:
+            return await lease_until(store, video_id) >= by
+
+        await until(is_renewed)
     gate.set()
     assert (await ended(store, video_id, "completed")).attempt == 1
     assert second.jobs == []
@@ -165,7 +182,7 @@ async def test_stop_hands_jobs_back(store: JobStore, storage: Storage, start: St
     assert job is not None
     assert (job.status, job.attempt, job.failures, job.lease_owner) == ("queued", 1, 0, None)
     assert pipeline.ended == [video_id]
-    dispatcher.check()
+    dispatcher.raise_if_ended()
     gate.set()
     start(pipeline)
     assert (await ended(store, video_id, "completed")).attempt == 2
@@ -191,29 +208,36 @@ async def test_store_away_for_a_while(store: JobStore, storage: Storage, start: 
     database.write = database.read = away  # type: ignore[method-assign]
     gate.set()
     await asyncio.wait_for(often.wait(), 20)
-    dispatcher.check()
+    dispatcher.raise_if_ended()
     del database.write, database.read
     assert (await ended(store, video_id, "completed")).attempt == 1
 
 
-async def test_an_outage_costs_nobody_a_lease(store: JobStore, store_url: str, storage: Storage, start: Start) -> None:
+async def test_an_outage_costs_nobody_a_lease(
+    store: JobStore, store_url: str, storage: Storage, start: Start, clock: MovableClock
+) -> None:
     """Leases run out while no dispatcher can renew; the first to come back does not take the others for dead."""
     gate = asyncio.Event()
     first, second = FakePipeline(storage, gate=gate), FakePipeline(storage, gate=gate)
     other = JobStore(store_url)
     await other.start()
+    clock.lead(other.database)
     video_id = await create(store)
-    slow = start(first, lease_s=3, running_jobs=1)
+    slow = start(first, running_jobs=1)
     await until(lambda: running(store, video_id))
-    quick = Dispatcher(other, storage, second, OPTIONS.model_copy(update={"lease_s": 3}))
+    quick = Dispatcher(other, storage, second, OPTIONS, clock=clock)
     quick.start()
+    asked = {store: asyncio.Event(), other: asyncio.Event()}
 
-    def away() -> Any:
+    def away(one: JobStore) -> Any:
+        asked[one].set()
         raise OperationalError("SELECT 1", {}, ConnectionRefusedError("away"))
 
-    for one in (store, other):
-        one._db.write = one._db.read = away  # type: ignore[method-assign]
-    await asyncio.sleep(3.1)
+    for one in asked:
+        one._db.write = one._db.read = partial(away, one)  # type: ignore[method-assign]
+    for noticed in asked.values():
+        await asyncio.wait_for(noticed.wait(), 20)
+    clock.advance(OPTIONS.lease_s + 1)
     del other._db.write, other._db.read
     new = await create(other)
     quick.wake()
@@ -230,7 +254,7 @@ async def test_an_outage_costs_nobody_a_lease(store: JobStore, store_url: str, s
 
 async def test_a_broken_loop_shows(store: JobStore, storage: Storage, start: Start) -> None:
     dispatcher = start(FakePipeline(storage))
-    dispatcher.check()
+    dispatcher.raise_if_ended()
 
     async def broken(*_: Any) -> Any:
         raise KeyError("a bug")
@@ -239,7 +263,7 @@ async def test_a_broken_loop_shows(store: JobStore, storage: Storage, start: Sta
 
     async def noticed() -> bool:
         try:
-            dispatcher.check()
+            dispatcher.raise_if_ended()
         except RuntimeError as error:
             return isinstance(error.__cause__, KeyError)
         return False

@@ -11,13 +11,17 @@ from serve_app.config import RetentionConfig
 from serve_app.errors import JobFailed
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
+from tests.support.clock import MovableClock
 from tests.support.fakes import FakePipeline, files, until
 from tests.support.running import Start, create, ended, expected_files
 
 
 @pytest.mark.parametrize("kept", ["completed", "failed"])
-async def test_row_and_files_go_together(store: JobStore, storage: Storage, start: Start, kept: str) -> None:
-    store._retention = RetentionConfig(**{f"{kept}_s": 0, f"{'failed' if kept == 'completed' else 'completed'}_s": 0.3})
+async def test_row_and_files_go_together(
+    store: JobStore, storage: Storage, start: Start, clock: MovableClock, kept: str
+) -> None:
+    forgotten = "failed" if kept == "completed" else "completed"
+    store._retention = RetentionConfig(**{f"{kept}_s": 0, f"{forgotten}_s": 3600})
     failing, sound = await create(store), await create(store)
     start(FakePipeline(storage, errors=[JobFailed("out_of_memory", "Too large.")]), running_jobs=1)
     ids = {"failed": failing, "completed": sound}
@@ -28,6 +32,8 @@ async def test_row_and_files_go_together(store: JobStore, storage: Storage, star
 
     job = await ended(store, stays, kept)
     assert job.expires_at is None
+    await ended(store, goes, forgotten)
+    clock.advance(3601)
     await until(gone)
 
     async def only_the_other() -> bool:
@@ -56,7 +62,7 @@ def test_the_default_is_a_week() -> None:
 
 
 async def test_a_storage_that_hangs_costs_no_lease(store: JobStore, storage: Storage, start: Start) -> None:
-    """Nor does one that refuses keep the rest from going on."""
+    """A storage that refuses does not keep the rest from going on either."""
     refused = asyncio.Event()
 
     async def hangs(_: str) -> int:
@@ -75,7 +81,7 @@ async def test_a_storage_that_hangs_costs_no_lease(store: JobStore, storage: Sto
     dispatcher = start(FakePipeline(storage), lease_s=3)
     video_id = await create(store)
     assert (await ended(store, video_id, "completed")).attempt == 1
-    dispatcher.check()
+    dispatcher.raise_if_ended()
     assert f"videos/{gone}" in [item.prefix for item in await store.garbage()]
     del storage.delete_prefix
 

@@ -16,7 +16,7 @@ from serve_app.storage import Storage
 from tests.support.fakes import PARAMS, FakePipeline, files, until
 
 LEASE_S = 1.0
-# What it runs saves a state after each of 1000 steps and would take a minute.
+# Its pipeline saves a state after each of 1000 steps and would take a minute.
 DISPATCHER = """
 import asyncio, sys
 from serve_app import config
@@ -28,7 +28,7 @@ from tests.support.fakes import FakePipeline
 async def main(url, folder, lease_s):
     store, storage = JobStore(url), Storage(folder)
     await store.start()
-    options = config.Dispatcher(lease_s=float(lease_s), poll_s=0.05)
+    options = config.DispatcherConfig(lease_s=float(lease_s), poll_s=0.05)
     Dispatcher(store, storage, FakePipeline(storage, step_s=0.06, saving=True), options).start()
     await asyncio.Event().wait()
 

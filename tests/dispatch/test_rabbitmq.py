@@ -40,7 +40,7 @@ async def brokers() -> AsyncIterator[list[RabbitMQ]]:
 async def listen(
     store: JobStore, storage: Storage, queue_options: config.QueueConfig, brokers: list[RabbitMQ]
 ) -> AsyncIterator[Listen]:
-    """Starts dispatchers that hear of jobs by the broker, and look at the store once in `poll_s` at most."""
+    """Start dispatchers that hear of jobs by the broker, and look at the store at most once in `poll_s`."""
     started: list[Dispatcher] = []
 
     async def begin(
@@ -77,7 +77,7 @@ async def announcing(store: JobStore, queue_options: config.QueueConfig, brokers
 
 
 async def messages(name: str) -> int | None:
-    """How many wait in a queue; None if there is none."""
+    """Return the number of messages in a queue; None if there is no such queue."""
     connection = await aio_pika.connect(SERVER)
     async with connection:
         channel = await connection.channel()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -15,6 +14,7 @@ from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.logs import JsonFormatter
 from serve_app.storage import Storage
+from tests.support.clock import MovableClock
 from tests.support.fakes import FakePipeline, files, until
 from tests.support.running import Start, create, ended, expected_files, lost, no_files, running
 
@@ -148,11 +148,13 @@ async def test_the_beginning_is_told_although_the_store_was_away(
     assert (refused, job.resumed_step) == (1, 5)
 
 
-async def test_a_run_ends_at_its_deadline(store: JobStore, storage: Storage, start: Start) -> None:
-    """At the moment, that is, though the next poll is far away."""
+async def test_a_run_ends_at_its_deadline(store: JobStore, storage: Storage, start: Start, clock: MovableClock) -> None:
+    """The run ends at that moment, though the next poll is far away."""
     pipeline = FakePipeline(storage, gate=asyncio.Event(), stubborn=True)
-    video_id = await create(store, deadline_s=6)  # by which it has to run, however slow the disk is at that moment
-    start(pipeline, poll_s=30)
+    video_id = await create(store, deadline_s=60)
+    start(pipeline, poll_s=300, lease_s=600)
+    await until(lambda: running(store, video_id))
+    clock.advance(60)
     job = await ended(store, video_id, "failed")
     assert (job.error_code, job.error_message) == ("deadline_exceeded", "Its deadline passed while it ran.")
     assert job.deadline_at is not None and job.completed_at is not None
@@ -161,19 +163,19 @@ async def test_a_run_ends_at_its_deadline(store: JobStore, storage: Storage, sta
     await pipeline.late
 
 
-async def test_a_video_that_is_there_in_time_is_kept(store: JobStore, storage: Storage, start: Start) -> None:
+async def test_a_video_that_is_there_in_time_is_kept(
+    store: JobStore, storage: Storage, start: Start, clock: MovableClock
+) -> None:
     """Its deadline passes while the store cannot be reached to record it."""
     complete = store.complete
 
     async def late(video_id: str, attempt: int, done: Done) -> bool:
-        job = await store.get(video_id)
-        assert job is not None and job.deadline_at is not None
-        await asyncio.sleep(max(job.deadline_at - time.time(), 0) + 0.2)
+        clock.advance(61)
         return await complete(video_id, attempt, done)
 
     store.complete = late  # type: ignore[method-assign]
-    video_id = await create(store, deadline_s=3)
-    start(FakePipeline(storage))
+    video_id = await create(store, deadline_s=60)
+    start(FakePipeline(storage), lease_s=600)
     job = await ended(store, video_id, "completed")
     assert job.completed_at is not None and job.deadline_at is not None and job.completed_at > job.deadline_at
 

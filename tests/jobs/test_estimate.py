@@ -46,7 +46,7 @@ def test_a_later_start() -> None:
 
 
 def test_like_size() -> None:
-    """What work leaves out weighs differently in small jobs and in large ones."""
+    """The time that does not grow with work weighs more in small jobs than in large ones."""
     pace = Pace([Finished(100, 0, 1), Finished(10_000, 1, 501)])
     assert pace.seconds_left(0, 120) == 1.2
     assert pace.seconds_left(0, 20_000) == 1000
@@ -58,7 +58,7 @@ def sized(width: int, height: int, frames: int = 81, steps: int = 40) -> Params:
 
 
 def pixels(params: Params) -> float:
-    """What work would be if it grew with the pixels."""
+    """Return the work of a video if it grew with the pixels."""
     return float(params.width * params.height * params.num_frames * params.num_inference_steps)
 
 
@@ -103,7 +103,7 @@ def test_one_size_from_another(measured: Params, asked: Params) -> None:
 
 
 async def test_from_the_store(store: JobStore, monkeypatch) -> None:
-    monkeypatch.setattr("serve_app.jobs.store._PACE_S", 0)
+    monkeypatch.setattr("serve_app.jobs.queries._PACE_S", 0)
     ids = [(await store.create(PARAMS, "wan")).id for _ in range(6)]
     jobs = [await store.get(video_id) for video_id in ids]
     assert jobs[5] is not None and jobs[5].work == video_tflop(A14B, PARAMS)
@@ -129,8 +129,8 @@ async def test_from_the_store(store: JobStore, monkeypatch) -> None:
 
 
 async def test_others_count_as_in_the_position(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Owners take turns: what a flood put into the queue is not all in front of who came after it."""
-    monkeypatch.setattr("serve_app.jobs.store._PACE_S", 0)
+    """Owners take turns: not all jobs of a flood are in front of an owner who came after it."""
+    monkeypatch.setattr("serve_app.jobs.queries._PACE_S", 0)
     done = await store.create(PARAMS, "wan")
     await store.claim("me", 60)
     await store.complete(done.id, 1, Done({}, {}, 1))
@@ -151,7 +151,7 @@ async def test_whoever_does_not_know_the_model(
     store: JobStore, store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its jobs are taken for average ones, and tell nothing when they are done."""
-    monkeypatch.setattr("serve_app.jobs.store._PACE_S", 0)
+    monkeypatch.setattr("serve_app.jobs.queries._PACE_S", 0)
     stranger = JobStore(store_url)
     await stranger.start()
     for _ in range(2):

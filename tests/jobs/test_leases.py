@@ -8,6 +8,7 @@ from serve_app.events import Progress
 from serve_app.jobs.leases import percent
 from serve_app.jobs.store import JobStore
 from tests.support.claiming import DONE, LOST, OPTIONS, claim, create, get, nothing_to_claim
+from tests.support.clock import MovableClock
 
 
 @pytest.mark.parametrize(
@@ -74,8 +75,8 @@ async def test_late_writers_are_fenced(store: JobStore) -> None:
     assert not await store.retry(job.id, 1, LOST, OPTIONS)
     assert not await store.release(job.id, 1)
     assert await store.renew({job.id: 1}, 60) == {}
-    assert await store.check({job.id: 1}) == {}
-    assert await store.check({job.id: 2}) == {job.id: False}
+    assert await store.still_held({job.id: 1}) == {}
+    assert await store.still_held({job.id: 2}) == {job.id: False}
     now = await get(store, job.id)
     assert (now.status, now.progress, now.attempt) == ("in_progress", 0, 2)
     assert await store.complete(job.id, 2, DONE)
@@ -83,15 +84,14 @@ async def test_late_writers_are_fenced(store: JobStore) -> None:
     assert not await store.fail(job.id, 2, "x", "y")
 
 
-async def test_renewed_leases_do_not_expire(store: JobStore) -> None:
+async def test_renewed_leases_do_not_expire(store: JobStore, clock: MovableClock) -> None:
     job = await create(store)
-    # Longer than a disk may keep a renewal waiting.
-    await claim(store, lease_s=1.5)
+    await claim(store, lease_s=60)
     for _ in range(3):
-        await asyncio.sleep(0.6)
-        assert await store.renew({job.id: 1}, 1.5) == {job.id: False}
+        clock.advance(25)
+        assert await store.renew({job.id: 1}, 60) == {job.id: False}
         assert await nothing_to_claim(store)
-    await asyncio.sleep(1.6)
+    clock.advance(61)
     assert (await claim(store, "other")).attempt == 2
 
 
@@ -113,18 +113,18 @@ async def test_expired_for_the_last_time(store: JobStore) -> None:
     assert (failed.status, failed.error_code) == ("failed", "lease_expired")
 
 
-async def test_the_second_attempt_comes_at_once_and_the_third_waits(store: JobStore) -> None:
+async def test_the_second_attempt_comes_at_once_and_the_third_waits(store: JobStore, clock: MovableClock) -> None:
     job = await create(store)
     await claim(store)
     await store.progress(job.id, 1, Progress("denoise", 3, 4))
-    options = OPTIONS.model_copy(update={"retry_s": 0.3})
+    options = OPTIONS.model_copy(update={"retry_s": 30})
     assert await store.retry(job.id, 1, LOST, options)
     waiting = await get(store, job.id)
     assert (waiting.status, waiting.progress, waiting.stage, waiting.error_code) == ("queued", 0, None, "rank_lost")
     assert (await claim(store)).attempt == 2
     assert await store.retry(job.id, 2, LOST, options)
     assert await nothing_to_claim(store)
-    await asyncio.sleep(0.35)
+    clock.advance(31)
     assert (await claim(store)).attempt == 3
     assert await store.complete(job.id, 3, DONE)
     assert (await get(store, job.id)).error_code is None

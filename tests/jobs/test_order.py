@@ -1,8 +1,7 @@
-"""Who goes next: classes, patience and deadlines, on real databases."""
+"""The order of the queue: priority classes, ageing and deadlines, on real databases."""
 
 from __future__ import annotations
 
-import asyncio
 import random
 from dataclasses import dataclass
 from typing import get_args
@@ -15,16 +14,17 @@ from serve_app.config import Ageing, Priority
 from serve_app.db.tables import Job
 from serve_app.jobs.store import JobStore
 from serve_app.request import Urgency
+from tests.support.clock import MovableClock
 from tests.support.fakes import PARAMS
 
 OPTIONS = config.DispatcherConfig()
-PATIENCE = Ageing(interactive=60, standard=900, batch=3600)
+AGEING = Ageing(interactive=60, standard=900, batch=3600)
 CLASSES: tuple[Priority, ...] = get_args(Priority)
 
 
 @dataclass
-class Clock:
-    """Stands in for `new_id`: jobs are created when it says."""
+class CreationTime:
+    """A double of `new_id`, by which jobs are created at `now`."""
 
     now: float = 1_700_000_000.0
     count: int = 0
@@ -35,11 +35,11 @@ class Clock:
 
 
 @pytest.fixture
-def clock(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    store._ageing = PATIENCE
-    clock = Clock()
-    monkeypatch.setattr("serve_app.jobs.store.new_id", clock)
-    return clock
+def creation(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> CreationTime:
+    store._ageing = AGEING
+    creation = CreationTime()
+    monkeypatch.setattr("serve_app.jobs.store.new_id", creation)
+    return creation
 
 
 async def create(store: JobStore, priority: Priority = "standard", deadline_s: float | None = None) -> str:
@@ -54,7 +54,7 @@ async def owned(store: JobStore, owner: str, count: int = 1, priority: Priority 
 
 
 async def owners(store: JobStore, count: int, *, end: bool = False) -> str:
-    """Whose jobs the next claims give, one letter each; `end` lets one run at a time."""
+    """Return the owners of the next claims, one letter each; `end` lets one job run at a time."""
     found = ""
     for _ in range(count):
         job = await store.claim("me", 60)
@@ -84,26 +84,26 @@ async def test_a_more_urgent_class_goes_first(store: JobStore) -> None:
     assert (job.priority, job.deadline_at, job.effective_deadline) == ("batch", None, job.created_at + Ageing().batch)
 
 
-async def test_patience_ends(store: JobStore, clock: Clock) -> None:
+async def test_ageing_ends(store: JobStore, creation: CreationTime) -> None:
     waiting = await create(store, "batch")
-    clock.now += PATIENCE.batch - PATIENCE.interactive - 1
+    creation.now += AGEING.batch - AGEING.interactive - 1
     before = await create(store, "interactive")
-    clock.now += 2
+    creation.now += 2
     after = await create(store, "interactive")
     assert [await claimed(store) for _ in range(3)] == [before, waiting, after]
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-async def test_nobody_is_overtaken_beyond_the_bound(store: JobStore, clock: Clock, seed: int) -> None:
+async def test_nobody_is_overtaken_beyond_the_bound(store: JobStore, creation: CreationTime, seed: int) -> None:
     """A busy day: more comes in than goes out, mostly of the urgent classes."""
     draw = random.Random(seed)
     created: dict[str, tuple[float, Priority]] = {}
     waiting: list[str] = []
     for _ in range(120):
-        clock.now += draw.expovariate(1 / 60)
+        creation.now += draw.expovariate(1 / 60)
         priority = draw.choices(CLASSES, (6, 3, 1))[0]
         video_id = await create(store, priority)
-        created[video_id] = (clock.now, priority)
+        created[video_id] = (creation.now, priority)
         waiting.append(video_id)
         if draw.random() < 0.7:
             first = await claimed(store)
@@ -112,7 +112,7 @@ async def test_nobody_is_overtaken_beyond_the_bound(store: JobStore, clock: Cloc
             at, priority = created[first]
             for other in waiting:
                 since, own = created[other]
-                lead = getattr(PATIENCE, own) - getattr(PATIENCE, priority)
+                lead = getattr(AGEING, own) - getattr(AGEING, priority)
                 assert since >= at or at - since <= lead, "overtaken by one that came too late"
     places = {await store.position(video_id): video_id for video_id in waiting}
     assert [await claimed(store) for _ in waiting] == [places[index + 1] for index in range(len(waiting))]
@@ -126,11 +126,11 @@ async def test_a_job_handed_back_keeps_its_place(store: JobStore) -> None:
     assert await claimed(store) == first
 
 
-async def test_nothing_is_started_beyond_its_deadline(store: JobStore) -> None:
-    late, sound = await create(store, deadline_s=0.1), await create(store, deadline_s=60)
+async def test_nothing_is_started_beyond_its_deadline(store: JobStore, clock: MovableClock) -> None:
+    late, sound = await create(store, deadline_s=30), await create(store, deadline_s=60)
     job = await get(store, late)
-    assert job.deadline_at is not None and 0 <= job.deadline_at - job.created_at - 0.1 < 5
-    await asyncio.sleep(0.15)
+    assert job.deadline_at is not None and 0 <= job.deadline_at - job.created_at - 30 < 5
+    clock.advance(31)
     assert await claimed(store) == sound  # before any sweep
     await store.sweep(OPTIONS)
     job = await get(store, late)
@@ -165,14 +165,14 @@ async def test_a_free_place_goes_to_whom_has_least(store: JobStore) -> None:
     assert await owners(store, 3) == "aaa"
     await owned(store, "b", 5)
     await owned(store, "c", 5)
-    assert await owners(store, 4) == "bcbc"  # among equals whose turn is first
+    assert await owners(store, 4) == "bcbc"  # among equals the earliest effective deadline
     assert await owners(store, 2) in ("bc", "cb")
     assert sorted(await owners(store, 2)) != ["a", "a"]
 
 
 @pytest.mark.parametrize("ageing", [0, 900])
 async def test_owners_take_turns_also_where_one_job_runs_at_a_time(store: JobStore, ageing: float) -> None:
-    """All of the flood came before. With patience its turns come first, but only until the other's has come too."""
+    """The whole flood came before. Its earlier effective deadlines count only until the other's has passed."""
     store._ageing = Ageing(interactive=0, standard=ageing, batch=900)
     await owned(store, "a", 6)
     await owned(store, "b", 3)
@@ -192,7 +192,7 @@ async def test_positions_count_owners_taking_turns(store: JobStore) -> None:
     assert [await store.position(video_id) for video_id in flood[:3]] == [2, 4, 5]
 
 
-async def test_a_job_waits_for_its_start_and_its_patience_counts_from_then(store: JobStore) -> None:
+async def test_a_job_waits_for_its_start_and_its_ageing_counts_from_then(store: JobStore) -> None:
     async with store._db.read() as session:
         now = await store._db.clock(session)
     later = (await store.create(PARAMS, "wan", Urgency(priority="interactive", start_at=now + 60))).id

@@ -14,6 +14,7 @@ from serve_app.errors import ConfigError
 from serve_app.events import Progress
 from serve_app.jobs.store import JobStore, QueueFull
 from tests.support.claiming import DONE, LOST, OPTIONS, claim, create, get, nothing_to_claim
+from tests.support.clock import MovableClock
 from tests.support.fakes import PARAMS
 
 
@@ -125,7 +126,7 @@ async def test_cancel(store: JobStore) -> None:
     asked = await store.request_cancel(running.id)
     assert asked is not None
     assert (asked.status, asked.cancel_requested) == ("in_progress", True)
-    assert await store.check({running.id: 1}) == {running.id: True}
+    assert await store.still_held({running.id: 1}) == {running.id: True}
     assert await store.renew({running.id: 1}, 60) == {running.id: True}
     # Whichever way the attempt ends, no other is made.
     assert await store.release(running.id, 1)
@@ -133,7 +134,7 @@ async def test_cancel(store: JobStore) -> None:
     assert await store.request_cancel("video_nonsense") is None
 
 
-async def test_delete(store: JobStore) -> None:
+async def test_delete(store: JobStore, clock: MovableClock) -> None:
     waiting, running = await create(store), await create(store)
     assert await store.delete(waiting.id)
     assert not await store.delete(waiting.id)
@@ -141,8 +142,8 @@ async def test_delete(store: JobStore) -> None:
     assert (await claim(store)).id == running.id
     assert await store.delete(running.id)
     assert not await store.progress(running.id, 1, Progress("denoise", 1, 4))
-    assert await store.check({running.id: 1}) == {}
-    # What ran may still store something for `late_outputs_s`, so its folders go now and once more after that.
+    assert await store.still_held({running.id: 1}) == {}
+    # The run may still store files for `late_outputs_s`, so its folders are removed now and once more after that.
     async with store._db.read() as session:
         rows = list((await session.execute(select(Garbage.prefix, Garbage.due_at).order_by(Garbage.due_at))).all())
     moments = {prefix: [at for other, at in rows if other == prefix] for prefix, _ in rows}
@@ -150,8 +151,8 @@ async def test_delete(store: JobStore) -> None:
     assert set(moments) == {f"samples/{running.id}", f"videos/{running.id}"}
     for now, later in moments.values():
         assert later - now == pytest.approx(store._late_outputs_s)
-    while len(await due(store)) < len(rows):  # noqa: ASYNC110 (the database decides)
-        await asyncio.sleep(0.01)
+    clock.advance(store._late_outputs_s)
+    assert len(await due(store)) == len(rows)
 
 
 async def due(store: JobStore) -> list[str]:
@@ -167,7 +168,7 @@ async def test_files_of_earlier_attempts_are_garbage(store: JobStore) -> None:
 
 
 @pytest.mark.parametrize("end", ["complete", "fail", "cancel waiting", "cancel running", "give up", "deadline"])
-async def test_saved_states_go_when_the_job_has_ended_for_good(store: JobStore, end: str) -> None:
+async def test_saved_states_go_when_the_job_has_ended_for_good(store: JobStore, clock: MovableClock, end: str) -> None:
     job = await store.create(PARAMS, "wan")
     for attempt in (1, 2):
         await claim(store)
@@ -188,12 +189,11 @@ async def test_saved_states_go_when_the_job_has_ended_for_good(store: JobStore, 
             await session.execute(update(Job).where(Job.id == job.id).values(deadline_at=1.0))
         await store.sweep(OPTIONS)
     assert (await get(store, job.id)).finished
-    for _ in ("now", "when nobody can still be storing"):
-        while f"samples/{job.id}" not in await due(store):  # noqa: ASYNC110 (the database decides)
-            await asyncio.sleep(0.01)
+    for wait_s in (0, store._late_outputs_s):  # now, and when nobody can still be storing
+        clock.advance(wait_s)
         (first, *_) = [item for item in await store.garbage() if item.prefix == f"samples/{job.id}"]
         await store.forget_garbage([first])
-    await asyncio.sleep(0.25)  # late_outputs_s
+    clock.advance(store._late_outputs_s)
     await store.forget_garbage(await store.garbage())
     await store.delete(job.id)
     assert await due(store) == [f"videos/{job.id}"]

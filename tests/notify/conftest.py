@@ -1,4 +1,5 @@
 from tests.support.brokers import queue_options
+from tests.support.clock import clock
 from tests.support.databases import empty_sqlite, empty_url, postgres_url, store, store_url
 from tests.support.disks import small_disk
 from tests.support.links import link_to
@@ -6,6 +7,7 @@ from tests.support.running import start, storage
 from tests.support.sending import endpoints, notify
 
 __all__ = [
+    "clock",
     "empty_sqlite",
     "empty_url",
     "endpoints",

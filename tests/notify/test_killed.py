@@ -1,4 +1,4 @@
-"""A notifier whose process is killed between sending and recording: another sends it again, with the same id."""
+"""A notifier is killed between sending and recording: another sends the event again, with the same id."""
 
 from __future__ import annotations
 

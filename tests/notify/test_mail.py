@@ -29,7 +29,7 @@ from tests.support.sending import Notify, completed, deliveries, ended, failed, 
 
 
 class Mailbox:
-    """What the server took; `answers` are said first, one at each DATA."""
+    """A mailbox of what the server took; each DATA gets one of `answers` while there are any."""
 
     def __init__(self) -> None:
         self.envelopes: list[Envelope] = []
@@ -56,7 +56,7 @@ Serve = Callable[..., Awaitable[tuple[Mailbox, dict[str, Any]]]]
 
 @pytest.fixture
 async def smtp() -> AsyncIterator[Serve]:
-    """Starts servers; each with its mailbox and the `mail` section that reaches it."""
+    """Start servers, each with its mailbox and the `mail` section that reaches it."""
     running: list[asyncio.Server] = []
 
     async def serve(port: int = 0, tls: ssl.SSLContext | None = None, **options: Any) -> tuple[Mailbox, dict[str, Any]]:

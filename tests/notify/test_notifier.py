@@ -240,7 +240,7 @@ async def test_the_database_is_away_between_sending_and_recording(postgres_url: 
         assert (row.status, row.claims, len(receiver.requests)) == ("delivered", 1, 1)
         await completed(store)
         await ended(store, 2)
-        notifier.check()
+        notifier.raise_if_ended()
         await notifier.stop()
     await store.close()
 
@@ -259,7 +259,7 @@ async def test_stopping_waits_for_what_is_under_way(store: JobStore, endpoints: 
         await notifier.stop()
         (row,) = await deliveries(store)
         assert (row.status, row.log[0]["error"]) == ("pending", "no answer within 0.5 s")
-        notifier.check()
+        notifier.raise_if_ended()
 
 
 async def test_a_loop_that_broke_is_told(store: JobStore, notify: Notify, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,5 +271,5 @@ async def test_a_loop_that_broke_is_told(store: JobStore, notify: Notify, monkey
     assert notifier._loop_task is not None
     await asyncio.wait([notifier._loop_task])
     with pytest.raises(RuntimeError, match="loop has ended"):
-        notifier.check()
+        notifier.raise_if_ended()
     notifier._stopping = True  # nothing is left to be checked afterwards

@@ -1,4 +1,4 @@
-"""What may be called and what may not, over real sockets."""
+"""URLs and addresses that may be called or not, over real sockets."""
 
 from __future__ import annotations
 

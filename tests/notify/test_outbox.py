@@ -1,4 +1,4 @@
-"""What is to be told, in the database: from the end of a job to a claim of a notifier."""
+"""Events and deliveries in the database, from the end of a job to the claim of a notifier."""
 
 from __future__ import annotations
 

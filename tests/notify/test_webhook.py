@@ -14,7 +14,7 @@ from serve_app.notify.webhook import new_secret, payload, signed_headers
 
 @pytest.fixture
 def now() -> float:
-    """Of the test: receivers take no notice that is older than five minutes."""
+    """The time of the test, because receivers refuse notifications older than five minutes."""
     return time.time()
 
 

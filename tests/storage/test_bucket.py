@@ -39,7 +39,7 @@ def fragile_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Serve
 
 @pytest.fixture
 def fragile(fragile_server: S3Server, s3_credentials: None) -> Iterator[S3Server]:
-    """That server, running before the test and after it."""
+    """The server for those tests, running before the test and after it."""
     fragile_server.start()
     yield fragile_server
     fragile_server.thaw()
@@ -147,7 +147,7 @@ async def test_links(s3_storage: Storage) -> None:
         assert thumbnail.headers["content-type"] == "image/jpeg"
         head = await http.head(str(await s3_storage.link("videos/v/1/video.mp4", "HEAD")))
         assert (head.status_code, head.headers["content-length"]) == (200, str(len(LARGE)))
-        # What it was not signed for.
+        # Requests that it was not signed for.
         assert (await http.head(url)).status_code == 403
         assert (await http.delete(url)).status_code == 403
         assert (await http.put(url, content=b"x")).status_code == 403

@@ -1,4 +1,4 @@
-"""What only a folder can do, and suffer."""
+"""Behaviour and failures that only a folder has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every kind of storage does, on a folder and on a real S3 server."""
+"""Behaviour of every kind of storage, on a folder and on a real S3 server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs in a store, and what a dispatcher does with them, call by call."""
+"""Calls on a job store that a dispatcher makes, one by one."""
 
 from __future__ import annotations
 

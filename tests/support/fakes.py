@@ -115,7 +115,7 @@ class FakePipeline:
 
 
 async def until(condition: Callable[[], Awaitable[Any]], within_s: float = 30) -> Any:
-    """Return the first true value of `condition`, asked again and again."""
+    """Wait for the first true value of `condition` and return it."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(within_s):
             while not (value := await condition()):  # noqa: ASYNC110 (the condition is in a database)
@@ -125,7 +125,7 @@ async def until(condition: Callable[[], Awaitable[Any]], within_s: float = 30) -
 
 
 def files(storage: Storage) -> list[str]:
-    """Return the files in a storage, by os.walk because a folder may vanish while it is walked."""
+    """Return the files in a storage. os.walk, because a folder may vanish while it is walked."""
     if not hasattr(storage._backend, "folder"):
         return storage._backend.list("videos") + storage._backend.list("samples")
     found = [Path(folder, name) for folder, _, names in os.walk(storage.folder) for name in names]

@@ -10,7 +10,7 @@ import pytest
 
 
 class Link:
-    """A way to a server on this host that can be cut and joined again. What is cut is closed, and new ones refused."""
+    """A link to a server on this host. Cutting it closes connections and refuses new ones until it is joined again."""
 
     def __init__(self, far_port: int) -> None:
         self._far_port = far_port

@@ -91,7 +91,7 @@ def _version(programs: Path) -> float:
 
 
 def _who() -> dict[str, Any]:
-    """Return the user it runs as, since it refuses root."""
+    """Return the user that runs it, since it refuses root."""
     if os.geteuid() != 0:
         return {}
     try:

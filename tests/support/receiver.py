@@ -23,7 +23,7 @@ class Received:
 
 @dataclass
 class Receiver:
-    """The requests that came, and the statuses of the next answers; then it is always `status`.
+    """Requests that came, and the answers to the next ones: a status each, then always `status`.
 
     HANG says nothing until `release` is set, and then hangs up; HOLD then answers `status`.
     """

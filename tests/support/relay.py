@@ -7,7 +7,7 @@ from contextlib import suppress
 
 
 class Relay:
-    """A relay on loopback in front of a port there, as an asynchronous context manager.
+    """A relay on loopback in front of a port there, used as an asynchronous context manager.
 
     Attributes:
         lose_answer_to: a request that holds these bytes reaches the server, and its connection is cut instead of the

@@ -1,4 +1,4 @@
-"""Dispatchers at work on a store and a storage, and what tests ask of them."""
+"""Dispatchers on a store and a storage, and questions that tests ask of them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from serve_app.errors import JobFailed
 from serve_app.jobs.store import JobStore
 from serve_app.request import Urgency
 from serve_app.storage import Storage
+from tests.support.clock import MovableClock
 from tests.support.fakes import PARAMS, files, until
 
 OPTIONS = config.DispatcherConfig(poll_s=0.03, lease_s=20, retry_s=0.01, running_jobs=4, max_attempts=3)
@@ -32,12 +33,12 @@ def storage(tmp_path: Path, store_url: str, request: pytest.FixtureRequest) -> S
 
 
 @pytest.fixture
-async def start(store: JobStore, storage: Storage) -> AsyncIterator[Start]:
-    """Yield a starter of dispatchers, which are stopped after the test."""
+async def start(store: JobStore, storage: Storage, clock: MovableClock) -> AsyncIterator[Start]:
+    """Start dispatchers, and stop them after the test."""
     started: list[Dispatcher] = []
 
     def begin(run: Runner, **options: Any) -> Dispatcher:
-        dispatcher = Dispatcher(store, storage, run, OPTIONS.model_copy(update=options))
+        dispatcher = Dispatcher(store, storage, run, OPTIONS.model_copy(update=options), clock=clock)
         dispatcher.start()
         started.append(dispatcher)
         return dispatcher
@@ -71,6 +72,12 @@ def lost(step: int | None = None) -> JobFailed:
 
 async def no_files(storage: Storage) -> bool:
     return not files(storage)
+
+
+async def lease_until(store: JobStore, video_id: str) -> float:
+    job = await store.get(video_id)
+    assert job is not None and job.lease_until is not None
+    return job.lease_until
 
 
 async def running(store: JobStore, video_id: str) -> bool:

@@ -168,7 +168,7 @@ class S3Server:
 
     @property
     def port(self) -> int:
-        """The port that the proxy listens on."""
+        """The port at which it listens."""
         return self._ports["proxy"]
 
     def stored_files(self) -> int:

@@ -1,4 +1,4 @@
-"""Notifiers at work on a store, and what their tests ask of it."""
+"""Notifiers on a store, and questions that their tests ask of it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def options(**webhooks: Any) -> Config:
 
 @pytest.fixture
 async def notify(store: JobStore) -> AsyncIterator[Notify]:
-    """Yield a starter of notifiers, which are stopped after the test."""
+    """Start notifiers, and stop them after the test."""
     started: list[Notifier] = []
 
     def begin(**webhooks: Any) -> Notifier:
@@ -47,7 +47,7 @@ async def notify(store: JobStore) -> AsyncIterator[Notify]:
 
     yield begin
     for notifier in started:
-        notifier.check()
+        notifier.raise_if_ended()
         await notifier.stop()
 
 
@@ -61,7 +61,7 @@ async def listen(endpoints: Endpoints, receiver: Receiver, owner: str = "", *kin
 
 
 async def completed(store: JobStore, *, owner: str = "", notify_email: str | None = None, prompt: str = "a cat") -> str:
-    """Add a job that has just completed."""
+    """Make a job that has just completed; return its id."""
     params = PARAMS.model_copy(update={"prompt": prompt})
     job = await store.create(params, "wan", notify_email=notify_email)
     await own(store, job.id, owner)
@@ -72,7 +72,7 @@ async def completed(store: JobStore, *, owner: str = "", notify_email: str | Non
 
 
 async def failed(store: JobStore, *, owner: str = "", notify_email: str | None = None, prompt: str = "a cat") -> str:
-    """Add a job that was just cancelled while it waited."""
+    """Make a job that was cancelled while it waited; return its id."""
     job = await store.create(PARAMS.model_copy(update={"prompt": prompt}), "wan", notify_email=notify_email)
     await own(store, job.id, owner)
     assert await store.request_cancel(job.id) is not None
@@ -97,7 +97,7 @@ async def events(store: JobStore) -> list[Event]:
 
 
 async def ended(store: JobStore, count: int = 1) -> list[Delivery]:
-    """Return all deliveries, once there are `count` and none is pending."""
+    """Wait until there are `count` deliveries and none is pending; return them."""
 
     async def look() -> list[Delivery] | None:
         found = await deliveries(store)

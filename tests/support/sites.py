@@ -88,7 +88,7 @@ async def site(store: JobStore, tmp_path: Path) -> AsyncIterator[Site]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
         yield Site(store, http)
-    notifier.check()
+    notifier.raise_if_ended()
     await notifier.stop()
 
 

@@ -61,7 +61,7 @@ def router(config: Config, database: Database) -> APIRouter:
 
     def check_url(url: str) -> None:
         try:
-            sender.check(url)
+            sender.parse_allowed(url)
         except ReceiverRefused as error:
             raise InvalidRequest("url", f"'url' {error}.") from None
 

@@ -8,6 +8,7 @@ down_revision = None
 
 
 def upgrade() -> None:
+    """Migrate the tables to this revision."""
     op.create_table(
         "deliveries",
         sa.Column("id", sa.String(length=64), nullable=False),

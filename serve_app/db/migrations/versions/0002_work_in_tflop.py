@@ -8,6 +8,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
+    """Migrate the tables to this revision."""
     # A new column, because to empty the old one PostgreSQL would write every row, longer than a start may take.
     with op.batch_alter_table("jobs") as table:
         table.drop_column("work")
