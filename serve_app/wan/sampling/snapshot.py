@@ -99,7 +99,7 @@ def from_bytes(data: bytes, checkpoint: Checkpoint, device: torch.device, dtype:
     header = _parse_header(state)
     _expect("checkpoint revision", header.revision, checkpoint.revision)
     _expect("dtype", header.dtype, _dtype_name(dtype))
-    texts = {name: tensors.pop(name) for name in ("positive", "negative") if name in tensors}
+    texts: dict[str, torch.Tensor] = {name: tensors.pop(name) for name in ("positive", "negative") if name in tensors}
     _check_texts(texts, header, checkpoint, dtype)
     embeddings = {name: Embedding(text, text.shape[0], truncated=False) for name, text in texts.items()}
     # Everything that follows from parameters and checkpoint is computed anew. Drawing the noise is wasted work, but it
