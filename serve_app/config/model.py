@@ -6,18 +6,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from serve_app.config.paths import home_of
-from serve_app.config.section import NonNegativeFloat, Section
-
-# The fixed negative prompt of the Wan2.2 release (wan/configs/shared_config.py there); quality drops without it.
-WAN_NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
-    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
-    "三条腿，背景人很多，倒着走"
-)
-
+from serve_app.config.section import Section
+from serve_app.parameters import SIDE_MULTIPLE, Configured
 
 LONGEST_SIDE = 16384
 """Pixels that the encoder of H.264 takes."""
@@ -82,24 +75,8 @@ class ModelConfig(Section):
         return None if self.sharded is None else home_of("model.sharded", self.sharded)
 
 
-class Defaults(Section):
-    """What a request gets when it does not say."""
-
-    width: PositiveInt = 1280
-    height: PositiveInt = 720
-    num_frames: PositiveInt = 81
-    fps: PositiveInt = 16
-    num_inference_steps: PositiveInt = 40
-    guidance_scale: NonNegativeFloat = 4.0
-    """Of the high-noise expert."""
-    guidance_scale_2: NonNegativeFloat = 3.0
-    """Of the low-noise expert."""
-    flow_shift: PositiveFloat = 12.0
-    """12 is what Wan2.2's authors sample with, at all sizes; 3 in the published folder is diffusers' default."""
-    boundary_ratio: float | None = Field(None, ge=0, le=1)
-    """Share of the training timesteps from which on the high-noise expert denoises. None: the folder's, 0.875 for
-    A14B."""
-    negative_prompt: str = WAN_NEGATIVE_PROMPT
+class Defaults(Section, Configured):
+    """Generation parameters of a request that does not give them."""
 
     @property
     def tokens(self) -> int:
@@ -113,7 +90,7 @@ class Limits(Section):
     prompt_chars: PositiveInt = 4000
     pixels: PositiveInt = 1280 * 720
     """Width times height of one frame."""
-    side: int = Field(LONGEST_SIDE, ge=16, le=LONGEST_SIDE)
+    side: int = Field(LONGEST_SIDE, ge=SIDE_MULTIPLE, le=LONGEST_SIDE)
     """Width or height of a frame. It is less where the model has fewer positions."""
     num_frames: PositiveInt = 161
     num_inference_steps: PositiveInt = 100

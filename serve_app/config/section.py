@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 Device = Literal["auto", "cpu", "cuda"]
-Priority = Literal["interactive", "standard", "batch"]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 
 

@@ -21,6 +21,7 @@ from serve_app.config.section import Section
 from serve_app.config.stages import DecoderConfig, DenoiserConfig, EncoderConfig, PipelineConfig
 from serve_app.config.storage import StorageConfig
 from serve_app.errors import ConfigError, without_password
+from serve_app.parameters import PARAMETERS
 
 T = TypeVar("T", bound=Section)
 Line = Callable[[Sequence[object]], int]
@@ -60,13 +61,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _defaults_within_limits(self) -> Config:
         d, limit = self.defaults, self.limits
+        bounded = [one for one in PARAMETERS.values() if one.limit and one.configurable and one.kind is not str]
         for option, value, most in (
             ("width x height", d.width * d.height, limit.pixels),
-            ("width", d.width, limit.side),
-            ("height", d.height, limit.side),
-            ("num_frames", d.num_frames, limit.num_frames),
-            ("num_inference_steps", d.num_inference_steps, limit.num_inference_steps),
-            ("fps", d.fps, limit.fps),
+            *((one.name, getattr(d, one.name), getattr(limit, one.limit)) for one in bounded),
         ):
             if value > most:
                 raise ValueError(f"defaults: {option} is {value}, expected at most limits' {most}")

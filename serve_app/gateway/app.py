@@ -106,9 +106,7 @@ def _rest(config: Config, readiness: Readiness) -> APIRouter:
 
 def model_card(config: Config) -> ModelCard:
     """The model of a configuration, as `/v1/models` shows it."""
-    limits = config.limits.model_dump(
-        include={"prompt_chars", "pixels", "side", "num_frames", "num_inference_steps", "fps", "queued_jobs"}
-    )
+    limits = config.limits.model_dump(exclude={"body_bytes"})
     return ModelCard(
         id=config.model.name,
         created=int(time.time()),

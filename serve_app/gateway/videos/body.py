@@ -9,8 +9,8 @@ from typing import Any
 from serve_app.config import Config
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.http.errors import ApiError
+from serve_app.parameters import FRAME_MULTIPLE
 from serve_app.request import (
-    FRAME_MULTIPLE,
     Params,
     Urgency,
     fitting_size,

@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve_app.config import Priority
 from serve_app.db.tables import Job, Status
-from serve_app.request import MAX_DEADLINE_S
+from serve_app.parameters import Fields, Priority, Resolved
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
@@ -30,41 +29,10 @@ class ErrorEnvelope(BaseModel):
     error: ErrorBody
 
 
-class CreateVideo(BaseModel):
-    """A request for a video. Only `prompt` is needed. As a form, numbers are spelled as text."""
+class CreateVideo(Fields):
+    """A request for a video. Only `prompt` is needed. In a form, numbers are sent as text."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"prompt": "a red circle moves right"}})
-
-    prompt: str
-    model: str | None = None
-    size: str | None = Field(None, description="Width x height in pixels, `128x128`; instead of `width` and `height`.")
-    seconds: str | float | None = Field(None, description="Length; instead of `num_frames`, fitted to a whole 4k+1.")
-    negative_prompt: str | None = None
-    width: int | None = Field(None, description="A multiple of 16.")
-    height: int | None = Field(None, description="A multiple of 16.")
-    num_frames: int | None = Field(None, description="4k+1.")
-    fps: int | None = None
-    seed: int | None = Field(None, description="Drawn, and returned, if it is -1 or not given.")
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = Field(None, description="Of the high-noise expert.")
-    guidance_scale_2: float | None = Field(None, description="Of the low-noise expert; default is `guidance_scale`.")
-    flow_shift: float | None = None
-    boundary_ratio: float | None = None
-    priority: Priority | None = Field(
-        None, description="Its class in the queue, a more urgent one first; default is `standard`."
-    )
-    deadline_s: float | None = Field(
-        None,
-        gt=0,
-        le=MAX_DEADLINE_S,
-        description="Seconds from now after which the video is of no use: it then fails as `deadline_exceeded`.",
-    )
-    start_at: float | None = Field(
-        None, ge=0, description="When work on it may begin, in seconds since 1970; a time that has passed is now."
-    )
-    notify_email: str | None = Field(
-        None, description="Address that a mail goes to when the video has ended; only where mails are sent. Not shown."
-    )
 
 
 class Remix(BaseModel):
@@ -82,8 +50,8 @@ class VideoError(BaseModel):
     message: str
 
 
-class Video(BaseModel):
-    """A video, from the request on. The first block is OpenAI's resource, the second is ours."""
+class VideoState(BaseModel):
+    """The state of a video. The first block is OpenAI's resource, the second is ours."""
 
     id: str
     object: Literal["video"] = "video"
@@ -116,17 +84,11 @@ class Video(BaseModel):
     owner: str | None = Field(None, description="The id of the API key that created it, where there are keys.")
     revision: str | None = Field(None, description="Of the weights that made it.")
     last_error: VideoError | None = Field(None, description="Why an earlier attempt failed, while another is made.")
-    negative_prompt: str
-    width: int
-    height: int
-    num_frames: int
-    fps: int
-    seed: int
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float
-    flow_shift: float
-    boundary_ratio: float | None = Field(description="Null is the model's own.")
+
+
+class Video(Resolved, VideoState):
+    """A video, from the request on: its state, and the parameters that it is made from."""
+
     started_at: int | None = None
     timings: dict[str, float] = {}
     """Seconds of each stage."""
