@@ -99,7 +99,7 @@ class Parameters(BaseModel, Generic[N]):
     prompt: str = parameter(
         "What the video shows.",
         limit="prompt_chars",
-        note="It must say something that can be seen.",
+        note="Something must be left of it when spaces, HTML entities and invisible characters are cleaned away.",
         flags=None,
         synonyms=("text", "input", "caption", "description", "text_prompt", "positive_prompt"),
     )
@@ -117,7 +117,7 @@ class Parameters(BaseModel, Generic[N]):
         least=SIDE_MULTIPLE,
         limit="side",
         step=SIDE_MULTIPLE,
-        note="Width x height is at most `limits.pixels`.",
+        note="Less where the model has fewer positions. Width x height is at most `limits.pixels`.",
         flags=None,
         synonyms=("w",),
     )
@@ -127,7 +127,7 @@ class Parameters(BaseModel, Generic[N]):
         least=SIDE_MULTIPLE,
         limit="side",
         step=SIDE_MULTIPLE,
-        note="Width x height is at most `limits.pixels`.",
+        note="Less where the model has fewer positions. Width x height is at most `limits.pixels`.",
         flags=None,
         synonyms=("h",),
     )
