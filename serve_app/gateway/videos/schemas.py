@@ -1,4 +1,4 @@
-"""What the API sends and takes, as OpenAPI shows it. Knows the job table, not HTTP."""
+"""The bodies of the videos API, as OpenAPI shows them. Knows the job table, not HTTP."""
 
 from __future__ import annotations
 
@@ -12,23 +12,6 @@ from serve_app.parameters import Fields, Priority, Resolved
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
 
-class ErrorBody(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None = None
-    """The field at fault."""
-    code: str | None = None
-    """A stable word for programs."""
-
-
-class ErrorEnvelope(BaseModel):
-    """Every answer that is no success."""
-
-    error: ErrorBody
-
-
 class CreateVideo(Fields):
     """A request for a video. Only `prompt` is needed. In a form, numbers are sent as text."""
 
@@ -36,7 +19,7 @@ class CreateVideo(Fields):
 
 
 class Remix(BaseModel):
-    """The same video with another prompt, in the same class of the queue, without a deadline and at once."""
+    """A new prompt for a video that exists. The priority stays; deadline and start time do not."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,7 +27,7 @@ class Remix(BaseModel):
 
 
 class VideoError(BaseModel):
-    """Why there is no video."""
+    """The reason why a video, or an attempt at it, failed."""
 
     code: str
     message: str
@@ -67,23 +50,27 @@ class VideoState(BaseModel):
     remixed_from_video_id: str | None = None
     error: VideoError | None = None
 
-    stage: str | None = Field(None, description="`encode`, `denoise` or `decode`, while it runs.")
+    stage: str | None = Field(None, description="`encode`, `denoise` or `decode`; null if it is not running.")
     step: int = 0
     steps: int = 0
     seconds_left: float | None = Field(
-        None, description="Estimate of the time until it is there, from what recent videos took; null if none is known."
+        None, description="Estimated seconds until the video is ready, from what recent videos took; null if unknown."
     )
     paused: bool = Field(
-        False, description="An operator has paused the queue: it waits, and goes on when they resume. Only if `queued`."
+        False, description="An operator has paused the queue. The video waits until it is resumed. Only if `queued`."
     )
     priority: Priority
-    deadline_at: int | None = Field(None, description="When work on it ends, finished or not.")
-    start_at: int | None = Field(None, description="When work on it begins at the earliest.")
-    queue_position: int | None = Field(None, description="1 is next; while it is queued. A more urgent one may come.")
-    attempts: int = Field(description="Times that work on it began.")
-    owner: str | None = Field(None, description="The id of the API key that created it, where there are keys.")
-    revision: str | None = Field(None, description="Of the weights that made it.")
-    last_error: VideoError | None = Field(None, description="Why an earlier attempt failed, while another is made.")
+    deadline_at: int | None = Field(None, description="Time after which the video is given up, finished or not.")
+    start_at: int | None = Field(None, description="Earliest time at which work on it begins.")
+    queue_position: int | None = Field(
+        None, description="Place in the queue, 1 is next. It grows if a more urgent video comes. Null if not `queued`."
+    )
+    attempts: int = Field(description="How often work on it began.")
+    owner: str | None = Field(
+        None, description="Id of the API key that created it; null if the server asks for no keys."
+    )
+    revision: str | None = Field(None, description="Revision of the weights that made it.")
+    last_error: VideoError | None = Field(None, description="Why the attempt before failed, while another one is made.")
 
 
 class Video(Resolved, VideoState):
@@ -92,17 +79,19 @@ class Video(Resolved, VideoState):
     started_at: int | None = None
     timings: dict[str, float] = {}
     """Seconds of each stage."""
-    warnings: list[str] = Field([], description="What a person should know of it, some of it from the start.")
+    warnings: list[str] = Field([], description="Warnings for people, e.g. a prompt that was cut.")
     size_bytes: int | None = None
 
     @classmethod
     def of(
         cls, job: Job, queue_position: int | None = None, seconds_left: float | None = None, paused: bool = False
     ) -> Video:
-        """The resource of a job.
+        """Return the resource of a job.
 
         Args:
-            seconds_left: what is guessed while it waits; a job that runs knows better.
+            job: its row.
+            queue_position: its place in the queue, 1 being next; None if it does not wait.
+            seconds_left: estimate for a job that waits; a running job's row holds a better one.
             paused: whether no job begins at the moment.
         """
         error = None
@@ -143,7 +132,7 @@ class Video(Resolved, VideoState):
 
 
 class VideoList(BaseModel):
-    """A page of videos; the next one starts `after` the `last_id`."""
+    """A page of videos. For the next page, send its `last_id` as `after`."""
 
     object: Literal["list"] = "list"
     data: list[Video]
@@ -153,35 +142,8 @@ class VideoList(BaseModel):
 
 
 class VideoDeleted(BaseModel):
-    """A video is gone."""
+    """The answer to a delete."""
 
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
-
-
-class ReadyState(BaseModel):
-    """The state of a server that accepts jobs."""
-
-    status: Literal["ready", "paused", "degraded"]
-    """`ready`: videos are made. Otherwise jobs wait: `paused` by an operator, or `degraded` by what `reason` says."""
-    reason: str | None = None
-
-
-class ModelCard(BaseModel):
-    """A model, with what a request may ask for and what it gets when it does not say."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "serve_app"
-    limits: dict[str, int]
-    defaults: dict[str, int | float | str | None]
-    note: str | None = Field(None, description="What it cannot be asked for; null where it takes any prompt.")
-
-
-class ModelList(BaseModel):
-    """The models that are served."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]

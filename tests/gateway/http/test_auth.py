@@ -165,17 +165,17 @@ async def test_requests_per_minute(server: Server) -> None:
 def test_buckets() -> None:
     now = 1000.0
     buckets = Buckets(replicas=2, clock=lambda: now)
-    assert [buckets.take("a", 4) for _ in range(3)] == [0, 0, 30]
+    assert [buckets.take_token("a", 4) for _ in range(3)] == [0, 0, 30]
     now += 29
-    assert 0 < buckets.take("a", 4) <= 1
+    assert 0 < buckets.take_token("a", 4) <= 1
     now += 1
-    assert buckets.take("a", 4) == 0 and buckets.take("a", 4) == 30
+    assert buckets.take_token("a", 4) == 0 and buckets.take_token("a", 4) == 30
     now += 3600  # never more than a minute's worth
-    assert [buckets.take("a", 4) == 0 for _ in range(3)] == [True, True, False]
+    assert [buckets.take_token("a", 4) == 0 for _ in range(3)] == [True, True, False]
     # A share below one still lets one through now and then.
-    assert (buckets.take("b", 1), buckets.take("b", 1)) == (0, 120)
+    assert (buckets.take_token("b", 1), buckets.take_token("b", 1)) == (0, 120)
     now += 120
-    assert buckets.take("b", 1) == 0
+    assert buckets.take_token("b", 1) == 0
 
 
 async def test_the_openai_sdk(client: openai.AsyncOpenAI, server: Server) -> None:

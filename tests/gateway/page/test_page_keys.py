@@ -111,7 +111,7 @@ async def test_a_key_with_few_requests_a_minute(page: Page, seen: Seen, server: 
 
     await until(refused)
     await page.get_by_role("button", name="Make video").click()
-    await page.locator("#error", has_text="This key made 12 requests within a minute, its limit.").wait_for()
+    await page.locator("#error", has_text="This key has reached its limit of 12 requests per minute.").wait_for()
     assert await page.locator("#state").text_content() == "Working"
     await server.store.keys.limit(key_id, {"requests_per_minute": None})
     films.gate.set()
