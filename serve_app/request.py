@@ -1,8 +1,6 @@
-"""What a user asks for (`VideoRequest`), what is then run (`Params`), and how soon (`Urgency`).
+"""A user's request (`VideoRequest`), the parameters that are then run (`Params`), and the urgency (`Urgency`).
 
-Every default is filled in and every limit checked here.
-
-Knows the configuration, but neither HTTP nor the model.
+Every default is filled in and every range is checked here. Knows the configuration, but neither HTTP nor the model.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 class VideoRequest(Given):
-    """A request. Only `prompt` is needed; a field that is None is taken from the configuration's `defaults`."""
+    """A request for a video. Only `prompt` is needed; other fields that are None have the values in `defaults`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,13 +46,13 @@ FIELDS = ("prompt", *SHORTHANDS, *(name for name in VideoRequest.model_fields if
 
 
 class Params(Resolved):
-    """All that determines a video's pixels, on a given checkpoint."""
+    """The values of all generation parameters. With a given checkpoint they determine a video's pixels."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance runs; decided by the first scale for both experts, as WanPipeline does."""
+        """Whether classifier-free guidance runs. The first scale decides for both experts, as in WanPipeline."""
         return self.guidance_scale > 1.0
 
     @property
@@ -64,12 +62,12 @@ class Params(Resolved):
 
     @property
     def seconds(self) -> float:
-        """Length of the video."""
+        """Length of the video in seconds."""
         return self.num_frames / self.fps
 
 
 class Urgency(BaseModel):
-    """How soon a video is wanted. Nothing of this shows in its pixels."""
+    """The urgency of a video, which does not show in its pixels."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -77,19 +75,19 @@ class Urgency(BaseModel):
     deadline_s: float | None = None
     """Seconds from its creation after which the video is of no use."""
     start_at: float | None = None
-    """When work on it may begin, in seconds since the epoch; waiting counts from then."""
+    """Earliest start of work on it, as a Unix time; its waiting time counts from then."""
 
 
 def parse(fields: dict[str, Any], *, strict: bool = True) -> VideoRequest:
-    """A request from untyped fields; `strict=False` also takes numbers spelled as strings, as HTML forms send them.
+    """Return a request made of untyped fields; `strict=False` accepts numbers as text, as HTML forms send them.
 
     Raises:
-        InvalidRequest: an unknown field or a wrong type, named by `param`.
+        InvalidRequest: a field is unknown or has a wrong type; `param` names it.
     """
     try:
         return VideoRequest.model_validate(fields, strict=strict)
     except ValidationError as error:
-        # An unknown field first: it may be the very one that is missing under its own name.
+        # Report an unknown field first: it may be a misspelt name of the one that is missing.
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         if not first["loc"]:
             raise InvalidRequest(None, f"The fields cannot be read: {first['msg']}.") from None
@@ -105,12 +103,12 @@ def resolve(request: VideoRequest, config: Config) -> Params:
     """Fill in the defaults, draw a seed if none is given, and check every range.
 
     Raises:
-        InvalidRequest: the field at fault in `param`, with its value and what was expected.
+        InvalidRequest: a value is out of range; `param` names the field, the message its value and what is expected.
     """
     if request.model is not None and request.model != config.model.name:
         raise InvalidRequest("model", f"'model' is {_short(request.model)}, expected '{config.model.name}'.")
     values = {**config.defaults.model_dump(), **request.model_dump(exclude_none=True, exclude={*HANDLING})}
-    # A custom guidance speaks for both experts unless the request says otherwise, as in WanPipeline.
+    # A request that gives only the first guidance scale gives both, as in WanPipeline.
     if request.guidance_scale is not None and request.guidance_scale_2 is None:
         values["guidance_scale_2"] = request.guidance_scale
     if values.get("seed", RANDOM_SEED) == RANDOM_SEED:
@@ -133,7 +131,7 @@ def resolve(request: VideoRequest, config: Config) -> Params:
 def _check_text(name: str, text: str, most: int) -> None:
     if len(text) > most:
         raise InvalidRequest(name, f"'{name}' has {len(text)} characters, expected at most {most}.")
-    # JSON can spell both, but neither UTF-8 nor PostgreSQL can hold them.
+    # JSON can spell these characters, but neither UTF-8 nor PostgreSQL can hold them.
     if _NO_TEXT.search(text):
         raise InvalidRequest(name, f"'{name}' holds a NUL character or half of a surrogate pair, expected text.")
 
@@ -173,12 +171,12 @@ def _check_range(one: Parameter, value: Any, limits: Limits) -> None:
 
 
 def largest_frames(most: int) -> int:
-    """Return the largest possible number of frames that is at most `most`."""
+    """Return the largest valid number of frames up to `most`."""
     return (most - 1) // FRAME_MULTIPLE * FRAME_MULTIPLE + 1
 
 
 def nearest(value: int, least: int, step: int, most: int) -> str:
-    """Return words that name the values around `value` of `least`, `least + step`, … up to `most`; empty if none is."""
+    """Return words that name the valid values nearest to `value`: `least`, `least + step`, … up to `most`."""
     most = least + (most - least) // step * step
     below = least + (value - least) // step * step
     around = sorted({min(max(one, least), most) for one in (below, below + step)}) if most >= least else []
@@ -188,7 +186,7 @@ def nearest(value: int, least: int, step: int, most: int) -> str:
 
 
 def fitting_size(width: int, height: int, pixels: int) -> str:
-    """Return the largest size of about this shape that has at most so many pixels, as `WIDTHxHEIGHT`."""
+    """Return the largest size of about this shape with at most so many pixels, as `WIDTHxHEIGHT`."""
     scale = min(math.sqrt(pixels / (width * height)), 1.0)
     across = max(int(width * scale) // SIDE_MULTIPLE, 1) * SIDE_MULTIPLE
     down = min(max(int(height * scale) // SIDE_MULTIPLE, 1), max(pixels // across // SIDE_MULTIPLE, 1)) * SIDE_MULTIPLE
@@ -197,10 +195,10 @@ def fitting_size(width: int, height: int, pixels: int) -> str:
 
 
 def urgency(request: VideoRequest) -> Urgency:
-    """How soon the video is wanted.
+    """Return the urgency of a request.
 
     Raises:
-        InvalidRequest: `deadline_s` is no time that could pass, or `start_at` is none that could come before it.
+        InvalidRequest: `deadline_s` or `start_at` is out of range, or `start_at` is not before the deadline.
     """
     deadline_s, start_at = request.deadline_s, request.start_at
     if deadline_s is not None and not 0 < deadline_s <= MAX_DEADLINE_S:  # also refuses NaN
@@ -220,10 +218,10 @@ def urgency(request: VideoRequest) -> Urgency:
 
 
 def recipient(request: VideoRequest, config: Config) -> str | None:
-    """Where a mail goes when the video has ended, or None.
+    """Return the address that gets a mail when the video has ended, or None.
 
     Raises:
-        InvalidRequest: it is no address, or no mails are sent here.
+        InvalidRequest: it is not an address, or this server sends no mails.
     """
     address = request.notify_email
     if address is None:

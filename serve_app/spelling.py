@@ -1,4 +1,4 @@
-"""Suggestions for names that are unknown here: other servers' words for the same thing, and slips of the keyboard."""
+"""Suggestions for unknown names of fields: other servers' words for the same thing, and typing errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OURS = {synonym: name for name, one in EVERY.items() for synonym in one.synonym
 
 
 def unknown_field(name: str, known: Sequence[str]) -> str:
-    """Return the sentence that refuses a field, with the known field that is meant, or all of them."""
+    """Return the error for an unknown field, with the field that is probably meant, or all fields."""
     meant = suggestion(name, known)
     if meant is not None:
         return f"Unknown field '{name}', did you mean '{meant}'?"
@@ -20,7 +20,7 @@ def unknown_field(name: str, known: Sequence[str]) -> str:
 
 
 def suggestion(name: str, known: Sequence[str]) -> str | None:
-    """Return the known name that somebody most likely means; None if there is none."""
+    """Return the known name that is most likely meant; None if none is similar."""
     # `numFrames`, `num-frames` and `NUM_FRAMES` are one name.
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").replace(" ", "_").lower()
     if plain in known:

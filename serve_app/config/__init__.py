@@ -1,7 +1,7 @@
 """Every option, in one frozen tree that is validated once.
 
-The tree is the `args` of both Serve applications in a YAML file under configs/. Python defaults are those of
-Wan2.2-T2V-A14B as published; a YAML file states what differs. Knows nothing of Ray: `serve_app.app` turns it into
+The tree is the `args` of both Serve applications in a YAML file under configs/. Python defaults are those published
+for Wan2.2-T2V-A14B; a YAML file states what differs. Knows nothing of Ray: `serve_app.app` turns the tree into
 deployments.
 """
 

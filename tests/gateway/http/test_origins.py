@@ -261,8 +261,8 @@ async def test_all_pages_with_keys(server: Server) -> None:
         ({"hosts": ["wan:8000"]}, "expected a name without scheme and port"),
         ({"hosts": ["*"]}, "expected a name without scheme and port"),
         ({"public_url": "video.example.com"}, "gateway.public_url has value 'video.example.com': expected the URL"),
-        ({"public_url": "https://"}, "expected the URL that users have"),
-        ({"public_url": "https://a:b"}, "expected the URL that users have"),
+        ({"public_url": "https://"}, "expected the URL that users call"),
+        ({"public_url": "https://a:b"}, "expected the URL that users call"),
     ],
 )
 def test_options_that_cannot_work(options: dict[str, Any], said: str) -> None:
