@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Never, TypeVar, get_arg
 from pydantic import BaseModel, Field, create_model
 
 N = TypeVar("N")
-"""None where a field may be left out, Never where it has a value."""
+"""None if a field may be left out: `int | None`. Never if it has a value: `int | Never` is `int`."""
 Priority = Literal["interactive", "standard", "batch"]
 
 # Spatial sides are a multiple of VAE stride 8 x patch 2; frames are one plus a multiple of VAE stride 4.
@@ -286,7 +286,7 @@ if TYPE_CHECKING:
     Configured = Parameters[Never]
 
     class Given(Parameters[None], Handling):
-        pass
+        """The fields of a request. None, or left out, is the default."""
 
 else:
     Resolved = create_model(

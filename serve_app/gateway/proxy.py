@@ -17,6 +17,7 @@ class NoHints:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, without the hints."""
         if "headers" in scope:
             headers = [(name, value) for name, value in scope["headers"] if name.lower() not in _HINTS]
             scope = {**scope, "headers": headers}

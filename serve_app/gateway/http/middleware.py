@@ -36,6 +36,7 @@ class Exchange:
         self._answer_request_id = answer_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, within its frame."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

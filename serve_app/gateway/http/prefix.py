@@ -13,6 +13,7 @@ class SlashAfterPrefix:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Redirect, or pass a request on."""
         prefix = scope.get("root_path", "")
         if scope["type"] != "http" or not prefix or scope["path"] != prefix:
             await self._app(scope, receive, send)

@@ -140,7 +140,7 @@ async def test_the_queue_and_cancel(page: Page, server: Server, films: FilmPipel
     await server.store.resume()
     await status(page, "Waiting")
     films.gate.set()
-    # The others were made elsewhere, and their ends are seen all the same.
+    # The other videos were created elsewhere; the page shows their ends nevertheless.
     await page.locator("#list small", has_text="Done").nth(7).wait_for()
 
 

@@ -1,4 +1,4 @@
-"""The web page in a real browser, where the server wants an API key."""
+"""The web page in a real browser, of a server that asks for an API key."""
 
 from __future__ import annotations
 

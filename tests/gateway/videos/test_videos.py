@@ -341,7 +341,7 @@ async def test_failed_video(server: Server) -> None:
 
 
 async def test_create_without_a_dispatcher(server: Server) -> None:
-    """Nobody hears the call; the job is in the queue all the same."""
+    """A job is in the queue even if no dispatcher hears of it."""
 
     async def deaf() -> None:
         raise ConnectionError("gone")
