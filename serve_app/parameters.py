@@ -78,7 +78,7 @@ class Parameter:
 
     @property
     def configurable(self) -> bool:
-        """Whether the section `defaults` has an option for it."""
+        """True if the section `defaults` has an option for it."""
         return self.default is not _NONE
 
     @property

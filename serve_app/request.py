@@ -52,7 +52,7 @@ class Params(Resolved):
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance runs. The first scale decides for both experts, as in WanPipeline."""
+        """True if classifier-free guidance runs. The first scale decides for both experts, as in WanPipeline."""
         return self.guidance_scale > 1.0
 
     @property

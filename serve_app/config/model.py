@@ -56,7 +56,7 @@ class ModelConfig(Section):
 
     @property
     def bundled(self) -> bool:
-        """Whether this is the tiny model inside the package, which draws a few shapes and nothing else."""
+        """True if this is the tiny model inside the package, which draws a few shapes and nothing else."""
         from serve_app.tiny import CHECKPOINT
 
         return self.folder == CHECKPOINT
@@ -68,7 +68,7 @@ class ModelConfig(Section):
 
     @property
     def random(self) -> bool:
-        """Whether weights are drawn instead of read."""
+        """True if weights are drawn instead of read."""
         return self.weights == "random"
 
     @property

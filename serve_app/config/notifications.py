@@ -24,7 +24,7 @@ class WebhooksConfig(Section):
     endpoints: PositiveInt = 20
     """Number of endpoints that each API key may have."""
     allow_http: bool = False
-    """Whether the URL of an endpoint may be `http`, which neither encrypts nor protects events."""
+    """Allows that the URL of an endpoint is `http`, which neither encrypts nor protects events."""
     allow_networks: tuple[IPvAnyNetwork, ...] = ()
     """Private networks whose addresses may be called, e.g. `[10.20.0.0/16]`. Anybody who may create endpoints can then
     send requests into them."""

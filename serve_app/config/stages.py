@@ -169,7 +169,7 @@ class DenoiserConfig(Stage):
     attention: Literal["auto", "flash4", "flash3", "cudnn", "flash", "native"] = "auto"
     """Attention kernel. `auto` is the fastest one that works on the ranks' device; the log says which and why."""
     symmetric_memory: bool = True
-    """Whether tensor-parallel ranks exchange results by copies between their devices (symmetric memory), if NVLink
+    """Lets tensor-parallel ranks exchange results by copies between their devices (symmetric memory), if NVLink
     joins them and a trial at the start succeeds; otherwise by NCCL. The log says which and why."""
     compile: bool = False
     """Compile the experts' blocks at the start, for GPUs. Results then differ from those without by rounding."""

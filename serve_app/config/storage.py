@@ -29,7 +29,7 @@ class StorageConfig(Section):
     region: str = ""
     """Region of the bucket; empty is `$AWS_REGION`, else us-east-1."""
     conditional_put: bool = True
-    """Whether the S3 server obeys `If-None-Match: *`, by which no writer replaces an object, even at the same moment.
+    """True if the S3 server obeys `If-None-Match: *`, by which no writer replaces an object, even at the same moment.
     If not, writers check beforehand."""
     proxy: bool = False
     """Send videos through the gateway, instead of redirecting to a presigned URL of the S3 server."""

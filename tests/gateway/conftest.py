@@ -64,7 +64,7 @@ class Server:
     reason: str | None = None
     """The reason why no video can be made now."""
     never: bool = False
-    """Whether, as far as is known, no video ever could be made."""
+    """True if, as far as is known, no video ever could be made."""
 
     async def key(self, *scopes: Scope, **limits: Any) -> tuple[str, dict[str, str]]:
         """Create a key, and return its id and the headers of a call with it."""

@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 
 class ErrorBody(BaseModel):
-    """What went wrong."""
+    """Description of an error."""
 
     message: str
     type: str
