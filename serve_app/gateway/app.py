@@ -26,7 +26,7 @@ from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 from serve_app.tiny.vocabulary import NOTE
 
-_PAGE = Path(__file__).parent / "page" / "index.html"
+_PAGE = Path(__file__).parent / "page"
 
 
 def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -78,7 +78,7 @@ def _rest(config: Config, readiness: Readiness) -> APIRouter:
 
     @routes.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=docs.PAGE_HEADERS)
+        return HTMLResponse(_page(), headers=docs.PAGE_HEADERS)
 
     guarded: dict[str, Any] = {"tags": ["models"], "dependencies": bearer(config.auth)}
 
@@ -121,3 +121,9 @@ def model_card(config: Config) -> ModelCard:
         defaults=config.defaults.model_dump(),
         note=NOTE if config.model.bundled else None,
     )
+
+
+def _page() -> str:
+    """Return the page as one document, so that it needs no further requests: index.html with its style and script."""
+    page, style, script = ((_PAGE / name).read_text(encoding="utf-8") for name in ("index.html", "page.css", "page.js"))
+    return page.replace("/* page.css */\n", style).replace("// page.js\n", script)
