@@ -1,4 +1,4 @@
-"""The one declaration of what a request may hold.
+"""The one declaration of each field of a request.
 
 Each field of `Parameters`, `Handling` and `Shorthands` is declared here and nowhere else: its type, sentence, range,
 default, command line flags and synonyms. `VideoRequest`, `Params`, the option section `defaults`, the API schema, the
@@ -266,7 +266,7 @@ PARAMETERS = declared(Parameters)
 HANDLING = declared(Handling)
 SHORTHANDS = declared(Shorthands)
 EVERY: dict[str, Parameter] = {**PARAMETERS, **SHORTHANDS, **HANDLING}
-"""Whatever a create request may hold, by name."""
+"""All fields of a create request, by name."""
 
 
 def _optional(several: Iterable[Parameter], *, bounded: bool = False) -> dict[str, Any]:
