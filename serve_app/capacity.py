@@ -1,7 +1,7 @@
-"""What a configuration asks of a cluster, and whether its hosts could ever give it.
+"""Resources that a configuration needs, and a check whether the hosts of a cluster could ever provide them.
 
-Knows nothing of Ray: hosts are numbers and labels. Only what is certain counts, so that a cluster which passes may
-still turn out to be too small.
+Knows nothing of Ray: hosts are numbers and labels. Only certain shortages count, so a cluster that passes may still be
+too small.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ Amounts = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Host:
-    """A host of the cluster, with all it has, whoever uses it now."""
+    """A host of the cluster, with all its resources, used or not."""
 
     resources: Amounts
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, amounts: Amounts, labels: Mapping[str, str]) -> bool:
-        """Return whether it could give so much, if nobody else used it."""
+        """Return whether the host, if nobody else used it, has these amounts and labels."""
         enough = all(self.resources.get(name, 0) + _ROUNDING >= amount for name, amount in amounts.items())
         return enough and all(_meets(self.labels.get(name), wanted) for name, wanted in labels.items())
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one replica of a deployment asks for.
+    """The resources that one replica of a deployment needs.
 
     Attributes:
-        deployment: its name in Serve.
-        option: where the configuration says how much.
-        bundles: amounts that have to be on one host each.
-        strategy: of Ray, how bundles are placed.
-        labels: that a host has to have.
-        replicas: so many there are at least.
+        deployment: name in Serve.
+        option: option of the configuration that sets the amounts.
+        bundles: amounts; each bundle has to fit on one host.
+        strategy: Ray's placement strategy of the bundles.
+        labels: node labels that a host must have.
+        replicas: smallest number of replicas.
     """
 
     deployment: str
@@ -61,10 +61,12 @@ class Need:
 
 
 def needs(config: Config, *, pipeline: bool = True, gateway: bool = True) -> list[Need]:
-    """Return what the deployments of a configuration ask for.
+    """Return the resources that the deployments of a configuration need.
 
     Args:
-        pipeline, gateway: the applications that count.
+        config: all options.
+        pipeline: whether the pipeline's application counts.
+        gateway: whether the gateway's application counts.
     """
     found = []
     if pipeline:
@@ -88,7 +90,7 @@ def needs(config: Config, *, pipeline: bool = True, gateway: bool = True) -> lis
 
 
 def impossible(wanted: Sequence[Need], hosts: Sequence[Host]) -> list[str]:
-    """Return a line for each thing that these hosts could never give, even if nothing else ran on them."""
+    """Return a line for each need that these hosts could never meet, even if nothing else ran on them."""
     lines = [line for need in wanted if (line := _impossible(need, hosts))]
     if lines:
         return lines
@@ -107,7 +109,7 @@ def impossible(wanted: Sequence[Need], hosts: Sequence[Host]) -> list[str]:
 
 
 def described(hosts: Iterable[Host]) -> str:
-    """Describe hosts for people, equal ones together."""
+    """Return a description of hosts for people, with equal ones counted."""
     kinds = Counter(_text(host.resources) for host in hosts)
     return "; ".join(f"{count} x {kind}" if count > 1 else kind for kind, count in kinds.most_common(4)) or "no host"
 
@@ -123,7 +125,7 @@ def _of_stage(deployment: str, section: str, resources: Resources, scaling: Auto
 
 
 def _of_groups(config: Config) -> list[Need]:
-    """Return what the groups of ranks ask for: one kind of group, or one for each expert."""
+    """Return the needs of the groups of ranks: one kind of group, or one for each expert."""
     stage = config.denoiser
     bundles = ({"CPU": stage.coordinator_cpus}, *[_amounts(stage.rank)] * stage.parallel.size)
     low = stage.low_noise_autoscaling or stage.autoscaling
@@ -137,7 +139,7 @@ def _of_groups(config: Config) -> list[Need]:
 
 
 def _impossible(need: Need, hosts: Sequence[Host]) -> str | None:
-    """Describe why no replica could ever run; None if that is not certain."""
+    """Return why no replica could ever run; None if that is not certain."""
     for bundle in need.bundles:
         if not any(host.has(bundle, need.labels) for host in hosts):
             one = f" for each of {len(need.bundles) - 1} ranks" if len(need.bundles) > 2 else ""
@@ -171,7 +173,7 @@ def _sum(several: Iterable[Amounts]) -> dict[str, float]:
 
 
 def _text(amounts: Amounts) -> str:
-    """Write amounts for people, without what every Ray node counts beside them."""
+    """Return amounts for people, without the resources that Ray adds to every node."""
     shown = {name: amount for name, amount in amounts.items() if not name.startswith(_NOT_SHOWN)}
     return ", ".join(f"{round(amount, 4):g} {name}" for name, amount in shown.items()) or "nothing"
 

@@ -1,8 +1,6 @@
-"""What a user asks for (`VideoRequest`), what is then run (`Params`), and how soon (`Urgency`).
+"""A user's request (`VideoRequest`), the parameters that are then run (`Params`), and the urgency (`Urgency`).
 
-Every default is filled in and every limit checked here.
-
-Knows the configuration, but neither HTTP nor the model.
+Every default is filled in and every range is checked here. Knows the configuration, but neither HTTP nor the model.
 """
 
 from __future__ import annotations
@@ -15,78 +13,46 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from serve_app.config import Config, Priority, is_mail_address
+from serve_app.config import Config, Limits, is_mail_address
 from serve_app.errors import InvalidRequest
+from serve_app.parameters import (
+    FRAME_MULTIPLE,
+    HANDLING,
+    MAX_DEADLINE_S,
+    MAX_DELAY_S,
+    PARAMETERS,
+    RANDOM_SEED,
+    SHORTHANDS,
+    SIDE_MULTIPLE,
+    Given,
+    Parameter,
+    Priority,
+    Resolved,
+)
 from serve_app.prompt import says_something
 from serve_app.spelling import unknown_field
 
-# Spatial sides are a multiple of VAE stride 8 x patch 2; frames are one plus a multiple of VAE stride 4.
-SIDE_MULTIPLE = 16
-FRAME_MULTIPLE = 4
-MAX_SEED = 2**63 - 1
-# Asks for a seed to be drawn, as elsewhere.
-RANDOM_SEED = -1
-# A year and a day: what is longer is a typing error, and no time that anybody waits.
-MAX_DEADLINE_S = 366 * 86400
-MAX_DELAY_S = 366 * 86400
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
-class VideoRequest(BaseModel):
-    """A request. Only `prompt` is needed; what is None is taken from the configuration's `defaults`."""
+class VideoRequest(Given):
+    """A request for a video. Only `prompt` is needed; other fields that are None have the values in `defaults`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt: str
-    negative_prompt: str | None = None
-    model: str | None = None
-    width: int | None = None
-    height: int | None = None
-    num_frames: int | None = None
-    fps: int | None = None
-    seed: int | None = None
-    """None and -1 have one drawn."""
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    guidance_scale_2: float | None = None
-    flow_shift: float | None = None
-    boundary_ratio: float | None = None
-    priority: Priority | None = None
-    """None is `standard`."""
-    deadline_s: float | None = None
-    """Seconds from its creation after which the video is of no use. None: it is of use whenever it comes."""
-    start_at: float | None = None
-    """When work on it may begin, in seconds since the epoch. None, or a time that has passed: at once."""
-    notify_email: str | None = None
-    """Where a mail goes when the video has ended."""
+
+FIELDS = ("prompt", *SHORTHANDS, *(name for name in VideoRequest.model_fields if name != "prompt"))
+"""Names of all fields that a create request may hold."""
 
 
-# Whatever a create request may hold: `size` and `seconds` are OpenAI's words for some of these.
-FIELDS = ("prompt", "size", "seconds", *(name for name in VideoRequest.model_fields if name != "prompt"))
-
-
-class Params(BaseModel):
-    """All that determines a video's pixels, on a given checkpoint."""
+class Params(Resolved):
+    """The values of all generation parameters. With a given checkpoint they determine a video's pixels."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-    prompt: str
-    negative_prompt: str
-    width: int
-    height: int
-    num_frames: int
-    fps: int
-    seed: int
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float
-    flow_shift: float
-    boundary_ratio: float | None = None
-    """None is the checkpoint's own, which may be none: then the first expert does all steps."""
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance runs; decided by the first scale for both experts, as WanPipeline does."""
+        """True if classifier-free guidance runs. The first scale decides for both experts, as in WanPipeline."""
         return self.guidance_scale > 1.0
 
     @property
@@ -96,12 +62,12 @@ class Params(BaseModel):
 
     @property
     def seconds(self) -> float:
-        """Length of the video."""
+        """Length of the video in seconds."""
         return self.num_frames / self.fps
 
 
 class Urgency(BaseModel):
-    """How soon a video is wanted. Nothing of this shows in its pixels."""
+    """The urgency of a video, which does not show in its pixels."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -109,19 +75,19 @@ class Urgency(BaseModel):
     deadline_s: float | None = None
     """Seconds from its creation after which the video is of no use."""
     start_at: float | None = None
-    """When work on it may begin, in seconds since the epoch; waiting counts from then."""
+    """Earliest start of work on it, as a Unix time; its waiting time counts from then."""
 
 
 def parse(fields: dict[str, Any], *, strict: bool = True) -> VideoRequest:
-    """A request from untyped fields; `strict=False` also takes numbers spelled as strings, as HTML forms send them.
+    """Return a request made of untyped fields; `strict=False` accepts numbers as text, as HTML forms send them.
 
     Raises:
-        InvalidRequest: an unknown field or a wrong type, named by `param`.
+        InvalidRequest: a field is unknown or has a wrong type; `param` names it.
     """
     try:
         return VideoRequest.model_validate(fields, strict=strict)
     except ValidationError as error:
-        # An unknown field first: it may be the very one that is missing under its own name.
+        # Report an unknown field first: it may be a misspelt name of the one that is missing.
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         if not first["loc"]:
             raise InvalidRequest(None, f"The fields cannot be read: {first['msg']}.") from None
@@ -134,77 +100,83 @@ def parse(fields: dict[str, Any], *, strict: bool = True) -> VideoRequest:
 
 
 def resolve(request: VideoRequest, config: Config) -> Params:
-    """Fill in the defaults, draw a seed if none is given, and check every limit.
+    """Fill in the defaults, draw a seed if none is given, and check every range.
 
     Raises:
-        InvalidRequest: the field at fault in `param`, with its value and what was expected.
+        InvalidRequest: a value is out of range; `param` names the field, the message its value and what is expected.
     """
-    limits = config.limits
     if request.model is not None and request.model != config.model.name:
         raise InvalidRequest("model", f"'model' is {_short(request.model)}, expected '{config.model.name}'.")
-    values = {
-        **config.defaults.model_dump(),
-        **request.model_dump(exclude_none=True, exclude={"model", "notify_email", *Urgency.model_fields}),
-    }
-    # A custom guidance speaks for both experts unless the request says otherwise, as in WanPipeline.
+    values = {**config.defaults.model_dump(), **request.model_dump(exclude_none=True, exclude={*HANDLING})}
+    # A request that gives only the first guidance scale gives both, as in WanPipeline.
     if request.guidance_scale is not None and request.guidance_scale_2 is None:
         values["guidance_scale_2"] = request.guidance_scale
     if values.get("seed", RANDOM_SEED) == RANDOM_SEED:
         values["seed"] = secrets.randbelow(2**32)
     params = Params(**values)
-
-    for name in ("prompt", "negative_prompt"):
-        text = getattr(params, name)
-        if len(text) > limits.prompt_chars:
-            raise InvalidRequest(name, f"'{name}' has {len(text)} characters, expected at most {limits.prompt_chars}.")
-        # JSON can spell both, but neither UTF-8 nor PostgreSQL can hold them.
-        if _NO_TEXT.search(text):
-            raise InvalidRequest(name, f"'{name}' holds a NUL character or half of a surrogate pair, expected text.")
+    for one in PARAMETERS.values():
+        if one.kind is str:
+            _check_text(one.name, getattr(params, one.name), getattr(config.limits, one.limit))
     if not says_something(params.prompt):
         nothing = " once it is cleaned" if params.prompt.strip() else ""
         raise InvalidRequest("prompt", f"'prompt' is empty{nothing}, expected a description of the video.")
-    for name in ("width", "height"):
-        side = getattr(params, name)
+    _check_size(params, config.limits)
+    _check_frames(params.num_frames, config.limits)
+    for one in PARAMETERS.values():
+        if one.kind is not str and one.step == 1:  # the others are checked above
+            _check_range(one, getattr(params, one.name), config.limits)
+    return params
+
+
+def _check_text(name: str, text: str, most: int) -> None:
+    if len(text) > most:
+        raise InvalidRequest(name, f"'{name}' has {len(text)} characters, expected at most {most}.")
+    # JSON can spell these characters, but neither UTF-8 nor PostgreSQL can hold them.
+    if _NO_TEXT.search(text):
+        raise InvalidRequest(name, f"'{name}' holds a NUL character or half of a surrogate pair, expected text.")
+
+
+def _check_size(params: Params, limits: Limits) -> None:
+    width, height = params.width, params.height
+    for name, side, other in (("width", width, height), ("height", height, width)):
         if side < SIDE_MULTIPLE or side % SIDE_MULTIPLE:
-            other = params.height if name == "width" else params.width
             most = min(limits.side, limits.pixels // min(max(other, SIDE_MULTIPLE), limits.pixels))
             near = nearest(side, SIDE_MULTIPLE, SIDE_MULTIPLE, most)
             raise InvalidRequest(
                 name, f"'{name}' is {_short(side)}, expected a positive multiple of {SIDE_MULTIPLE}{near}."
             )
-        _between(name, side, SIDE_MULTIPLE, min(limits.side, limits.pixels // SIDE_MULTIPLE))
-    if params.width * params.height > limits.pixels:
+        _check_between(name, side, SIDE_MULTIPLE, min(limits.side, limits.pixels // SIDE_MULTIPLE))
+    if width * height > limits.pixels:
         raise InvalidRequest(
             "size",
-            f"'size' {params.width}x{params.height} is {params.width * params.height} pixels, "
-            f"expected at most {limits.pixels}, e.g. '{fitting_size(params.width, params.height, limits.pixels)}'.",
+            f"'size' {width}x{height} is {width * height} pixels, "
+            f"expected at most {limits.pixels}, e.g. '{fitting_size(width, height, limits.pixels)}'.",
         )
-    frames, most_frames = params.num_frames, largest_frames(limits.num_frames)
-    if not 1 <= frames <= most_frames:
-        raise InvalidRequest("num_frames", f"'num_frames' is {_short(frames)}, expected 4k+1 from 1 to {most_frames}.")
+
+
+def _check_frames(frames: int, limits: Limits) -> None:
+    most = largest_frames(limits.num_frames)
+    if not 1 <= frames <= most:
+        raise InvalidRequest("num_frames", f"'num_frames' is {_short(frames)}, expected 4k+1 from 1 to {most}.")
     if frames % FRAME_MULTIPLE != 1:
-        near = nearest(frames, 1, FRAME_MULTIPLE, most_frames)
+        near = nearest(frames, 1, FRAME_MULTIPLE, most)
         raise InvalidRequest("num_frames", f"'num_frames' is {frames}, expected 4k+1{near}.")
-    _between("num_inference_steps", params.num_inference_steps, 1, limits.num_inference_steps)
-    _between("fps", params.fps, 1, limits.fps)
-    if not 0 <= params.seed <= MAX_SEED:
-        expected = f"expected 0 to {MAX_SEED}, or {RANDOM_SEED} to have one drawn"
-        raise InvalidRequest("seed", f"'seed' is {_short(params.seed)}, {expected}.")
-    _between("guidance_scale", params.guidance_scale, 0, 100)
-    _between("guidance_scale_2", params.guidance_scale_2, 0, 100)
-    _between("flow_shift", params.flow_shift, 0.01, 100)
-    if params.boundary_ratio is not None:
-        _between("boundary_ratio", params.boundary_ratio, 0, 1)
-    return params
+
+
+def _check_range(one: Parameter, value: Any, limits: Limits) -> None:
+    if value is None and one.nullable:
+        return
+    most = getattr(limits, one.limit) if one.limit else one.most
+    _check_between(one.name, value, one.least, most, f", or {one.besides}" if one.besides else "")
 
 
 def largest_frames(most: int) -> int:
-    """Return the largest possible number of frames that is at most `most`."""
+    """Return the largest valid number of frames up to `most`."""
     return (most - 1) // FRAME_MULTIPLE * FRAME_MULTIPLE + 1
 
 
 def nearest(value: int, least: int, step: int, most: int) -> str:
-    """Return words that name the values around `value` of `least`, `least + step`, … up to `most`; empty if none is."""
+    """Return words that name the valid values nearest to `value`: `least`, `least + step`, … up to `most`."""
     most = least + (most - least) // step * step
     below = least + (value - least) // step * step
     around = sorted({min(max(one, least), most) for one in (below, below + step)}) if most >= least else []
@@ -214,7 +186,7 @@ def nearest(value: int, least: int, step: int, most: int) -> str:
 
 
 def fitting_size(width: int, height: int, pixels: int) -> str:
-    """Return the largest size of about this shape that has at most so many pixels, as `WIDTHxHEIGHT`."""
+    """Return the largest size of about this shape with at most so many pixels, as `WIDTHxHEIGHT`."""
     scale = min(math.sqrt(pixels / (width * height)), 1.0)
     across = max(int(width * scale) // SIDE_MULTIPLE, 1) * SIDE_MULTIPLE
     down = min(max(int(height * scale) // SIDE_MULTIPLE, 1), max(pixels // across // SIDE_MULTIPLE, 1)) * SIDE_MULTIPLE
@@ -223,10 +195,10 @@ def fitting_size(width: int, height: int, pixels: int) -> str:
 
 
 def urgency(request: VideoRequest) -> Urgency:
-    """How soon the video is wanted.
+    """Return the urgency of a request.
 
     Raises:
-        InvalidRequest: `deadline_s` is no time that could pass, or `start_at` is none that could come before it.
+        InvalidRequest: `deadline_s` or `start_at` is out of range, or `start_at` is not before the deadline.
     """
     deadline_s, start_at = request.deadline_s, request.start_at
     if deadline_s is not None and not 0 < deadline_s <= MAX_DEADLINE_S:  # also refuses NaN
@@ -246,10 +218,10 @@ def urgency(request: VideoRequest) -> Urgency:
 
 
 def recipient(request: VideoRequest, config: Config) -> str | None:
-    """Where a mail goes when the video has ended, or None.
+    """Return the address that gets a mail when the video has ended, or None.
 
     Raises:
-        InvalidRequest: it is no address, or no mails are sent here.
+        InvalidRequest: it is not an address, or this server sends no mails.
     """
     address = request.notify_email
     if address is None:
@@ -261,9 +233,9 @@ def recipient(request: VideoRequest, config: Config) -> str | None:
     return address
 
 
-def _between(name: str, value: float, least: float, most: float) -> None:
+def _check_between(name: str, value: float, least: Any, most: Any, besides: str = "") -> None:
     if not least <= value <= most:  # also refuses NaN
-        raise InvalidRequest(name, f"'{name}' is {_short(value)}, expected {least} to {most}.")
+        raise InvalidRequest(name, f"'{name}' is {_short(value)}, expected {least} to {most}{besides}.")
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a Ray cluster lacks of what deployments ask for."""
+"""Resources that deployments need and a Ray cluster lacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import ray
 from serve_app.capacity import Host, Need, impossible
 from serve_app.errors import ConfigError
 
-# On nodes that Kubernetes or Ray's cluster launcher has started; then more may come.
+# Label of nodes that Kubernetes or Ray's cluster launcher started; a cluster with such nodes may grow.
 _NODE_GROUP = "ray.io/node-group"
 
 
@@ -19,16 +19,16 @@ def hosts() -> list[Host]:
 
 
 def shortages(wanted: Sequence[Need]) -> list[str]:
-    """Return a line for each thing that the cluster could never give; none of one that may grow."""
+    """Return a line for each need that the cluster could never meet; none if the cluster may grow."""
     there = hosts()
     return [] if any(host.labels.get(_NODE_GROUP) for host in there) else impossible(wanted, there)
 
 
 def refuse_the_impossible(wanted: Sequence[Need]) -> None:
-    """Refuse what the cluster could never give, unless it may grow.
+    """Check that the cluster could meet all needs, or may grow.
 
     Raises:
-        ConfigError: a line for each thing that is too much, with what the cluster has.
+        ConfigError: a line for each need that is too large, with what the cluster has.
     """
     if lines := shortages(wanted):
         raise ConfigError("\n".join(lines))

@@ -75,7 +75,7 @@ def test_positions_bound_sides_and_frames(copy: Path) -> None:
     for fields, param, said in (
         ({"width": 2064}, "width", "'width' is 2064, expected 16 to 2048."),
         ({"height": 16400}, "height", "'height' is 16400, expected 16 to 2048."),
-        ({"num_frames": 513}, "num_frames", "'num_frames' is 513, expected 1 to 509."),
+        ({"num_frames": 513}, "num_frames", "'num_frames' is 513, expected 4k+1 from 1 to 509."),
     ):
         with pytest.raises(InvalidRequest) as error:
             resolve(parse({"prompt": "a", **fields}), many)

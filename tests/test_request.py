@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from serve_app.config import Config, Defaults, Limits
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.videos.body import understand
-from serve_app.request import FIELDS, MAX_DEADLINE_S, Params, Urgency, VideoRequest, parse, resolve, urgency
+from serve_app.parameters import MAX_DEADLINE_S
+from serve_app.request import FIELDS, Params, Urgency, VideoRequest, parse, resolve, urgency
 
 CONFIG = Config(
     defaults=Defaults(width=128, height=64, num_frames=33, num_inference_steps=8, negative_prompt="blurry"),

@@ -3,8 +3,8 @@
     python -m docs.generate [--check]
 
 With `--check` nothing is written, and the exit status is 1 if a page is stale. What the code does not say of itself is
-in `docs/reference/words.yaml`: a sentence for each error code, for options without a docstring, and the ranges of a
-request's fields. A code or field that it lacks, or one that is gone, is an error here.
+in `docs/reference/words.yaml`: a sentence for each error code, and for options and fields without a docstring. It is an
+error here if that file lacks a code or an option, or has one that is gone.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from docs.generate.markdown import Stale, anchor, cell, default_text, page, sent
 from serve_app.config import Config, validate
 from serve_app.gateway.app import create_app
 from serve_app.jobs.store import JobStore
+from serve_app.parameters import EVERY, Parameter
 from serve_app.storage import Storage
 
 
@@ -66,11 +67,9 @@ def api_page(words: dict[str, Any]) -> str:
             continue
         if "properties" not in schema:
             continue
-        ranges = fields.get(title, {})
+        ranges = request_fields() if title == "CreateVideo" else fields.get(title, {})
         if unknown := set(ranges) - set(schema["properties"]):
             raise Stale(f"words.yaml: fields: {title}: {', '.join(sorted(unknown))}: no such fields")
-        if title == "CreateVideo" and (missing := set(schema["properties"]) - set(ranges)):
-            raise Stale(f"words.yaml: fields: {title}: lacks {', '.join(sorted(missing))}")
         parts += [f"### {title}", sentence(schema.get("description", "")), _fields(schema, schemas, ranges)]
     return page(parts)
 
@@ -184,6 +183,29 @@ def _fields(schema: dict[str, Any], schemas: dict[str, Any], ranges: dict[str, s
         meaning = " ".join(filter(None, (one.get("description", ""), _filled(ranges.get(name, "")))))
         rows.append((f"`{name}`", kind, cell(meaning)))
     return table(rows, ("field", "type", "meaning and range" if ranges else "meaning"))
+
+
+def request_fields() -> dict[str, str]:
+    """Return the range and the default of each field of a request."""
+    return {name: " ".join(filter(None, (_range(one), one.note, _default(one)))) for name, one in EVERY.items()}
+
+
+def _range(one: Parameter) -> str:
+    if one.kind is str:
+        return f"Up to {{limits.{one.limit}}} characters (`limits.{one.limit}`)." if one.limit else ""
+    most = f"{{limits.{one.limit}}} (`limits.{one.limit}`)" if one.limit else one.most
+    besides = f", or {one.besides}" if one.besides else ""
+    if one.least is not None:
+        return f"{one.least} to {most}{besides}." if most is not None else f"At least {one.least}."
+    if one.above is not None:
+        return f"Above {one.above}, at most {most}." if most is not None else f"Above {one.above}."
+    return ""
+
+
+def _default(one: Parameter) -> str:
+    if not one.configurable or one.default is None:
+        return ""
+    return f"Default `defaults.{one.name}`." if one.kind is str else f"Default {{defaults.{one.name}}}."
 
 
 def _filled(text: str) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serve_app.cli.client import DEFAULT_URL, Api, ApiKey, Url, shown_status
+from serve_app.cli.parameters import with_parameters
 from serve_app.cli.table import one_cell, print_table
 from serve_app.errors import ServeAppError
 from serve_app.whole_file import check_target
@@ -28,53 +29,12 @@ Out = Annotated[Path, typer.Option("-o", "--out", help="File for the mp4.")]
 _SUFFIXES = {"video": ".mp4", "thumbnail": "-thumbnail.jpg", "spritesheet": "-spritesheet.jpg"}
 
 
+@with_parameters
 def generate(
-    prompt: str,
-    out: Out = Path("out.mp4"),
-    url: Url = DEFAULT_URL,
-    key: ApiKey = None,
-    negative_prompt: Annotated[str | None, typer.Option("--negative", "--negative-prompt")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
-    frames: Annotated[int | None, typer.Option("--frames", "--num-frames", help="4k+1 frames.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Length, instead of the number of frames.")] = None,
-    fps: Annotated[int | None, typer.Option(help="Frames per second.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", "--num-inference-steps", help="Denoising steps.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", "--guidance-scale", help="Of the high-noise expert.")
-    ] = None,
-    guidance_2: Annotated[
-        float | None, typer.Option("--guidance-2", "--guidance-scale-2", help="Of the low-noise expert.")
-    ] = None,
-    flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise levels.")] = None,
-    boundary_ratio: Annotated[float | None, typer.Option(help="Where the experts change, 0 to 1.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same video.")] = None,
-    priority: Annotated[str | None, typer.Option(help="interactive, standard or batch.")] = None,
-    deadline: Annotated[
-        float | None, typer.Option("--deadline", "--deadline-s", help="Seconds from now after which it is of no use.")
-    ] = None,
-    start_at: Annotated[float | None, typer.Option(help="Seconds since 1970 at which it may begin.")] = None,
-    notify_email: Annotated[str | None, typer.Option(help="Address that is told of its end.")] = None,
+    prompt: str, out: Out = Path("out.mp4"), url: Url = DEFAULT_URL, key: ApiKey = None, **fields: Any
 ) -> None:
     """Make one video on a running server, with a progress bar. The first line on stdout is its id, printed at once."""
-    fields = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "size": size,
-        "num_frames": frames,
-        "seconds": seconds,
-        "fps": fps,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "guidance_scale_2": guidance_2,
-        "flow_shift": flow_shift,
-        "boundary_ratio": boundary_ratio,
-        "seed": seed,
-        "priority": priority,
-        "deadline_s": deadline,
-        "start_at": start_at,
-        "notify_email": notify_email,
-    }
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = {"prompt": prompt, **{name: value for name, value in fields.items() if value is not None}}
     check_target(out, "--out")
     with _api(url, key) as api:
         report(make(api, lambda: api.create(given), lambda video: out), out)

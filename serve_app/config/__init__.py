@@ -1,17 +1,16 @@
 """Every option, in one frozen tree that is validated once.
 
-The tree is the `args` of both Serve applications in a YAML file under configs/. Python defaults are those of
-Wan2.2-T2V-A14B as published; a YAML file states what differs. Knows nothing of Ray: `serve_app.app` turns it into
+The tree is the `args` of both Serve applications in a YAML file under configs/. Python defaults are those published
+for Wan2.2-T2V-A14B; a YAML file states what differs. Knows nothing of Ray: `serve_app.app` turns the tree into
 deployments.
 """
 
 from serve_app.config.file import load_file, variables
 from serve_app.config.gateway import AuthConfig, GatewayConfig, is_loopback
 from serve_app.config.jobs import Ageing, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
-from serve_app.config.model import WAN_NEGATIVE_PROMPT, Defaults, Limits, ModelConfig
+from serve_app.config.model import Defaults, Limits, ModelConfig
 from serve_app.config.notifications import MailConfig, WebhooksConfig, is_mail_address
 from serve_app.config.paths import below, home_of, placed
-from serve_app.config.section import Priority
 from serve_app.config.stages import (
     Autoscaling,
     DecoderConfig,
@@ -23,6 +22,7 @@ from serve_app.config.stages import (
 )
 from serve_app.config.storage import StorageConfig
 from serve_app.config.tree import Config, validate
+from serve_app.parameters import WAN_NEGATIVE_PROMPT, Priority
 
 __all__ = [
     "WAN_NEGATIVE_PROMPT",

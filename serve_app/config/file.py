@@ -1,4 +1,4 @@
-"""A Serve YAML file of ours."""
+"""The Serve YAML file that configures a deployment."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from serve_app.config.tree import Config, checked, validate
 from serve_app.config.yaml_file import YamlFile
 from serve_app.errors import ConfigError
 
-# What a Serve YAML file may hold beside our `args`. Ray ignores keys that it does not know, so a typing error in one
-# would silently do nothing.
+# Keys that a Serve YAML file may hold beside our `args`. Ray ignores unknown keys, so a typing error would silently do
+# nothing.
 _FILE_KEYS = {"proxy_location", "http_options", "grpc_options", "controller_options", "logging_config", "applications"}
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PROXIES = ("EveryNode", "HeadOnly", "Disabled")
@@ -27,7 +27,7 @@ _APPLICATION_KEYS = {"name", "import_path", "route_prefix", "runtime_env", "args
 
 
 class _Http(Section):
-    """What Ray takes as `http_options`, as far as it makes sense here."""
+    """Ray's `http_options`, those of them that make sense here."""
 
     host: str | None = Field(None, min_length=1)
     port: int = Field(8000, ge=1, le=65535)
@@ -41,19 +41,19 @@ class _Http(Section):
         return host.strip().removeprefix("[").removesuffix("]") if host else host
 
     def given(self) -> dict[str, Any]:
-        """Return what Ray gets. The host is always there: without one Ray takes another by `serve run` than by us."""
+        """Return the options for Ray, always with a host: without one, `serve run` and we would differ."""
         return {"host": "127.0.0.1", **self.model_dump(exclude_none=True)}
 
 
 def load_file(path: Path) -> tuple[dict[str, Any], Config]:
-    """Read and check a Serve YAML file of ours.
+    """Read and check a Serve YAML file.
 
     Returns:
-        The file as Ray wants it, and the one configuration that its applications share. Paths in it are absolute:
-        those that the file names are relative to the file.
+        The file's content for Ray, and the one configuration that its applications share. Its paths are absolute: a
+        relative path in the file is relative to the file's folder.
 
     Raises:
-        ConfigError: the file cannot be read, holds an unknown key, or an option that cannot work.
+        ConfigError: the file cannot be read, or holds an unknown key or an option that cannot work.
     """
     file = YamlFile(path)
     content = file.content
@@ -65,7 +65,7 @@ def load_file(path: Path) -> tuple[dict[str, Any], Config]:
         or not content["applications"]
     ):
         raise ConfigError(f"{path}: expected a mapping with a list `applications` of at least one")
-    _known(content, _FILE_KEYS, str(path), file, ())
+    _check_keys(content, _FILE_KEYS, str(path), file, ())
     http = checked(
         _Http,
         content.get("http_options") or {},
@@ -82,7 +82,7 @@ def load_file(path: Path) -> tuple[dict[str, Any], Config]:
         name = application.get("name") if isinstance(application, dict) else None
         where = f"{path}: " + (f"applications[{number}]" if name is None else f"application {name!r}")
         here = ("applications", number)
-        _known(application, _APPLICATION_KEYS, where, file, here)
+        _check_keys(application, _APPLICATION_KEYS, where, file, here)
         if not isinstance(name, str) or not name or name in names:
             raise ConfigError(f"{where}: name has value {name!r}, expected one that no other application has")
         names.append(name)
@@ -95,7 +95,7 @@ def load_file(path: Path) -> tuple[dict[str, Any], Config]:
         raise ConfigError(f"{path}: the applications' `args` differ, expected the same ones (share them by an anchor)")
     environment = variables(content["applications"][0], f"{path}: application {names[0]!r}")
     config = placed(configs[0], below(path.parent), {**os.environ, **environment})
-    _guarded(config, http, path)
+    _check_reach(config, http, path)
     args = config.model_dump(mode="json", exclude_unset=True)
     applications = [{**application, "args": args} for application in content["applications"]]
     return {**content, "http_options": http.given(), "applications": applications}, config
@@ -105,7 +105,7 @@ def variables(application: dict[str, Any], where: str) -> dict[str, str]:
     """Return the environment variables that an application's `runtime_env` sets.
 
     Raises:
-        ConfigError: they are none that an environment could hold.
+        ConfigError: an environment cannot hold them.
     """
     runtime = application.get("runtime_env") or {}
     found = (runtime.get("env_vars") or {}) if isinstance(runtime, dict) else None
@@ -114,13 +114,13 @@ def variables(application: dict[str, Any], where: str) -> dict[str, str]:
     for name, value in found.items():
         if not isinstance(name, str) or not _VARIABLE.fullmatch(name):
             raise ConfigError(f"{where}: runtime_env.env_vars has {name!r}, expected the name of a variable")
-        if not isinstance(value, str):  # which may be a password
+        if not isinstance(value, str):  # the message leaves out the value, which may be a password
             kind = type(value).__name__
             raise ConfigError(f"{where}: runtime_env.env_vars.{name} is of type {kind}, expected a text in quotes")
     return found
 
 
-def _guarded(config: Config, http: _Http, path: Path) -> None:
+def _check_reach(config: Config, http: _Http, path: Path) -> None:
     host = http.host or "127.0.0.1"
     if config.auth.mode == "none" and not config.auth.open and not is_loopback(host):
         raise ConfigError(
@@ -129,7 +129,7 @@ def _guarded(config: Config, http: _Http, path: Path) -> None:
         )
 
 
-def _known(mapping: Any, keys: set[str], where: str, file: YamlFile, place: Sequence[object]) -> None:
+def _check_keys(mapping: Any, keys: set[str], where: str, file: YamlFile, place: Sequence[object]) -> None:
     if not isinstance(mapping, dict):
         raise ConfigError(f"{where}: has value {mapping!r}, expected a mapping")
     for key in mapping:

@@ -1,4 +1,4 @@
-"""The HTTP ingress, and who may use it."""
+"""The HTTP gateway, and who may use it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, PositiveInt
 
 from serve_app.config.section import NonNegativeFloat, Section
 
-# A name as browsers send it: lower case, international ones in punycode, a port only where it is not the usual one.
+# A host name as browsers send it: lower case, international ones in punycode, a port only if it is not the usual one.
 _HOST = r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*"
 _HOST_NAME = re.compile(rf"(\*\.)?{_HOST}")
 _ORIGIN = re.compile(rf"([a-z][a-z0-9+.-]*)://({_HOST}|\[[0-9a-f:.]+\])(:[0-9]{{1,5}})?")
@@ -44,38 +44,41 @@ def _public_url(value: str) -> str:
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError("expected the URL that users have, e.g. 'https://video.example.com'")
+        raise ValueError("expected the URL that users call, e.g. 'https://video.example.com'")
     return value
 
 
 class GatewayConfig(Section):
-    """The HTTP ingress."""
+    """The HTTP gateway."""
 
     num_replicas: PositiveInt = 1
+    """Gateway processes, any of which answers for any video."""
     num_cpus: NonNegativeFloat = 0.1
+    """CPUs that Ray reserves for one process."""
     max_ongoing_requests: PositiveInt = 256
+    """Requests that a replica takes at once; further ones wait for it."""
     public_url: Annotated[str, AfterValidator(_public_url)] = ""
-    """Where users reach the gateway, e.g. `https://video.example.com`: mails then link to the video, and without keys
-    its name is one that calls may use."""
+    """URL under which users reach the gateway, e.g. `https://video.example.com`. Mails then link to the video, and
+    without keys its host name is accepted."""
     hosts: Annotated[tuple[Annotated[str, AfterValidator(_host_name)], ...], BeforeValidator(_several)] = ()
-    """Further names that calls may use where no keys are asked for, `*.example.com` being all below it. Addresses,
-    `localhost` and this machine's name need not be given."""
+    """Further host names that are accepted without keys; `*.example.com` is all names below it. IP addresses,
+    `localhost` and this machine's name are always accepted."""
     origins: Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_several)] = ()
-    """Origins of web pages that may call, e.g. `https://app.example.com`; `*`, which needs keys, is all. The gateway's
-    own page need not be given."""
+    """Origins of web pages that may call, e.g. `https://app.example.com`. `*` is all, and needs keys. The gateway's own
+    page may always call."""
 
 
 class AuthConfig(Section):
-    """Who may call over HTTP. Handle calls come from inside of the cluster and are trusted."""
+    """Access over HTTP. Handle calls come from inside of the cluster and are trusted."""
 
     mode: Literal["none", "keys"] = "none"
-    """`none`: whoever reaches the port. `keys`: whoever has one that `wan-serve keys` made."""
+    """`none`: anybody who reaches the port may call. `keys`: a call needs an API key that `wan-serve keys` made."""
     open: bool = False
-    """With `mode: none`, answer calls from other machines too. Otherwise only those to a loopback address are."""
+    """With `mode: none`, answer calls from other machines too, and not only those to a loopback address."""
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from the same machine only."""
+    """Return whether an address can be reached from the same machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the processes of several stages may take of one GPU, where Ray is told that they share it."""
+"""GPU memory that processes of several stages may take together, if they share a GPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Taker:
     """A kind of process that takes GPU memory.
 
     Attributes:
-        name: of one of them.
-        gpus: that Ray reserves for one; less than 1 is a share.
-        memory_fraction: of each GPU's memory that it may take.
-        most: of them in the cluster.
-        labels: of its hosts.
-        devices: GPUs that one uses; Ray knows of the first alone if it reserves a share.
+        name: name of the kind.
+        gpus: number of GPUs that Ray reserves for one process; less than 1 is a share.
+        memory_fraction: share of each GPU's memory that one process may take.
+        most: largest number of such processes in the cluster.
+        labels: Ray node labels of its hosts.
+        devices: number of GPUs that one process uses. If it reserves a share, Ray knows of the first GPU only.
     """
 
     name: str
@@ -31,28 +31,32 @@ class Taker:
 
     @property
     def per_gpu(self) -> int:
-        """So many Ray places on one GPU."""
+        """Largest number of these processes that Ray places on one GPU."""
         return min(self.most, int(1 / min(self.gpus, 1) + _ROUNDING)) if self.gpus else 0
 
-    def guests(self, own: int) -> int:
-        """So many more come from the other GPUs of a host, if these have as many as this one, and at least one."""
+    def count_guests(self, own: int) -> int:
+        """Return how many processes that were placed on a host's other GPUs use this GPU as well.
+
+        Args:
+            own: number that was placed on this GPU. Each other GPU is taken to have as many, and at least one.
+        """
         if self.devices == 1 or not 0 < self.gpus < 1:
             return 0
         return min(self.most - own, (self.devices - 1) * max(1, own))
 
 
 def fullest(takers: Sequence[Taker]) -> tuple[float, dict[Taker, int]]:
-    """The GPU of which most memory may be taken, by what Ray would place there.
+    """Find the placement by Ray that takes most memory of one GPU.
 
     Returns:
-        The share of its memory, and how many of each there are.
+        The share of the GPU's memory, and the number of processes of each kind.
     """
     found: tuple[float, dict[Taker, int]] = (0.0, {})
     for counts in itertools.product(*(range(one.per_gpu + 1) for one in takers)):
         own = dict(zip(takers, counts, strict=True))
         if sum(min(one.gpus, 1) * count for one, count in own.items()) > 1 + _ROUNDING:
             continue
-        there = {one: count + one.guests(count) for one, count in own.items()}
+        there = {one: count + one.count_guests(count) for one, count in own.items()}
         there = {one: count for one, count in there.items() if count}
         if any(_apart(one.labels, other.labels) for one, other in itertools.combinations(there, 2)):
             continue
@@ -63,7 +67,7 @@ def fullest(takers: Sequence[Taker]) -> tuple[float, dict[Taker, int]]:
 
 
 def too_much(takers: Sequence[Taker]) -> str | None:
-    """What is wrong if a GPU's memory may not suffice; None if it does."""
+    """Return the error if the memory of a GPU may not suffice; None if it does."""
     taken, there = fullest(takers)
     if taken <= 1 + _ROUNDING:
         return None
@@ -72,7 +76,7 @@ def too_much(takers: Sequence[Taker]) -> str | None:
 
 
 def _apart(labels: dict[str, str], others: dict[str, str]) -> bool:
-    """Whether two label selectors name different hosts; False where that is not plain to see."""
+    """Return whether two label selectors surely name different hosts."""
     plain = [
         (labels[key], others[key])
         for key in labels.keys() & others.keys()

@@ -1,4 +1,4 @@
-"""Durable jobs: who drives them, where they are kept, and for how long."""
+"""Durable jobs: their dispatcher, store, queue, order and retention."""
 
 from __future__ import annotations
 
@@ -15,35 +15,39 @@ class DispatcherConfig(Section):
     pipeline: str = "wan"
     """Name of the Serve application that holds the pipeline."""
     num_cpus: NonNegativeFloat = 0.1
+    """CPUs that Ray reserves for the dispatcher."""
     running_jobs: PositiveInt = 64
-    """Jobs that one dispatcher drives at once; the rest waits in the store. More than groups hold, so that an urgent
-    one finds its way to them."""
+    """Jobs that one dispatcher drives at once; the others wait in the store. It should be more than the groups hold, so
+    that an urgent job reaches them."""
     max_attempts: PositiveInt = 5
-    """A job fails after this many attempts in a row that ended badly and began no further than the one before."""
+    """A job fails after this many failed attempts in a row of which none began at a later step than the one before."""
     max_interruptions: PositiveInt = 100
-    """A job fails after this many attempts that were ended by losses around it, which it had no part in."""
+    """A job fails after this many attempts that were interrupted by losses elsewhere, e.g. of a host."""
     group_losses: PositiveInt = 2
-    """A job whose group was lost this many times during one and the same step fails as poisonous."""
+    """A job whose group was lost this many times during the same step fails, as the likely cause."""
     lease_s: PositiveFloat = 15
-    """A job whose dispatcher was silent for this long is taken up by another."""
+    """Seconds without a sign of its dispatcher after which another dispatcher takes over a job."""
     poll_s: PositiveFloat = 1
-    """How often the store is asked for work when nobody announced any."""
+    """Seconds between two looks at the store for jobs that were not announced."""
     retry_s: NonNegativeFloat = 5
-    """Wait before the third attempt of a job that failed, the second being made at once; doubles with each further one.
-    Also before the next attempt of one that was interrupted sooner than this after it began."""
+    """Seconds before the third attempt of a job; they double with each further one, and the second is made at once. An
+    attempt that was interrupted sooner than this after its start is followed by the same wait."""
     late_outputs_s: NonNegativeFloat = 600
-    """How long after a run was cut off files that it still stored are looked for and removed."""
+    """Seconds after the end of a lost attempt during which files that it still stores are found and removed."""
 
 
 class Ageing(Section):
-    """For each priority class the seconds of waiting after which a job is no longer overtaken by any that came later.
+    """Seconds of waiting, for each priority class, after which no job that came later overtakes a job.
 
-    Before, a more urgent class goes first, and within a class on a group of ranks whichever has the least work left.
+    Before that, a more urgent class goes first, and within a class the job with the least work left.
     """
 
     interactive: NonNegativeFloat = 60
+    """Seconds for `interactive` jobs."""
     standard: NonNegativeFloat = 900
+    """Seconds for `standard` jobs."""
     batch: NonNegativeFloat = 6 * 3600
+    """Seconds for `batch` jobs."""
 
     @model_validator(mode="after")
     def _order(self) -> Ageing:
@@ -59,29 +63,31 @@ class StoreConfig(Section):
     url: str = ""
     """A SQLAlchemy URL; empty is SQLite at `<home>/jobs.db`."""
     shared_disk: bool = False
-    """All hosts see the same local disk, so SQLite may serve a cluster of several: for trying things out on one
-    machine. A network file system is none: SQLite's locks do not hold there."""
+    """Says that all hosts see the same local disk, so that several may share SQLite: for trials on one machine. A
+    network file system does not count: SQLite's locks do not hold there."""
 
 
 class QueueConfig(Section):
-    """How dispatchers hear of jobs. The jobs themselves are in the store, whatever is chosen here."""
+    """The way in which dispatchers hear of jobs. The jobs themselves are always in the store."""
 
     transport: Literal["database", "rabbitmq"] = "database"
-    """`database`: dispatchers ask the store every `dispatcher.poll_s`. `rabbitmq`: they are told, and ask the store
-    every `poll_s` of this section only, or every `dispatcher.poll_s` while the broker is away."""
+    """`database`: dispatchers look at the store every `dispatcher.poll_s`. `rabbitmq`: jobs are announced, and
+    dispatchers look at the store every `queue.poll_s`, or every `dispatcher.poll_s` while the broker is away."""
     url: str = ""
-    """Of the broker, `amqp://user:password@host:5672/vhost` or `amqps://…`; empty is `$WAN_SERVE_QUEUE_URL`."""
+    """URL of the broker, `amqp://user:password@host:5672/vhost` or `amqps://…`; empty is `$WAN_SERVE_QUEUE_URL`."""
     name: str = Field("wan-jobs", pattern=r"^[A-Za-z0-9._-]{1,200}$")
-    """Of the queue; what cannot be read goes to `<name>.dead`."""
+    """Name of the queue. Messages that cannot be read go to `<name>.dead`."""
     poll_s: PositiveFloat = 15
-    """With `rabbitmq`: how often the store is asked all the same, and after how long a job that still waits is
-    announced again where the broker's queue is empty."""
+    """With `rabbitmq`: seconds between two looks at the store, and seconds after which a job that still waits is
+    announced again if the broker's queue is empty."""
     publish_timeout_s: PositiveFloat = 2
-    """How long an announcement may take before the broker counts as away."""
+    """Seconds that an announcement may take before the broker counts as away."""
 
 
 class RetentionConfig(Section):
-    """Seconds after which a job that has ended is forgotten, with its files. 0 keeps it until somebody deletes it."""
+    """Seconds after which an ended job and its files are deleted. 0 keeps them until somebody deletes them."""
 
     completed_s: NonNegativeFloat = 7 * 86400
+    """Seconds after a video was completed."""
     failed_s: NonNegativeFloat = 7 * 86400
+    """Seconds after a video failed."""

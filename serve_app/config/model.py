@@ -1,4 +1,4 @@
-"""The weights, and what requests get and may ask for."""
+"""The weights, and the defaults and limits of requests."""
 
 from __future__ import annotations
 
@@ -6,45 +6,40 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from serve_app.config.paths import home_of
-from serve_app.config.section import NonNegativeFloat, Section
-
-# The fixed negative prompt of the Wan2.2 release (wan/configs/shared_config.py there); quality drops without it.
-WAN_NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，"
-    "残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，"
-    "三条腿，背景人很多，倒着走"
-)
-
+from serve_app.config.section import Section
+from serve_app.parameters import SIDE_MULTIPLE, Configured
 
 LONGEST_SIDE = 16384
-"""Pixels that the encoder of H.264 takes."""
+"""Longest side of a frame, in pixels, that the H.264 encoder takes."""
 
 
 class ModelConfig(Section):
-    """Which weights to serve."""
+    """The weights that are served."""
 
     path: str = "tiny"
     """A folder in the diffusers layout, or `tiny` for the model inside the package."""
     name: str = "wan2.2-t2v-a14b"
-    """The id that `/v1/models` lists and requests may name."""
+    """Id that `/v1/models` lists and requests may name."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the experts and the text encoder; modules that diffusers keeps in float32 stay so."""
+    """Number format of the experts and the text encoder. Modules that diffusers keeps in float32 stay so."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the VAE."""
     weights: Literal["files", "random"] = "files"
-    """`random` draws them, of the shapes that the files have, for measurements: refused unless the environment variable
-    WAN_SERVE_BENCHMARK is 1, since videos are noise."""
+    """`files` reads the weights. `random` draws weights of the same shapes, for measurements; it is refused unless the
+    environment variable WAN_SERVE_BENCHMARK is 1, since videos are noise."""
     sharded: str | None = None
-    """A folder that `wan-serve prepare` wrote from `path` for `denoiser.parallel.tensor` ranks in `dtype`: each reads
-    its own file there; all but the experts' weights stays in `path`. None: each cuts its shard from `path`."""
+    """A sharded checkpoint: a folder that `wan-serve prepare` wrote from `path` for `denoiser.parallel.tensor` ranks in
+    `dtype`. Each rank reads its own file there; everything but the experts' weights is still read from `path`. None:
+    each rank cuts its shard from the files in `path`."""
 
     @model_validator(mode="after")
-    def _no_noise(self) -> ModelConfig:
+    def _random_is_for_benchmarks(self) -> ModelConfig:
         if self.weights == "random" and os.environ.get("WAN_SERVE_BENCHMARK") != "1":
             raise ValueError(
-                "weights is 'random', expected 'files': only with WAN_SERVE_BENCHMARK=1 videos may be noise"
+                "weights is 'random', expected 'files': videos would be noise, which needs WAN_SERVE_BENCHMARK=1"
             )
         if self.weights == "random" and self.sharded is not None:
             raise ValueError("weights is 'random' and sharded is given, expected one or the other")
@@ -61,19 +56,19 @@ class ModelConfig(Section):
 
     @property
     def bundled(self) -> bool:
-        """Whether this is the model inside the package, which draws a few shapes and nothing else."""
+        """True if this is the tiny model inside the package, which draws a few shapes and nothing else."""
         from serve_app.tiny import CHECKPOINT
 
         return self.folder == CHECKPOINT
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number in `dtype`."""
+        """Size in bytes of a number in `dtype`."""
         return 4 if self.dtype == "float32" else 2
 
     @property
     def random(self) -> bool:
-        """Whether weights are drawn instead of read."""
+        """True if weights are drawn instead of read."""
         return self.weights == "random"
 
     @property
@@ -82,53 +77,41 @@ class ModelConfig(Section):
         return None if self.sharded is None else home_of("model.sharded", self.sharded)
 
 
-class Defaults(Section):
-    """What a request gets when it does not say."""
-
-    width: PositiveInt = 1280
-    height: PositiveInt = 720
-    num_frames: PositiveInt = 81
-    fps: PositiveInt = 16
-    num_inference_steps: PositiveInt = 40
-    guidance_scale: NonNegativeFloat = 4.0
-    """Of the high-noise expert."""
-    guidance_scale_2: NonNegativeFloat = 3.0
-    """Of the low-noise expert."""
-    flow_shift: PositiveFloat = 12.0
-    """12 is what Wan2.2's authors sample with, at all sizes; 3 in the published folder is diffusers' default."""
-    boundary_ratio: float | None = Field(None, ge=0, le=1)
-    """Share of the training timesteps from which on the high-noise expert denoises. None: the folder's, 0.875 for
-    A14B."""
-    negative_prompt: str = WAN_NEGATIVE_PROMPT
+class Defaults(Section, Configured):
+    """Values of the generation parameters that a request does not give."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of a sample of this size."""
+        """Number of tokens of a sample of this size."""
         return _tokens(self.width * self.height, self.num_frames)
 
 
 class Limits(Section):
-    """What a request may ask for at most."""
+    """Largest values that a request may ask for."""
 
     prompt_chars: PositiveInt = 4000
+    """Characters of a prompt, and of a negative prompt."""
     pixels: PositiveInt = 1280 * 720
-    """Width times height of one frame."""
-    side: int = Field(LONGEST_SIDE, ge=16, le=LONGEST_SIDE)
-    """Width or height of a frame. It is less where the model has fewer positions."""
+    """Width times height of a frame, in pixels."""
+    side: int = Field(LONGEST_SIDE, ge=SIDE_MULTIPLE, le=LONGEST_SIDE)
+    """Width or height of a frame, in pixels. The limit is lower if the model has fewer positions."""
     num_frames: PositiveInt = 161
+    """Number of frames."""
     num_inference_steps: PositiveInt = 100
+    """Number of denoising steps."""
     fps: PositiveInt = 60
+    """Frames per second."""
     queued_jobs: PositiveInt = 1000
-    """Waiting jobs beyond this many are answered 429."""
+    """Waiting jobs. A create request beyond this number is answered 429."""
     body_bytes: PositiveInt = 1 << 20
-    """Size of a request's body."""
+    """Size of a request's body, in bytes."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of the largest sample."""
+        """Number of tokens of the largest sample."""
         return _tokens(self.pixels, self.num_frames)
 
 
 def _tokens(pixels: int, frames: int) -> int:
-    """One for 16x16 pixels of four frames, and of the first one."""
+    """Return the number of tokens: one for 16x16 pixels of the first frame, and of every four further ones."""
     return -(-pixels // 256) * ((frames - 1) // 4 + 1)

@@ -1,7 +1,7 @@
 """Folders and files that a configuration names, made absolute once.
 
-The processes of a deployment work in other folders than whoever starts it, so that a relative path would be another
-one for each of them. Who starts it therefore says what it is relative to, and passes on what came of it.
+The processes of a deployment have other working folders than the process that starts it, so a relative path would mean
+another place to each. Therefore the starting process makes paths absolute, and passes those on.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Section)
 Place = Callable[[str, str], Path]
-"""Takes an option and the path that it has, and returns an absolute one."""
+"""Takes the name of an option and its path, and returns the absolute path."""
 
 
 def placed(config: Config, place: Place, environ: Mapping[str, str] = os.environ) -> Config:
     """Return the configuration with every path that it names absolute, `home` included where it names none.
 
     Args:
-        place: is asked for every path that the configuration names.
+        config: configuration with paths that may be relative.
+        place: makes one path absolute.
         environ: may hold `WAN_SERVE_HOME`.
 
     Raises:
@@ -35,7 +36,7 @@ def placed(config: Config, place: Place, environ: Mapping[str, str] = os.environ
     """
 
     def moved(section: S, **options: str) -> S:
-        """The section with these of its options, each of which has a name for people, placed."""
+        """Return a section with the paths in some options made absolute; each has its name for messages."""
         given = {field: getattr(section, field) for field in options}
         return section.model_copy(
             update={field: str(place(options[field], path)) for field, path in given.items() if path}
@@ -61,7 +62,7 @@ def placed(config: Config, place: Place, environ: Mapping[str, str] = os.environ
 
 
 def below(folder: Path) -> Place:
-    """Return what makes paths absolute that are relative to a folder."""
+    """Return a function that makes paths absolute which are relative to a folder."""
 
     def place(option: str, path: str) -> Path:
         return folder.absolute() / home_of(option, path)
@@ -73,29 +74,29 @@ def home_of(option: str, path: str) -> Path:
     """Return a path with `~` replaced.
 
     Raises:
-        ConfigError: there is no such user.
+        ConfigError: the path begins with `~` of an unknown user.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ConfigError(f"{option} has value {path!r}, expected a path: there is no home of that user") from None
+        raise ConfigError(f"{option} has value {path!r}, expected a path: that user has no home folder") from None
 
 
 def default_home(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder `home` of a configuration that names none. It is relative to the current folder."""
+    """Return the folder `home` of a configuration that names none, relative to the current folder."""
     return home_of("WAN_SERVE_HOME", environ.get("WAN_SERVE_HOME") or "data").absolute()
 
 
 def folder_of(url: str) -> str:
-    """Return the path that a `file://` URL names, or what is none as it is."""
+    """Return the path in a `file://` URL; any other text is returned as it is."""
     if not url.startswith("file://"):
         return url
     return unquote(urlsplit(url.replace("?", "%3F").replace("#", "%23")).path)
 
 
 def sqlite_url(file: Path) -> str:
-    """Return the SQLAlchemy URL of a file, whatever signs its name has."""
-    from sqlalchemy.engine import URL  # only now: most processes that have a configuration open no database
+    """Return the SQLAlchemy URL of a file, whatever characters its name has."""
+    from sqlalchemy.engine import URL  # imported late: most processes that have a configuration open no database
 
     return URL.create("sqlite+aiosqlite", database=str(file)).render_as_string(hide_password=False)
 
@@ -108,7 +109,7 @@ def _store_url(url: str, place: Place) -> str:
 
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # said by `Database`, which knows what is expected
+    except (ArgumentError, ValueError):  # `Database` refuses it later, with a message of what is expected
         return url
     if parsed.database in (None, "", ":memory:"):
         return url

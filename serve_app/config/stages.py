@@ -1,4 +1,4 @@
-"""The deployments of the pipeline's application."""
+"""The deployments of the pipeline: encoder, denoiser, decoder and the one that composes them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ _LEAST = 0.0001
 
 
 class Resources(Section):
-    """What Ray reserves for one process."""
+    """Resources that Ray reserves for one process."""
 
     num_cpus: NonNegativeFloat = 1
+    """CPUs that Ray reserves for one process."""
     num_gpus: NonNegativeFloat = 0
+    """GPUs that Ray reserves for one process. Below 1 it is a share, and others may use the same GPU."""
     resources: dict[str, NonNegativeFloat] = Field(default_factory=dict)
-    """Custom Ray resources that it uses up."""
+    """Custom Ray resources, with the amount that one process uses."""
     labels: dict[str, str] = Field(default_factory=dict)
-    """Ray node labels that its host must have, e.g. `{pool: h200}`; a value may be `in(a, b)` or `!a`."""
+    """Ray node labels that the host must have, e.g. `{pool: h200}`; a value may be `in(a, b)` or `!a`."""
 
     @model_validator(mode="after")
     def _grantable(self) -> Resources:
@@ -36,16 +38,20 @@ class Resources(Section):
 
 
 class Autoscaling(Section):
-    """How many replicas, by the number of requests that wait or run."""
+    """The number of replicas, by the number of requests that wait or run."""
 
     min_replicas: PositiveInt = 1
+    """Smallest number of replicas."""
     max_replicas: PositiveInt = 1
+    """Largest number of replicas."""
     target_queue_length: PositiveFloat = 2
     """Requests per replica, running and waiting, that the autoscaler aims at."""
     upscale_delay_s: NonNegativeFloat = 10
+    """Seconds for which more replicas have to be needed before they are started."""
     downscale_delay_s: NonNegativeFloat = 300
+    """Seconds for which fewer replicas have to suffice before one is stopped."""
     look_back_s: float = Field(20, gt=10)
-    """Length of the window over which the queue length is averaged; Ray counts every 10 seconds."""
+    """Seconds over which the queue length is averaged; Ray counts every 10 seconds."""
 
     @model_validator(mode="after")
     def _order(self) -> Autoscaling:
@@ -60,25 +66,31 @@ class Batch(Section):
     """The window of a `@serve.batch`."""
 
     size: PositiveInt = 1
+    """Largest number of requests of a batch."""
     wait_s: NonNegativeFloat = 0.0
-    """How long the first request of a batch waits for others."""
+    """Seconds that the first request of a batch waits for others."""
 
 
 class Stage(Section):
-    """What the three stages have in common."""
+    """The options that the three stages have in common."""
 
     device: Device = "auto"
+    """Device of the stage. `auto` is CUDA if there is a GPU, else the CPU."""
     memory_fraction: float = Field(0.9, gt=0, le=1)
-    """Share of a GPU's memory that each process of the stage may take. Those that share a GPU, by `num_gpus` below 1,
-    may not add up to more than 1, and 0.9 leaves room for what allocators do not count, as each one's CUDA context."""
+    """Share of a GPU's memory that each process of the stage may take. The shares of processes on one GPU, with
+    `num_gpus` below 1, may add up to at most 1; 0.9 leaves memory for what allocators do not count, e.g. CUDA
+    contexts."""
     threads: int = Field(0, ge=0)
-    """CPU threads of the stage's math in one process; 0 is all cores, shared among the ranks of a group."""
+    """CPU threads of the math in one process. 0 is all cores, shared among the ranks of a group."""
     autoscaling: Autoscaling = Autoscaling()
     max_ongoing_requests: PositiveInt = 64
+    """Requests that a replica takes at once; further ones wait for it."""
     warmup: bool = True
-    """Run once before the replica reports ready, so that the first request is not a slow one."""
+    """Run the stage once before a replica reports ready, so that its first request is not slow."""
     health_check_period_s: PositiveFloat = 5
+    """Seconds between two health checks of a replica."""
     health_check_timeout_s: PositiveFloat = 10
+    """Seconds without an answer after which a health check has failed."""
 
 
 class EncoderConfig(Stage):
@@ -89,17 +101,19 @@ class EncoderConfig(Stage):
 
 
 class ParallelConfig(Section):
-    """How the ranks of a group share a step; there are as many as the product. Or only how many: then the group picks,
-    by the memory of its devices, and logs what and why.
+    """The ways in which the ranks of a group share a step. Their product is the number of ranks.
+
+    With `ranks` alone the group picks these three by the memory of its devices, and logs its choice and the reason.
     """
 
     tensor: PositiveInt = 1
     """Ranks that share every layer's weights. Must divide the attention heads and the feed-forward width."""
     guidance: Literal[1, 2] = 1
-    """2: each half of classifier-free guidance has ranks of its own."""
+    """With 2, each half of classifier-free guidance has ranks of its own."""
     sequence: PositiveInt = 1
     """Ranks that share the tokens of a sample. Must divide the heads that tensor parallelism leaves a rank."""
     ranks: PositiveInt | None = None
+    """Number of ranks, instead of the three sizes above."""
 
     @model_validator(mode="after")
     def _either(self) -> ParallelConfig:
@@ -110,68 +124,69 @@ class ParallelConfig(Section):
 
     @property
     def size(self) -> int:
-        """Ranks of a group."""
+        """Number of ranks of a group."""
         return self.ranks or self.guidance * self.sequence * self.tensor
 
 
 class DenoiserConfig(Stage):
-    """A group of ranks that denoise."""
+    """The groups of ranks that denoise."""
 
     parallel: ParallelConfig = ParallelConfig()
     rank: Resources = Resources(num_cpus=1, num_gpus=1)
     coordinator_cpus: NonNegativeFloat = 1
+    """CPUs that Ray reserves for the coordinator of a group."""
     placement: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "STRICT_PACK"
     """Ray placement strategy of a group. STRICT_PACK keeps its ranks on one host, where links are fast."""
     batch: Batch = Batch(size=4, wait_s=0.005)
-    """Of the admissions: samples that arrive together start together."""
+    """Batch of admissions: samples that arrive together start together."""
     experts: Literal["together", "swap", "split"] = "together"
-    """`together`: every rank holds both. `swap`: both in host memory, the one in use on the device as well.
-    `split`: two deployments with one expert each, which hand samples over at the boundary."""
+    """`together`: every rank holds both experts. `swap`: both are in host memory, and the one in use on the device as
+    well. `split`: two deployments have one expert each, and samples move between them at the boundary."""
     offload: Literal["none", "cpu", "disk"] = "none"
-    """For devices smaller than an expert, with `experts` `swap` or `split`: where those of its blocks wait that do not
-    stay on the device. `cpu`: in pinned host memory. `disk`: in the files of `model.sharded`, and host memory holds
-    two blocks."""
+    """For devices smaller than an expert, with `experts` `swap` or `split`: place of the blocks that do not stay on the
+    device. `cpu`: pinned host memory. `disk`: the files of `model.sharded`; host memory then holds two blocks."""
     resident_blocks: int | None = Field(None, ge=0)
-    """With `offload`, blocks that stay on the device; two more pass through it. None is as many as leave room for the
-    largest request that `limits` allow."""
+    """With `offload`, number of blocks that stay on the device; two more pass through it. None is as many as leave
+    memory for the largest request that `limits` allow."""
     low_noise_autoscaling: Autoscaling | None = None
-    """With `experts: split`, of the low-noise expert's replicas; `autoscaling` is then that of the high-noise ones, and
-    of both if this is not given."""
+    """With `experts: split`, autoscaling of the low-noise expert's replicas; `autoscaling` then holds for the
+    high-noise ones. If this is not given, `autoscaling` holds for both."""
     samples_per_step: PositiveInt = 1
-    """Samples of equal shape that may share a forward pass."""
+    """Number of samples of equal shape that may share a forward pass."""
     tokens_per_step: PositiveInt = 80_000
-    """Tokens that a shared forward pass may hold; a single sample may exceed it."""
+    """Number of tokens of a shared forward pass; a single sample may exceed it."""
     step_memory_mib: NonNegativeFloat = 0
-    """Working memory that a shared forward pass may take on one rank; a single sample may exceed it. 0 is no bound."""
+    """Working memory of a shared forward pass on one rank; a single sample may exceed it. 0 is no limit."""
     resident_samples: PositiveInt = 8
-    """Samples whose state a group holds at once; others wait outside."""
+    """Number of samples whose state a group holds at once; others wait in the admission queue."""
     parked_memory_mib: NonNegativeFloat = 4096
-    """Device memory for the state of samples that do not take part in a step; the least urgent beyond it are kept in
-    host memory."""
+    """Device memory for the state of samples that do not take part in a step. Beyond it, the least urgent ones are kept
+    in host memory."""
     text_cache_mib: NonNegativeFloat = 1024
-    """Device memory of each expert on a rank for the keys and values of the texts in the last forward pass, which the
-    next one uses again if the same samples step. A batch beyond it has them made anew at every step."""
+    """Size of the text K/V cache of each expert on a rank: device memory for the keys and values of the texts in the
+    last forward pass, which the next one uses again if the same samples step. For a larger batch they are computed at
+    every step."""
     attention: Literal["auto", "flash4", "flash3", "cudnn", "flash", "native"] = "auto"
-    """The kernel of attention. `auto` is the fastest that works on the ranks' device; the log says which and why."""
+    """Attention kernel. `auto` is the fastest one that works on the ranks' device; the log says which and why."""
     symmetric_memory: bool = True
-    """Whether ranks that share weights send each other what they need by copies between their devices, where NVLink
-    joins them and a trial at the start goes well; else by NCCL. The log says which and why."""
+    """Lets tensor-parallel ranks exchange results by copies between their devices (symmetric memory), if NVLink
+    joins them and a trial at the start succeeds; otherwise by NCCL. The log says which and why."""
     compile: bool = False
-    """Compile the experts' blocks at the start, for GPUs. Steps then differ from others by rounding."""
+    """Compile the experts' blocks at the start, for GPUs. Results then differ from those without by rounding."""
     checkpoint_s: NonNegativeFloat = 30
-    """A sample that was denoised for this long since it was last saved is saved again, for another group to continue if
-    this one is lost. 0 is never."""
+    """Seconds of denoising after which a sample is saved again, so that another group can continue it if this one is
+    lost. 0 is never."""
     profile: str = ""
-    """Folder on the ranks' hosts, by its absolute path, into which they write what kernels each step consists of; empty
-    is none. To find out what makes steps slow: writing them costs a moment between steps."""
+    """Folder on the ranks' hosts, by its absolute path, for profiles of the kernels in each step; empty is none. It
+    shows what makes steps slow; writing a profile costs a moment between steps."""
     fuse_guidance_tokens: int = Field(8192, ge=0)
-    """Up to this many tokens both halves of guidance run as one forward pass."""
+    """Number of tokens up to which both halves of guidance run as one forward pass."""
     step_timeout_s: PositiveFloat = 600
-    """A step that takes longer counts as hung, and the group is replaced."""
+    """Seconds after which a step counts as hung, and the group is replaced."""
     start_timeout_s: PositiveFloat = 1800
-    """Time for the ranks to start and load."""
+    """Seconds for the ranks to start and load."""
     shutdown_timeout_s: PositiveFloat = 3600
-    """How long a replica that is scaled down or replaced may go on with its samples; at least the longest job."""
+    """Seconds for which a replica that is scaled down or replaced may finish its samples; at least the longest job."""
 
     @model_validator(mode="after")
     def _profile_is_the_same_everywhere(self) -> DenoiserConfig:
@@ -193,15 +208,17 @@ class DecoderConfig(Stage):
 
     resources: Resources = Resources(num_cpus=1, num_gpus=1)
     devices: PositiveInt = 1
-    """GPUs of one replica, each with a copy of the VAE, among which every picture is shared out. With a share of a GPU
-    in `resources`, those of its host from the one that it shares on; `memory_fraction` must be free on all of them."""
+    """GPUs of one replica. Each has a copy of the VAE, and they share the decoding of every picture. With a share of a
+    GPU in `resources`, they are the GPUs of its host from that one on; `memory_fraction` must be free on all of
+    them."""
     tile_memory_mib: NonNegativeFloat = 0
-    """Working memory that a decode may take on each device, beside the weights: pictures are cut into tiles that fit.
-    0 is what is free on a GPU, and no bound on CPUs."""
+    """Working memory of a decode on each device, beside the weights: pictures are cut into tiles that fit. 0 is all
+    that is free on a GPU, and no limit on CPUs."""
     batch: Batch = Batch(size=1, wait_s=0.0)
-    """One video fills a device, and alone its pixels are the same every time; batch mates change the last bits."""
+    """Batch of videos. One video fills a device, and alone its pixels are the same every time; others in the batch
+    change the last bits."""
     store_wait_s: NonNegativeFloat = 3600
-    """How long a finished sample is kept in memory while the storage does not take its video."""
+    """Seconds for which a finished sample is kept in memory while the storage does not accept its video."""
 
     @model_validator(mode="after")
     def _devices_are_reserved(self) -> DecoderConfig:
@@ -219,4 +236,6 @@ class PipelineConfig(Section):
 
     autoscaling: Autoscaling = Autoscaling(target_queue_length=32)
     num_cpus: NonNegativeFloat = 0.1
+    """CPUs that Ray reserves for one process."""
     max_ongoing_requests: PositiveInt = 256
+    """Requests that a replica takes at once; further ones wait for it."""

@@ -1,4 +1,4 @@
-"""Where videos and saved samples go."""
+"""The storage of videos and saved samples."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from serve_app.config.section import NonNegativeFloat, Section
 
-# A prefix is made of names as keys are; see `serve_app.storage`.
+# A prefix consists of names, as keys do; see `serve_app.storage`.
 _S3_URL = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/[A-Za-z0-9_][A-Za-z0-9._-]*)*/?")
 _ENDPOINT = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?/?")
 
 
 class StorageConfig(Section):
-    """Where videos and saved samples go. Access keys of S3 come from the environment (`AWS_ACCESS_KEY_ID`,
-    `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, a web identity, a container's role) or from the instance.
+    """The storage of videos and saved samples.
+
+    Access keys of S3 come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, a
+    web identity, a container's role) or from the instance.
     """
 
     url: str = ""
     """A folder, as a path or a `file:///` URL, or `s3://bucket/prefix`; empty is `<home>/videos`."""
     endpoint: str = ""
-    """URL of the S3 server, `http://` only where nobody else listens; empty is AWS."""
+    """URL of the S3 server; empty is AWS. Use `http://` only in a network where nobody else listens."""
     public_endpoint: str = ""
-    """URL under which those who download reach the S3 server, where it is not `endpoint`."""
+    """URL under which clients reach the S3 server for downloads, if it differs from `endpoint`."""
     region: str = ""
-    """Of the bucket; empty is `$AWS_REGION`, else us-east-1."""
+    """Region of the bucket; empty is `$AWS_REGION`, else us-east-1."""
     conditional_put: bool = True
-    """Whether the S3 server knows `If-None-Match: *`, which keeps an object from being replaced even by a writer that
-    comes at the same moment; without it a look beforehand has to do."""
+    """True if the S3 server obeys `If-None-Match: *`, by which no writer replaces an object, even at the same moment.
+    If not, writers check beforehand."""
     proxy: bool = False
     """Send videos through the gateway, instead of redirecting to a presigned URL of the S3 server."""
     presign_s: int = Field(900, ge=1, le=7 * 24 * 3600)
-    """How long a presigned URL is valid."""
+    """Seconds for which a presigned URL is valid."""
     timeout_s: PositiveFloat = 30
-    """A request to the S3 server, which moves 8 MiB at most, fails after this long."""
+    """Seconds after which a request to the S3 server fails; one moves 8 MiB at most."""
     retry_s: NonNegativeFloat = 60
-    """How long a request that failed is repeated before the call fails. A call ends at the latest this and `timeout_s`
-    after the last request that got through."""
+    """Seconds for which a failed request is repeated before the call fails. A call ends at the latest `retry_s` plus
+    `timeout_s` after its last successful request."""
     min_free_mib: NonNegativeFloat = 512
-    """Less free space than this on the disk of the folder, or of an SQLite database, and no more jobs are accepted."""
+    """Free space on the disk of the folder, and of an SQLite database, below which no more jobs are accepted."""
 
     @property
     def bucket(self) -> str:
@@ -48,7 +50,7 @@ class StorageConfig(Section):
 
     @property
     def prefix(self) -> str:
-        """What all keys in the bucket begin with."""
+        """The beginning of all keys in the bucket."""
         return self._address[1]
 
     @property

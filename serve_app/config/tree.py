@@ -1,4 +1,4 @@
-"""The whole tree, validated once."""
+"""The whole tree of options, validated once."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from serve_app.config.section import Section
 from serve_app.config.stages import DecoderConfig, DenoiserConfig, EncoderConfig, PipelineConfig
 from serve_app.config.storage import StorageConfig
 from serve_app.errors import ConfigError, without_password
+from serve_app.parameters import PARAMETERS
 
 T = TypeVar("T", bound=Section)
 Line = Callable[[Sequence[object]], int]
@@ -30,8 +31,8 @@ class Config(Section):
     """All options of a deployment."""
 
     home: str = ""
-    """Folder of everything that outlives the process; empty is `$WAN_SERVE_HOME`, else `./data`, both relative to the
-    folder in which the server is started. What a file names is relative to the file."""
+    """Folder of all data that outlives the process. In a file it is relative to the file. Empty is `$WAN_SERVE_HOME`,
+    else `./data`, both relative to the folder in which the server is started."""
     model: ModelConfig = ModelConfig()
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
@@ -49,7 +50,7 @@ class Config(Section):
     storage: StorageConfig = StorageConfig()
     webhooks: WebhooksConfig = WebhooksConfig()
     mail: MailConfig | None = None
-    """None: no mails are sent, and requests that want one are refused."""
+    """Null: no mails are sent, and requests with `notify_email` are refused."""
 
     @model_validator(mode="after")
     def _home_is_a_folder(self) -> Config:
@@ -60,13 +61,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _defaults_within_limits(self) -> Config:
         d, limit = self.defaults, self.limits
+        bounded = [one for one in PARAMETERS.values() if one.limit and one.configurable and one.kind is not str]
         for option, value, most in (
             ("width x height", d.width * d.height, limit.pixels),
-            ("width", d.width, limit.side),
-            ("height", d.height, limit.side),
-            ("num_frames", d.num_frames, limit.num_frames),
-            ("num_inference_steps", d.num_inference_steps, limit.num_inference_steps),
-            ("fps", d.fps, limit.fps),
+            *((one.name, getattr(d, one.name), getattr(limit, one.limit)) for one in bounded),
         ):
             if value > most:
                 raise ValueError(f"defaults: {option} is {value}, expected at most limits' {most}")
@@ -105,7 +103,7 @@ class Config(Section):
 
     @property
     def most_tokens(self) -> int:
-        """Of a forward pass."""
+        """Largest number of tokens of a forward pass."""
         shared = self.denoiser.tokens_per_step if self.denoiser.samples_per_step > 1 else 0
         return max(self.limits.tokens, shared, self.denoiser.fuse_guidance_tokens)
 
@@ -118,7 +116,7 @@ class Config(Section):
         """Make the folder `home`.
 
         Raises:
-            ConfigError: it cannot be made, or nothing can be written to it.
+            ConfigError: it cannot be made or written to.
         """
         home = self.home_path
         given = os.environ.get("WAN_SERVE_HOME")
@@ -154,11 +152,13 @@ class Config(Section):
         url = self.queue.url or environ.get("WAN_SERVE_QUEUE_URL", "")
         expected = "expected amqp://user:password@host:5672/vhost"
         if not url.startswith(("amqp://", "amqps://")):
-            said = "no URL of RabbitMQ" if url else "value ''"  # what it is instead may hold a password
+            said = (
+                "no URL of RabbitMQ" if url else "value ''"
+            )  # the message leaves out another URL, which may hold a password
             raise ConfigError(f"queue.url has {said}, {expected}")
         try:
             host = urlsplit(url).port is not None or urlsplit(url).hostname
-        except ValueError as error:  # a port that is none
+        except ValueError as error:  # the port is not a number
             raise ConfigError(f"queue.url has value {without_password(url)!r}, {expected}: {error}") from None
         if not host:
             raise ConfigError(f"queue.url has value {without_password(url)!r}, {expected}")
@@ -166,7 +166,7 @@ class Config(Section):
 
     @property
     def storage_url(self) -> str:
-        """Where videos are kept."""
+        """Folder or bucket of the videos."""
         return self.storage.url or str(self.home_path / "videos")
 
     @property
@@ -188,8 +188,9 @@ def validate(args: dict[str, Any], where: str = "args", line: Line | None = None
     """Return the configuration in `args`.
 
     Args:
-        where: the place that a message begins with.
-        line: tells the line of an option, if `args` are from a file.
+        args: the tree as plain values.
+        where: place that messages begin with.
+        line: returns the line of an option, if `args` are from a file.
 
     Raises:
         ConfigError: one line for each option at fault, with its value and what was expected.

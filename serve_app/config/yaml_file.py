@@ -1,6 +1,6 @@
-"""A YAML file as plain values, with the line on which each of them stands.
+"""A YAML file as plain values, with the line of each.
 
-Knows nothing of options. PyYAML takes the last of two equal keys without a word; here they are refused.
+Knows nothing of options. Of two equal keys PyYAML silently takes the last; here they are refused.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from serve_app.errors import ConfigError
 
 
 class YamlFile:
-    """A file that was read.
+    """A YAML file that was read.
 
     Attributes:
-        content: the values; None of an empty file.
+        content: its values; None if it is empty.
 
     Raises:
-        ConfigError: the file cannot be read, or is not YAML; with the line where that can be told.
+        ConfigError: the file cannot be read, or is not YAML; the message has the line if it is known.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +41,7 @@ class YamlFile:
     def line(self, place: Sequence[object]) -> int:
         """Return the line, counted from 1, of the key or item at a place, such as `("applications", 0, "args")`.
 
-        Where the file has no such place, it is the line of the nearest one above it that is there.
+        If the file has no such place, the line is that of the nearest place above it.
         """
         node, line = self._root, 1
         for name in place:
@@ -53,10 +53,10 @@ class YamlFile:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, for which two equal keys, and a scalar that is not what it looks like, are errors."""
+    """PyYAML's safe loader, which also refuses two equal keys, and scalars such as an impossible date."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        # Called before the keys of `<<` join those of the mapping, which may well be equal to them.
+        # Checked before the keys of `<<` are merged in: those may be equal to keys of the mapping.
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -90,7 +90,7 @@ def _child(node: yaml.Node | None, name: object) -> tuple[int, yaml.Node] | None
 
 
 def _told(error: yaml.YAMLError) -> str:
-    """Describe a mistake in YAML by its line and what is wrong there."""
+    """Describe a mistake in YAML by its line and the problem there."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"

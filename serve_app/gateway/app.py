@@ -1,4 +1,4 @@
-"""The FastAPI application. Runs under Serve and, for tests, under any other ASGI server: knows nothing of Ray."""
+"""The FastAPI application. Knows nothing of Ray, so that it runs under Serve and, for tests, any other ASGI server."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from fastapi.responses import HTMLResponse
 from serve_app.config import Config
 from serve_app.gateway.http import docs, errors
 from serve_app.gateway.http.auth import AnyCaller, Guard, bearer
+from serve_app.gateway.http.envelope import ErrorEnvelope
 from serve_app.gateway.http.middleware import Exchange
 from serve_app.gateway.http.origins import Cors
 from serve_app.gateway.http.prefix import SlashAfterPrefix
 from serve_app.gateway.http.routing import Routes
 from serve_app.gateway.readiness import Readiness, Ready
+from serve_app.gateway.schemas import ModelCard, ModelList, ReadyState
 from serve_app.gateway.videos.routes import router
-from serve_app.gateway.videos.schemas import ErrorEnvelope, ModelCard, ModelList, ReadyState
 from serve_app.gateway.videos.service import Videos, Wake
 from serve_app.gateway.webhooks import routes as webhooks
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 from serve_app.tiny.vocabulary import NOTE
 
-_PAGE = Path(__file__).parent / "page" / "index.html"
+_PAGE = Path(__file__).parent / "page"
 
 
 def _only(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI of answers in the envelope."""
+    """Return the OpenAPI of some error answers."""
     return {status: errors.RESPONSES.get(status, {"model": ErrorEnvelope}) for status in statuses}
 
 
@@ -40,11 +41,15 @@ _GUARDED = _ANY | _only(401, 403, 429)
 def create_app(
     config: Config, store: JobStore, storage: Storage, wake: Wake, ready: Ready, *, answer_request_id: bool = True
 ) -> FastAPI:
-    """The API and the page.
+    """Return the application: the API and the page.
 
     Args:
-        store: started.
-        answer_request_id: whether `x-request-id` is ours to send; Serve's proxy sends its own.
+        config: all options.
+        store: job store, which has been started.
+        storage: where videos are.
+        wake: tells a dispatcher that there is a new job.
+        ready: looks whether videos can be made.
+        answer_request_id: whether to send the header `x-request-id`; Serve's proxy sends its own.
     """
     app = FastAPI(
         title="serve_app",
@@ -59,45 +64,47 @@ def create_app(
     app.include_router(webhooks.router(config, store.database))
     app.add_middleware(Exchange, body_bytes=config.limits.body_bytes, answer_request_id=answer_request_id)
     app.add_middleware(SlashAfterPrefix)
-    app.add_middleware(Cors, options=config.gateway)  # outermost: it speaks in the answers of all others
+    app.add_middleware(Cors, options=config.gateway)  # outermost: the answers of all others need its headers
     errors.install(app)
     app.include_router(docs.router(app.title))
-    app.include_router(_rest(config, Readiness(store, videos.intake, ready)))
+    app.include_router(_rest(config, Readiness(store, videos.admission, ready)))
     return app
 
 
 def _rest(config: Config, readiness: Readiness) -> APIRouter:
-    """The page, the model and what tells of health."""
+    """Return the routes of the page, the model and health."""
     routes = Routes()
     card = model_card(config)
 
     @routes.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=docs.PAGE_HEADERS)
+        return HTMLResponse(_page(), headers=docs.PAGE_HEADERS)
 
     guarded: dict[str, Any] = {"tags": ["models"], "dependencies": bearer(config.auth)}
 
     @routes.get("/v1/models", **guarded, responses=_GUARDED)
     async def models(who: AnyCaller) -> ModelList:
-        """What is served, with limits and defaults."""
+        """List the models that are served, with limits and defaults."""
         return ModelList(data=[card])
 
     @routes.get("/v1/models/{model_id:path}", **guarded, responses=_GUARDED | _only(404))
     async def model(model_id: str, who: AnyCaller) -> ModelCard:
-        """One model."""
+        """Return one model."""
         if model_id != card.id:
             raise errors.ApiError(404, "not_found", f"There is no model {model_id[:80]!r}.", "model_id")
         return card
 
     @routes.get("/healthz", tags=["health"], responses=_ANY)
     async def healthz() -> dict[str, str]:
-        """200 while this process answers."""
+        """Answer 200 while this process works."""
         return {"status": "ok"}
 
     @routes.get("/readyz", tags=["health"], responses=_ANY | _only(503))
     async def readyz() -> ReadyState:
-        """200 while jobs are accepted: `ready`, or, with a `reason`, `paused` by an operator or `degraded`, as while a
-        process is replaced: then they wait. 503 with the reason where none can be accepted, or none could be made yet.
+        """Answer 200 while jobs are accepted, 503 with the reason otherwise.
+
+        The status is `ready`; or, with a `reason`, `paused` by an operator or `degraded`, e.g. while a process is
+        replaced: then jobs wait. It is 503 as well if no video could be made since the start.
         """
         return await readiness.state()
 
@@ -105,10 +112,8 @@ def _rest(config: Config, readiness: Readiness) -> APIRouter:
 
 
 def model_card(config: Config) -> ModelCard:
-    """The model of a configuration, as `/v1/models` shows it."""
-    limits = config.limits.model_dump(
-        include={"prompt_chars", "pixels", "side", "num_frames", "num_inference_steps", "fps", "queued_jobs"}
-    )
+    """Return the model of a configuration, as `/v1/models` shows it."""
+    limits = config.limits.model_dump(exclude={"body_bytes"})
     return ModelCard(
         id=config.model.name,
         created=int(time.time()),
@@ -116,3 +121,9 @@ def model_card(config: Config) -> ModelCard:
         defaults=config.defaults.model_dump(),
         note=NOTE if config.model.bundled else None,
     )
+
+
+def _page() -> str:
+    """Return the page as one document, so that it needs no further requests: index.html with its style and script."""
+    page, style, script = ((_PAGE / name).read_text(encoding="utf-8") for name in ("index.html", "page.css", "page.js"))
+    return page.replace("/* page.css */\n", style).replace("// page.js\n", script)

@@ -33,7 +33,7 @@ logger = get_logger(__name__)
 
 @contextmanager
 def _for_handles() -> Iterator[None]:
-    """Turn what only HTTP or the database's driver knows into errors of ours, which callers elsewhere can unpickle."""
+    """Turn errors of HTTP or of the database driver into our own, which other processes can unpickle."""
     try:
         yield
     except ApiError as error:
@@ -48,19 +48,19 @@ def _for_handles() -> Iterator[None]:
 @serve.deployment(name="gateway")
 @serve.ingress()
 class Gateway:
-    """Replicas share nothing but the store and the storage: any of them answers for any video.
+    """A replica of the gateway. Replicas share only the store and the storage, so any of them can answer any call.
 
     Args:
         config: all options.
-        dispatcher: has `wake()`.
-        expert: the configuration of the experts that are served. Without it nothing is said of how long jobs wait.
+        dispatcher: handle of the dispatcher, which has `wake()`.
+        expert: configuration of the experts. Without it there are no estimates of how long jobs wait.
     """
 
     async def __init__(  # type: ignore[misc]
         self, config: Config, dispatcher: DeploymentHandle, expert: dict[str, Any] | None = None
     ) -> None:
         self._config = config
-        self._dispatcher = dispatcher.options()  # looks for its replicas now, and not when the first job waits for it
+        self._dispatcher = dispatcher.options()  # finds its replicas now, and not when the first job is created
         with starting():
             check_hosts(config, alive_hosts())
             self._broker = broker(config)
@@ -81,39 +81,43 @@ class Gateway:
         return create_app(self._config, self._store, self._storage, self._wake, self._ready, answer_request_id=False)
 
     async def submit(self, fields: dict[str, Any], owner: str = "") -> dict[str, Any]:
-        """Queue a video; its resource.
+        """Queue a video, and return its resource.
 
         Args:
-            owner: id of the API key whose video it is, and whose limits hold; empty is nobody's.
+            fields: those of a create request.
+            owner: id of the API key whose video it is, and whose limits apply; empty is none.
 
         Raises:
-            InvalidRequest: the field at fault in `param`. QueueFull: too many wait. OverLimit: of this owner.
-            Unavailable: none is accepted now.
+            InvalidRequest: a field is wrong; `param` names it.
+            QueueFull: too many jobs wait.
+            OverLimit: the owner has reached a limit.
+            Unavailable: no job is accepted now.
         """
         with _for_handles():
             return (await self._videos.submit(fields, who=Caller(owner))).model_dump()
 
     async def get(self, video_id: str) -> dict[str, Any] | None:
-        """A video's resource, or None."""
+        """Return the resource of a video, or None."""
         with _for_handles():
             video = await self._videos.get(video_id)
             return None if video is None else video.model_dump()
 
     async def watch(self, video_id: str) -> AsyncGenerator[dict[str, Any], None]:
-        """The resource now and after each change, up to its end.
+        """Yield the resource of a video: now and after each change, up to its end.
 
         Raises:
-            InvalidRequest: there is no such video. JobFailed: it was deleted meanwhile.
+            InvalidRequest: there is no such video.
+            JobFailed: it was deleted meanwhile.
         """
         with _for_handles():
             async for video in self._videos.watch(video_id):
                 yield video.model_dump()
 
     async def content(self, video_id: str, variant: Variant = "video") -> AsyncGenerator[bytes, None]:
-        """The mp4, or the JPEG of a variant, in chunks of about 1 MiB.
+        """Yield the mp4, or the JPEG of a variant, in chunks of about 1 MiB.
 
         Raises:
-            InvalidRequest: there is none (yet).
+            InvalidRequest: there is no such file, or not yet.
         """
         with _for_handles():
             key, _ = await self._videos.output(video_id, variant)
@@ -121,12 +125,12 @@ class Gateway:
                 yield chunk
 
     async def delete(self, video_id: str) -> bool:
-        """Remove a video, its files and its run; False if there is none."""
+        """Delete a video and its files, and stop it if it runs. Return False if there is none."""
         with _for_handles():
             return await self._videos.delete(video_id)
 
     async def cancel(self, video_id: str) -> bool:
-        """Stop a video; whether there was something to stop."""
+        """Cancel a video. Return whether it was waiting or running."""
         with _for_handles():
             before = await self._videos.get(video_id)
             if before is None or before.status in ("completed", "failed"):
@@ -134,11 +138,15 @@ class Gateway:
             return await self._videos.cancel(video_id) is not None
 
     async def _wake(self) -> None:
-        # Not awaited: a create must not wait for a dispatcher, and the poll finds the job if this gets lost.
+        # Not awaited: a create must not wait for a dispatcher, whose poll finds the job if this call is lost.
         self._dispatcher.wake.remote()
 
     async def _ready(self) -> str | None:
-        """Return why no video can be made now; raise Unavailable if, for all that Serve knows, none ever could."""
+        """Return None if videos can be made now, or else the reason why not.
+
+        Raises:
+            Unavailable: as far as Serve knows, no video ever could be made.
+        """
         name = self._config.dispatcher.pipeline
         status = await asyncio.to_thread(serve.status)
         application = status.applications.get(name)
@@ -147,7 +155,7 @@ class Gateway:
         if application.status == ApplicationStatus.RUNNING:
             return None
         reason = f"The pipeline application {name!r} is {application.status.value}."
-        if application.status == ApplicationStatus.UNHEALTHY:  # Serve's word for what was healthy before
+        if application.status == ApplicationStatus.UNHEALTHY:  # Serve calls an application so if it was healthy before
             return reason
         raise Unavailable(reason)
 

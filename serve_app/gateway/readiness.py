@@ -8,30 +8,30 @@ from collections.abc import Awaitable, Callable
 
 from serve_app.errors import Unavailable
 from serve_app.gateway.http.errors import ApiError
+from serve_app.gateway.schemas import ReadyState
 from serve_app.gateway.videos.admission import Admission
-from serve_app.gateway.videos.schemas import ReadyState
 from serve_app.jobs.store import JobStore
 
 Ready = Callable[[], Awaitable[str | None]]
-"""None, or the reason why no video can be made now although some could before. Raises Unavailable, with the reason,
-where nobody knows that any ever could."""
+"""Returns None if videos can be made now, or else the reason why not. Raises Unavailable, with the reason, if as far as
+is known no video ever could be made."""
 
-# How long an answer holds, and how long one is waited for, in seconds.
+# Seconds for which an answer holds, and for which one is waited for.
 _HOLDS_S = 1.0
 _WAIT_S = 5.0
 _PAUSED = "An operator has paused the queue."
 
 
 class Readiness:
-    """Looked up at most once a second, however many ask.
+    """The state of this process, looked up at most once a second.
 
-    A process that accepts jobs is ready, whatever becomes of the pipeline meanwhile: they wait in the queue. Were it
-    not, whoever balances load would turn everybody away for the seconds in which one rank is replaced.
+    A process that accepts jobs is ready even while the pipeline is not: jobs wait in the queue. Otherwise a load
+    balancer would turn everybody away for the seconds in which one rank is replaced.
     """
 
-    def __init__(self, store: JobStore, intake: Admission, ready: Ready) -> None:
+    def __init__(self, store: JobStore, admission: Admission, ready: Ready) -> None:
         self._store = store
-        self._intake = intake
+        self._admission = admission
         self._ready = ready
         self._was_ready = False
         self._found: ReadyState | str = "Nothing is known yet."
@@ -42,7 +42,7 @@ class Readiness:
         """Return the state.
 
         Raises:
-            ApiError: 503, no job can be accepted, or no video could be made yet.
+            ApiError: 503 if no job can be accepted, or no video could be made since the start.
         """
         async with self._looking:
             if time.monotonic() - self._looked_at >= _HOLDS_S:
@@ -54,13 +54,13 @@ class Readiness:
         return found
 
     async def _look(self) -> ReadyState | str:
-        """Return the state, or why nothing is accepted."""
+        """Return the state, or the reason why no job is accepted."""
         try:
             paused = await asyncio.wait_for(self._store.paused_since(), _WAIT_S) is not None
         except Exception as error:
             return f"The job store does not answer: {type(error).__name__}."
         try:
-            await self._intake.check()
+            await self._admission.check_open()
         except Unavailable as error:
             return str(error)
         try:

@@ -1,4 +1,4 @@
-"""What may be taken of a GPU that several processes share."""
+"""GPU memory of processes that share a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that a configuration names: relative to what, and of any name."""
+"""Paths in a configuration: relative ones, and names with any character."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serve_app.errors import ConfigError
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 
-# All that has a meaning in a URL, in a format or a shell, and what is not ASCII.
+# Characters with a meaning in a URL, a format or a shell, and some that are not ASCII.
 NAMES = (
     "50% off",
     "%41",
@@ -66,7 +66,7 @@ def test_what_a_file_names_is_relative_to_the_file(tmp_path: Path, monkeypatch: 
         assert Storage(config.storage_options).folder.resolve() == folder / "videos"
         assert Path(config.webhooks.ca_file).resolve() == folder / "ca.pem"
         assert config.mail is not None and config.mail.ca_file == str(Path.home() / "ca.pem")
-        # All processes get these, whatever folder they work in.
+        # All processes get these paths, whatever their working folder.
         assert [validate(application["args"]) for application in content["applications"]] == [config, config]
 
 

@@ -51,7 +51,7 @@ __all__ = [
 
 @dataclass
 class Server:
-    """Everything but Ray and the model, in one process."""
+    """A server in one process: everything but Ray and the model."""
 
     config: Config
     store: JobStore
@@ -61,12 +61,12 @@ class Server:
     app: FastAPI
     http: httpx.AsyncClient
     reason: str | None = None
-    """Why no video can be made now."""
+    """The reason why no video can be made now."""
     never: bool = False
-    """Whether none ever could, for all that is known."""
+    """True if, as far as is known, no video ever could be made."""
 
     async def key(self, *scopes: Scope, **limits: Any) -> tuple[str, dict[str, str]]:
-        """A new key: its id, and the headers of who has it."""
+        """Create a key, and return its id and the headers of a call with it."""
         key, text = await self.store.keys.create("test", scopes or ("create", "read"), KeyLimits(**limits))
         return key.id, {"authorization": f"Bearer {text}"}
 
@@ -91,13 +91,13 @@ class Server:
 
 @pytest.fixture
 def auth() -> AuthConfig:
-    """Who may call. Modules about keys say otherwise."""
+    """The section `auth`. Modules about keys replace it."""
     return AuthConfig()
 
 
 @pytest.fixture
 def storage_options() -> StorageOptions:
-    """The storage section; a folder under `home`."""
+    """The section `storage`: a folder in `home`."""
     return StorageOptions(min_free_mib=1)
 
 
@@ -145,14 +145,14 @@ async def server(
 
 @pytest.fixture
 def held(server: Server) -> asyncio.Event:
-    """Every run waits half-way until this is set."""
+    """An event for which every run waits half-way."""
     server.pipeline.gate = asyncio.Event()
     return server.pipeline.gate
 
 
 @asynccontextmanager
 async def listening(app: FastAPI, port: int = 0) -> AsyncIterator[str]:
-    """The application on a real socket of loopback; its URL. Port 0 is any that is free."""
+    """Serve the application on a real loopback socket, and return its URL. Port 0 is any free one."""
     listener = socket.create_server(("127.0.0.1", port))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -170,7 +170,7 @@ async def listening(app: FastAPI, port: int = 0) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
-    """The unmodified openai SDK, and by its `base_url` a real socket for others."""
+    """The unmodified openai SDK; its `base_url` is that of a real socket."""
     async with (
         listening(server.app) as url,
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=2) as client,

@@ -30,7 +30,7 @@ STREAMS = 4
 
 @serve.deployment(ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=100)
 class Pipeline:
-    """Does what the prompt says."""
+    """A pipeline that does what the prompt says."""
 
     def __init__(self, storage_url: str) -> None:
         from serve_app.storage import Storage
@@ -83,7 +83,7 @@ def url(ray_cluster: str, home: Path) -> Iterator[str]:
     serve.start(http_options={"host": "0.0.0.0", "port": PORT})
     dispatcher = DispatcherDeployment.options(ray_actor_options=small).bind(config)
     serve.run(Gateway.options(ray_actor_options=small).bind(config, dispatcher), name="gateway", route_prefix="/")
-    # The gateway is up before there is a pipeline: not ready, and jobs wait without losing an attempt.
+    # The gateway starts before there is a pipeline: it is not ready, and jobs wait without losing an attempt.
     port = _get_global_client().http_config.port  # another, if Serve ran already
     url = f"http://127.0.0.1:{port}"
     answer = httpx.get(f"{url}/readyz")
@@ -173,7 +173,7 @@ def test_a_webhook_is_called_by_the_dispatchers_process(url: str) -> None:
 
 
 def test_other_machines_are_not_answered_without_keys(url: str) -> None:
-    """Even where Serve listens to them: the address that a connection came in by reaches the gateway."""
+    """The gateway refuses calls from other machines even if Serve accepts them: it sees the connection's address."""
     import ray
     from ray.serve.context import _get_global_client
 
@@ -198,7 +198,7 @@ def test_body_limit_behind_the_proxy(url: str) -> None:
 
 
 def test_events_behind_the_proxy(url: str) -> None:
-    """They come while it runs, not all at its end; and who leaves gives its place back."""
+    """Events come while a video runs, not all at its end; and a client that leaves frees its place."""
     video = httpx.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()
     events = f"{url}/v1/videos/{video['id']}/events"
     cancelled, names = False, []
@@ -289,7 +289,7 @@ def test_a_gateway_that_cannot_start_says_why_in_one_line(url: str, tmp_path: Pa
         def message() -> str:
             return str(serve.status().applications["broken"].deployments["gateway"].message)
 
-        # The application has failed as soon as one of its deployments has.
+        # An application has failed as soon as one of its deployments has.
         until(lambda: "store.url has value" in message())
         said = [line for line in message().splitlines() if "store.url has value" in line]
         assert len(said) == 1 and "cannot be opened: [Errno 111]" in said[0], message()
@@ -333,7 +333,7 @@ def test_the_client_says_how_soon(url: str) -> None:
 
 
 def test_the_client_raises_the_error_itself(url: str, home: Path) -> None:
-    """In all kinds of calls, and not Ray's wrapper with the frames of another process."""
+    """Calls of all kinds raise our errors, not Ray's wrapper with the frames of another process."""
     client = serve_app.connect()
 
     async def make() -> None:

@@ -128,7 +128,7 @@ async def page(browser: Browser, url: str, seen: Seen) -> AsyncIterator[Page]:
 
 
 async def make(page: Page, prompt: str, **fields: int) -> None:
-    await page.get_by_label("What should be seen?").fill(prompt)
+    await page.get_by_label("Describe the video").fill(prompt)
     for label, value in fields.items():
         await page.get_by_label(label).fill(str(value))
     await page.get_by_role("button", name="Make video").click()

@@ -1,4 +1,1 @@
-"""What every route shares: who calls, errors, middleware, stored files as responses.
-
-Knows nothing of videos.
-"""
+"""The parts that all routes share: callers, errors, middleware, stored files as responses. Knows nothing of videos."""

@@ -1,4 +1,4 @@
-"""Who calls. Routes take a `Caller` as a dependency and hand it on; nobody else looks at headers."""
+"""Authentication. Routes take a `Caller` as a dependency and pass it on; nothing else reads the header of the key."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever sent a request.
+    """The sender of a request.
 
-    `owner` is what its jobs are stored under, empty where nobody has to say who they are; one with the scope `admin`
-    sees everybody's.
+    Attributes:
+        owner: id of its API key, under which its jobs are stored. Empty if the server asks for no keys.
+        scopes: what the key allows. With `admin` it sees the videos of all keys.
     """
 
     owner: str = ""
@@ -32,16 +33,18 @@ class Caller:
 
     @property
     def sees(self) -> str | None:
-        """Whose jobs it may see and change: an owner, or None for everybody's."""
+        """The owner whose jobs it may see and change; None is all owners."""
         return None if "admin" in self.scopes else self.owner
 
 
 class Guard:
-    """Lets callers in.
+    """The check of each request's key, scope of addresses and rate.
 
     Args:
-        gateway: its options. Each of its replicas allows its share of a key's requests a minute, so that the limit
-            holds as well as the load is balanced, without a write to the database for every request.
+        options: section `auth`.
+        keys: API keys.
+        gateway: section `gateway`. Each replica allows its share of a key's requests per minute. So the limit holds as
+            exactly as the load is balanced, and no request needs a write to the database.
     """
 
     def __init__(self, options: AuthConfig, keys: Keys, gateway: GatewayConfig) -> None:
@@ -51,17 +54,18 @@ class Guard:
         self._origins = Origins(gateway)
         if options.mode == "none":
             where = "any machine that reaches it" if options.open else "loopback addresses only"
-            logger.warning("no keys: nobody has to say who they are", extra={"auth": "none", "answers": where})
+            logger.warning("no keys: any caller is let in", extra={"auth": "none", "answers": where})
 
     async def caller(self, request: Request) -> Caller:
-        """Who sent a request.
+        """Return the sender of a request.
 
         Raises:
-            ApiError: 401, 403 or 429.
+            ApiError: 401, the key is missing or unknown; 403, the call comes from elsewhere; 429, too many
+                requests.
         """
         if self._options.mode == "none":
-            self._stay_home(request)
-            self._origins.check(request.method, request.headers)
+            self._check_local(request)
+            self._origins.check_allowed(request.method, request.headers)
             return Caller()
         kind, _, text = request.headers.get("authorization", "").partition(" ")
         key = await self._keys.find(text.strip()) if kind.lower() == "bearer" else None
@@ -69,25 +73,31 @@ class Guard:
             message = "The API key is unknown or was revoked." if text else "An API key is needed: Bearer wan_..."
             raise ApiError(401, "invalid_api_key", message, www_authenticate="Bearer")
         if key.requests_per_minute is not None:
-            wait_s = self._buckets.take(key.id, key.requests_per_minute)
+            wait_s = self._buckets.take_token(key.id, key.requests_per_minute)
             if wait_s:
-                message = f"This key made {key.requests_per_minute} requests within a minute, its limit."
+                message = f"This key has reached its limit of {key.requests_per_minute} requests per minute."
                 raise too_much("requests_per_minute", message, wait_s)
         return Caller(key.id, frozenset(key.scopes))  # type: ignore[arg-type]  # only scopes are stored
 
-    def _stay_home(self, request: Request) -> None:
-        """Refuse what came in by another address than loopback, which a file that `serve run` took unchecked may allow.
+    def _check_local(self, request: Request) -> None:
+        """Check that a request came in by a loopback address.
 
-        The server's side of the connection decides: it is None for a Unix socket, and never a header.
+        `wan-serve up` refuses a file that would listen elsewhere without keys, but `serve run` does not. The server's
+        side of the connection decides, never a header. It is None for a Unix socket.
+
+        Raises:
+            ApiError: 403.
         """
         server = request.scope.get("server")
         if not self._options.open and server is not None and not is_loopback(server[0]):
-            message = "auth.mode is 'none', so only this machine may call. Set it to 'keys', or auth.open to true."
+            message = (
+                "auth.mode is 'none', so only this machine may call. Set auth.mode to 'keys', or auth.open to true."
+            )
             raise ApiError(403, "not_open", message)
 
 
 async def caller(request: Request) -> Caller:
-    """FastAPI dependency: who sent this request."""
+    """Return the sender of a request; a FastAPI dependency."""
     guard: Guard = request.app.state.guard
     return await guard.caller(request)
 
@@ -102,7 +112,7 @@ def _having(scope: Scope) -> Callable[..., Awaitable[Caller]]:
 
 
 def bearer(options: AuthConfig) -> list[Any]:
-    """Dependencies that say in OpenAPI how a key is sent, where one is; `caller` is who looks at it."""
+    """Return dependencies that show in OpenAPI how a key is sent. They check nothing: `caller` does."""
     return (
         [Depends(HTTPBearer(auto_error=False, description="An API key: `wan_...`"))] if options.mode == "keys" else []
     )

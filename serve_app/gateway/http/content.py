@@ -17,35 +17,39 @@ _ETAG = re.compile(r'(?:W/)?"[^"]*"')
 
 
 def redirect(url: str) -> Response:
-    """302 to where the storage itself serves a file. Ranges and validators are its business then."""
+    """Return a 302 to the storage's own URL of a file. The storage then handles ranges and conditions."""
     return RedirectResponse(url, 302, headers={"cache-control": "private, no-store"})
 
 
 def respond(storage: Storage, key: str, stat: Stat, name: str, headers: Headers, *, head: bool = False) -> Response:
-    """The file under `key`, or the part of it that the request's headers ask for.
+    """Return a stored file, or the part of it that the request's headers ask for.
 
     Args:
-        name: file name for a browser to save under.
+        storage: where the file is.
+        key: its key there.
+        stat: its size, time and tag.
+        name: file name under which a browser saves it.
+        headers: those of the request.
         head: send the headers only.
 
     Raises:
-        ApiError: 416, the range lies beyond the end; 412, it is not the file that the client means.
+        ApiError: 416, the range lies outside of the file; 412, the client asks for another version of the file.
     """
     answer = {
         "accept-ranges": "bytes",
         "etag": stat.etag,
         "last-modified": format_datetime(stat.modified, usegmt=True),
-        # The bytes never change, but the video may be deleted: ask again each time.
+        # The bytes never change, but the video may be deleted, so a cache has to ask each time.
         "cache-control": "private, no-cache",
         "content-disposition": disposition(name),
         "content-type": content_type(key),
     }
-    modified = stat.modified.replace(microsecond=0)  # what `Last-Modified` can say
+    modified = stat.modified.replace(microsecond=0)  # the resolution of `Last-Modified`
     _check_unchanged(headers, stat.etag, modified)
     if _is_known(headers, stat.etag, modified):
         return Response(status_code=304, headers=answer)
     start, end, status = 0, stat.size, 200
-    # Parts are for GET; HEAD tells of the whole file.
+    # HEAD describes the whole file, whatever `Range` says.
     if not head and _is_same(headers.get("if-range"), stat.etag, modified):
         asked = byte_range(headers.get("range"), stat.size)
     else:
@@ -61,8 +65,9 @@ def respond(storage: Storage, key: str, stat: Stat, name: str, headers: Headers,
 
 
 def byte_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """Start and end (exclusive) of a single range; None where the whole file is the answer: no range, or one that
-    is malformed or multiple, which a server may ignore.
+    """Return start and end (exclusive) of the range in bytes that a header asks for.
+
+    It is None, for the whole file, if there is no range, or a malformed or multiple one, which a server may ignore.
 
     Raises:
         ApiError: 416, no byte of the file is in the range.
@@ -98,7 +103,7 @@ def _check_unchanged(headers: Headers, etag: str, modified: datetime) -> None:
 
 
 def _is_known(headers: Headers, etag: str, modified: datetime) -> bool:
-    """Return whether the client has the file, by `If-None-Match`, or else by `If-Modified-Since`."""
+    """Return whether the client has this file, by `If-None-Match`, or else by `If-Modified-Since`."""
     if tags := headers.getlist("if-none-match"):
         return _names(tags, etag, weak=True)
     since = _date(headers.get("if-modified-since"))
@@ -106,7 +111,7 @@ def _is_known(headers: Headers, etag: str, modified: datetime) -> bool:
 
 
 def _is_same(if_range: str | None, etag: str, modified: datetime) -> bool:
-    """Return whether a part would be of the file that the client has the rest of, by `If-Range`."""
+    """Return whether the client has the rest of this very file, by `If-Range`."""
     if if_range is None or if_range.strip() == etag:
         return True
     return _date(if_range) == modified
@@ -119,7 +124,7 @@ def _names(lines: list[str], etag: str, *, weak: bool) -> bool:
 
 
 def _date(header: str | None) -> datetime | None:
-    """Read a date as HTTP spells it; None if there is none, or nothing that is one, which is to be ignored."""
+    """Return the date in a header; None if it is missing or malformed, and so to be ignored."""
     try:
         date = parsedate_to_datetime(header or "")
     except (ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""The page that describes the API: Swagger UI, whose files come with the package fastapi-offline."""
+"""The page of the API's description: Swagger UI, whose files come with the package fastapi-offline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, Response
 from serve_app.gateway.http.errors import ApiError
 from serve_app.gateway.http.routing import Routes
 
-# No other site may show a page of ours inside of its own, where a click means something else.
+# No other site may embed our pages, where a click could be made to mean something else (clickjacking).
 PAGE_HEADERS = {
     "content-security-policy": "frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -24,7 +24,7 @@ _KINDS = {
 
 
 def router(title: str) -> APIRouter:
-    """Return the routes of the page and its files. Its addresses are relative, so that they hold behind a prefix."""
+    """Return the routes of the page and its files. The page's links are relative, so they work behind a prefix."""
     routes = Routes()
     folder = files("fastapi_offline") / "static"
 
@@ -36,7 +36,9 @@ def router(title: str) -> APIRouter:
             swagger_js_url="docs/swagger-ui-bundle.js",
             swagger_css_url="docs/swagger-ui.css",
             swagger_favicon_url="data:,",
-            swagger_ui_parameters={"validatorUrl": None},  # else the description is sent to a server on the internet
+            swagger_ui_parameters={
+                "validatorUrl": None
+            },  # otherwise the page sends the description to a server on the internet
         )
         page.headers.update(PAGE_HEADERS)
         return page

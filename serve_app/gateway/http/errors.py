@@ -1,4 +1,4 @@
-"""Errors as OpenAI's envelope, for everything that can go wrong between a client and a route."""
+"""Errors in OpenAI's envelope, for everything that can go wrong between a client and a route."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from starlette.routing import Match
 from serve_app.accounts.keys import OverLimit
 from serve_app.db.database import STORE_AWAY
 from serve_app.errors import InvalidRequest, Unavailable, one_line
-from serve_app.gateway.videos.schemas import ErrorEnvelope
+from serve_app.gateway.http.envelope import ErrorEnvelope
 from serve_app.jobs.store import IdempotencyConflict, QueueFull
 from serve_app.logs import get_logger
 
 logger = get_logger(__name__)
 
-# Where nothing is known: a queue of videos moves by one in seconds to minutes; sooner a retry only adds load.
+# Used if nothing better is known. A queue of videos moves in seconds to minutes, so an earlier retry only adds load.
 RETRY_AFTER_S = 5.0
-# A client that waits for longer than this is better told to give up; the openai SDK is of the same opinion.
+# A client that would wait for longer is told to give up; the openai SDK draws the line here as well.
 _LONGEST_RETRY_AFTER_S = 120
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -33,24 +33,29 @@ _CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorEnvelope, "description": text}
     for status, text in (
-        (400, "The request is at fault; `param` names the field."),
+        (400, "The request is wrong; `param` names the field."),
         (401, "The key is missing, unknown or revoked."),
-        (403, "The key lacks the scope, or the server is not open to this network, name or web page."),
-        (404, "There is no such video."),
+        (403, "The key lacks the scope, or the server does not accept calls from this network, host name or web page."),
+        (404, "There is no such video, or it belongs to another key."),
         (413, "The body is too large."),
         (415, "The body is compressed."),
-        (429, "Too much at once: `Retry-After` says when to come back."),
-        (500, "An error of ours."),
-        (503, "The job store or the storage cannot be reached or is full; `Retry-After` says when to ask again."),
+        (429, "A limit is reached; `Retry-After` says when to try again."),
+        (500, "A bug in the server."),
+        (503, "The job store or the storage cannot be reached or is full; `Retry-After` says when to try again."),
     )
 }
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's envelope.
+    """An error answer in OpenAI's envelope.
 
     Args:
-        retry: whether the same request may succeed later; the openai SDK obeys `x-should-retry`.
+        status: HTTP status.
+        code: stable word for programs.
+        message: sentence for people.
+        param: field at fault.
+        retry: whether the same request may succeed later, as the header `x-should-retry` says; the openai SDK obeys it.
+        headers: further headers, with `_` for `-`.
     """
 
     def __init__(
@@ -61,9 +66,9 @@ class ApiError(Exception):
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """Return the answer."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        # What a client sent may hold what UTF-8 cannot say, and we quote it.
+        # The message may quote input of the client that UTF-8 cannot encode.
         message, param = (
             None if said is None else said.encode("utf-8", "replace").decode() for said in (self.message, self.param)
         )
@@ -72,33 +77,29 @@ class ApiError(Exception):
         return JSONResponse({"error": body}, self.status, headers=headers)
 
 
-def no_video(video_id: str) -> ApiError:
-    """404. The id is shortened: it may be anything."""
-    return ApiError(404, "not_found", f"There is no video {video_id[:80]!r}.", "video_id")
-
-
 def too_much(code: str, message: str, retry_after_s: float | None) -> ApiError:
-    """429. A retry within minutes is invited only where it can help."""
+    """Return a 429. It invites a retry only if one within two minutes can succeed."""
     wait_s = RETRY_AFTER_S if retry_after_s is None else retry_after_s
     retry = wait_s <= _LONGEST_RETRY_AFTER_S
     return ApiError(429, code, message, retry=retry, retry_after=str(max(math.ceil(wait_s), 1)))
 
 
 def internal_error() -> ApiError:
-    """500. Not to be retried: most are bugs, and after a create nobody knows whether the job is in the queue."""
+    """Return a 500. It invites no retry: most are bugs, and after a create the job may be in the queue or not."""
     return ApiError(500, "internal_error", "An internal error; the server's log has the details.")
 
 
 def unavailable(message: str, *, retry: bool) -> ApiError:
-    """503."""
+    """Return a 503 with `Retry-After`."""
     return ApiError(503, "unavailable", message, retry=retry, retry_after=str(math.ceil(RETRY_AFTER_S)))
 
 
 async def _away(request: Request, error: Exception) -> JSONResponse:
-    """Store or storage did not answer. Whether a create was written down nobody knows then, so it is not repeated
-    unasked unless it has a name to be recognised by.
+    """Answer 503 when the store or the storage failed.
+
+    A create may have been written down or not. So a retry of it is invited only if it has an idempotency key.
     """
-    if isinstance(error, IntegrityError | ProgrammingError | DataError):  # a defect of ours, not of theirs
+    if isinstance(error, IntegrityError | ProgrammingError | DataError):  # a bug of ours, and no outage
         logger.exception("database refused", exc_info=error)
         return internal_error().response()
     logger.warning("store or storage away", extra={"path": request.url.path, "error": one_line(error)})
@@ -108,12 +109,12 @@ async def _away(request: Request, error: Exception) -> JSONResponse:
 
 
 def reason(error: Exception) -> str:
-    """Return what the driver says, without our statement and its parameters."""
+    """Return the database driver's message, without the SQL statement and its parameters."""
     return one_line(getattr(error, "orig", None) or error)
 
 
 def _allowed_methods(request: Request) -> str:
-    """Return the methods that a path takes, as the header `Allow` lists them."""
+    """Return the methods that a path accepts, for the header `Allow`."""
 
     def takes(method: str) -> bool:
         scope = {**request.scope, "method": method}
@@ -123,7 +124,7 @@ def _allowed_methods(request: Request) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Make `app` answer every error in the envelope."""
+    """Make an application answer every error in the envelope."""
 
     @app.exception_handler(ApiError)
     async def _api_error(_: Request, error: ApiError) -> JSONResponse:
@@ -167,7 +168,7 @@ def install(app: FastAPI) -> None:
             message = f"There is no {request.url.path[:200]!r}."
         elif error.status_code == 405:
             message = f"{request.method} is not allowed on {request.url.path[:200]!r}."
-            headers["Allow"] = _allowed_methods(request)  # the router knows those of one route only
+            headers["Allow"] = _allowed_methods(request)  # the router lists those of one route only
         answer = ApiError(error.status_code, _CODES.get(error.status_code, "invalid_request"), message)
         answer.headers.update(headers)
         return answer.response()

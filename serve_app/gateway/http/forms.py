@@ -1,4 +1,4 @@
-"""The bodies of requests as fields: JSON, and the two kinds of form. All of it is UTF-8, or refused."""
+"""Request bodies as fields: JSON and the two kinds of form. A body that is not UTF-8 is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Pairs = list[tuple[str, str | File]]
 
 
 async def read_fields(request: Request) -> tuple[dict[str, Any], bool]:
-    """Read the fields of a body, and whether they are typed (JSON) rather than text (a form).
+    """Return the fields of a body, and whether they are typed (JSON) or text (a form).
 
     Raises:
         InvalidRequest: the body cannot be read.
@@ -30,7 +30,7 @@ async def read_fields(request: Request) -> tuple[dict[str, Any], bool]:
     if kind not in (_FORM, _PARTS):
         check_json(request, body, f" or {_PARTS}")
         return _object(body), True
-    # A form begins with a name or a boundary; this is what curl makes of JSON after `-d` alone.
+    # A form begins with a name or a boundary. `curl -d` with JSON, but without the header, sends this.
     if body.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"{", b"[")):
         raise InvalidRequest(None, f"The body looks like JSON, but Content-Type is {kind}: {_SEND_JSON}.")
     _check_charset(options)
@@ -46,13 +46,17 @@ async def read_fields(request: Request) -> tuple[dict[str, Any], bool]:
 
 
 def check_json(request: Request, body: bytes, others: str = "") -> None:
-    """Check that a body is declared as JSON, which a web page of another site cannot do unasked, and is UTF-8.
+    """Check that a body is declared as JSON, and is UTF-8.
+
+    A web page of another site cannot declare JSON without a preflight request, so this keeps such pages out.
 
     Args:
-        others: kinds that are taken beside JSON, for the message.
+        request: the request.
+        body: its body.
+        others: other media types that the route takes, for the message.
 
     Raises:
-        InvalidRequest: it is not.
+        InvalidRequest: it is not declared as JSON, or not UTF-8.
     """
     declared = request.headers.get("content-type")
     kind, options = _kind(request)
@@ -96,7 +100,7 @@ def _parts(body: bytes, boundary: bytes | None) -> _Pairs:
         name = _utf8(field.field_name or b"", "A name in the form")
         if isinstance(field, Field):
             pairs.append((name, _text(name, field)))
-        # A file input of a web page that nobody used has neither a name nor content.
+        # Browsers send an unused file input as a file without name and content.
         elif _utf8(field.file_name or b"", f"The file name of {_shown(name)}") or field.size:
             pairs.append((name, field))
 
@@ -104,7 +108,7 @@ def _parts(body: bytes, boundary: bytes | None) -> _Pairs:
     if not boundary:
         raise InvalidRequest(None, f"The body is not a form: Content-Type is {_PARTS} without a boundary.")
     try:
-        # The body is in memory anyway, so no file of it goes to the disk.
+        # The body is in memory anyway, so the parser need not write files to disk.
         options = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
         parser = FormParser(_PARTS, add, add, lambda: ends.append(True), boundary=boundary, config=options)
         parser.write(body)
@@ -118,7 +122,7 @@ def _parts(body: bytes, boundary: bytes | None) -> _Pairs:
 
 
 def _text(name: str, field: Field) -> str:
-    """The text of a part, which may say what it is encoded in."""
+    """Return the text of a part, in the charset that its header names."""
     value = field.value or b""
     charset = parse_options_header(field.content_type)[1].get(b"charset", b"").decode("latin-1")
     if not charset:
@@ -130,7 +134,7 @@ def _text(name: str, field: Field) -> str:
 
 
 def _kind(request: Request) -> tuple[str, dict[bytes, bytes]]:
-    """The media type of a body, empty if none is given, and its parameters."""
+    """Return the media type of a body, empty if none is given, and its parameters."""
     kind, options = parse_options_header(request.headers.get("content-type"))
     return kind.decode("latin-1"), options
 

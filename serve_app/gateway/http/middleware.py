@@ -1,4 +1,4 @@
-"""The frame of every HTTP exchange: a request id, a URL in UTF-8, a bound on the body, an envelope for our mistakes."""
+"""Middleware around every request: a request id, a URL in UTF-8, a limit on the body, and an envelope for bugs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _ASCII = bytes(range(128))
 
 
 class Exchange:
-    """ASGI middleware.
+    """ASGI middleware for every request.
 
     Args:
-        body_bytes: size of a body beyond which it is answered 413. Counted as it arrives, since a chunked body does
-            not announce its size and Serve's proxy has no limit.
+        app: application below.
+        body_bytes: largest size of a body; larger ones are answered 413. Bytes are counted as they arrive, since a
+            chunked body does not announce its size, and Serve's proxy has no limit.
         answer_request_id: whether to send `x-request-id`. Serve's proxy sends its own, and passes it on to us.
     """
 
@@ -35,6 +36,7 @@ class Exchange:
         self._answer_request_id = answer_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, within its frame."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -71,7 +73,7 @@ class Exchange:
             if (refusal := _refusal(scope, headers)) is not None:
                 await refusal.response()(scope, receive, answer)
                 return
-            # Raw UTF-8 in a query is what percent-encoded UTF-8 is; frameworks read it as Latin-1.
+            # Raw UTF-8 in a query means the same as percent-encoded UTF-8, but frameworks read it as Latin-1.
             query = quote_from_bytes(scope.get("query_string", b""), _ASCII).encode()
             await self._app({**scope, "query_string": query}, bounded, answer)
         except ClientDisconnect:
@@ -79,12 +81,12 @@ class Exchange:
         except Exception as error:
             logger.exception("request failed", extra={**fields, "error": type(error).__name__})
             if started:
-                raise  # the answer is cut short, and the server below must know
+                raise  # the answer is cut short, so the server must close the connection
             await internal_error().response()(scope, receive, answer)
 
 
 def _refusal(scope: Scope, headers: Headers) -> ApiError | None:
-    """Return the reason why a request cannot be read, whatever it asks for."""
+    """Return the error for a request that no route could read; None if there is no such error."""
     coding = headers.get("content-encoding", "identity")
     if coding.strip().lower() not in ("identity", ""):
         message = f"Content-Encoding is {coding[:80]!r}, expected a body that is not compressed."

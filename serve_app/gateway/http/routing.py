@@ -1,4 +1,4 @@
-"""Routes with the manners that HTTP asks for: HEAD wherever there is GET, and JSON that is declared and UTF-8."""
+"""Routes that follow HTTP: HEAD wherever there is GET, and JSON bodies that are declared as such and are UTF-8."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class _Route(APIRoute):
 
 
 class Routes(APIRouter):
-    """An `APIRouter` whose `get` answers HEAD, too, and whose JSON bodies are checked before they are parsed."""
+    """An `APIRouter` that answers HEAD wherever it answers GET, and checks JSON bodies before they are parsed."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(route_class=_Route, **options)
 
     def get(self, path: str, **options: Any) -> Callable[[Any], Any]:
-        """Route GET and, not shown in OpenAPI, HEAD. The server below leaves the body out."""
+        """Route GET and, hidden from OpenAPI, HEAD. The server leaves out the body of an answer to HEAD."""
         hidden = self.head(path, **options | {"include_in_schema": False})
         shown = super().get(path, **options)
         return lambda endpoint: shown(hidden(endpoint))

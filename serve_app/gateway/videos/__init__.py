@@ -1,4 +1,1 @@
-"""The videos API: requests, resources, routes, events.
-
-Knows nothing of Ray.
-"""
+"""The videos API: requests, resources, routes, events. Knows nothing of Ray."""

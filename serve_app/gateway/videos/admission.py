@@ -1,4 +1,4 @@
-"""Whether jobs can be accepted now: where nothing could be written down, or no video stored, it is said at once."""
+"""Admission of jobs: none is accepted while it could not be written down, or its video not be stored."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from serve_app.storage import Storage
 
 logger = get_logger(__name__)
 
-# How long an answer holds, and how long one is waited for, in seconds.
+# Seconds for which an answer holds, and for which one is waited for.
 _HOLDS_S = 2.0
 _WAIT_S = 5.0
 _MIB = 1 << 20
 
 
 class Admission:
-    """Looks at the storage and at the disk of the job store, at most every two seconds however many ask.
+    """Checks of the storage and of the job store's disk, at most one every two seconds.
 
     Args:
-        min_free_mib: free space that a disk of ours must have.
+        store: job store; its disk is checked if it is SQLite's.
+        storage: where videos are stored.
+        min_free_mib: free space that these disks must have.
     """
 
     def __init__(self, store: JobStore, storage: Storage, min_free_mib: float) -> None:
@@ -34,11 +36,11 @@ class Admission:
         self._looked_at = float("-inf")
         self._looking: asyncio.Task[str | None] | None = None
 
-    async def check(self) -> None:
-        """Returns if jobs can be accepted.
+    async def check_open(self) -> None:
+        """Check that jobs can be accepted.
 
         Raises:
-            Unavailable: they cannot, and why.
+            Unavailable: they cannot; the message says why.
         """
         if time.monotonic() - self._looked_at >= _HOLDS_S:
             await self._refresh()
@@ -46,16 +48,16 @@ class Admission:
             raise Unavailable(f"No videos are accepted at the moment: {self._reason}.")
 
     async def _refresh(self) -> None:
-        # One look at a time, also where it hangs: each holds a thread until the storage answers.
+        # One check at a time, even if it hangs: each holds a thread until the storage answers.
         if self._looking is None:
-            self._looking = asyncio.create_task(self._look(), name="intake")
+            self._looking = asyncio.create_task(self._look(), name="admission")
         looking = self._looking
         done, _ = await asyncio.wait([looking], timeout=_WAIT_S)
         reason = looking.result() if done else f"the storage has not answered for {_WAIT_S:g} s"
         if done:
             self._looking = None
         if reason != self._reason:
-            logger.warning("intake " + ("paused" if reason else "goes on"), extra={"reason": reason})
+            logger.warning("admission " + ("paused" if reason else "resumed"), extra={"reason": reason})
         self._reason, self._looked_at = reason, time.monotonic()
 
     async def _look(self) -> str | None:

@@ -1,4 +1,4 @@
-"""A create request from its fields to what is run, how soon, and who is told."""
+"""A create request: from its fields to parameters, urgency and mail address."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from serve_app.config import Config
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.http.errors import ApiError
+from serve_app.parameters import FRAME_MULTIPLE
 from serve_app.request import (
-    FRAME_MULTIPLE,
     Params,
     Urgency,
     fitting_size,
@@ -25,12 +25,11 @@ _SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 
 
 def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) -> tuple[Params, Urgency, str | None]:
-    """What to run for the fields of a create request, with OpenAI's `size` and `seconds` translated; how soon; and whom
-    to tell by mail.
+    """Return parameters, urgency and mail address of a create request; `size` and `seconds` are translated.
 
     Raises:
-        InvalidRequest: the field at fault in `param`.
-        ApiError: a feature that this model does not have.
+        InvalidRequest: a field is wrong; `param` names it.
+        ApiError: the request asks for a feature that this model does not have.
     """
     fields = dict(fields)
     if fields.pop("input_reference", None) not in (None, ""):
@@ -38,7 +37,7 @@ def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) ->
         raise ApiError(400, "unsupported", message, "input_reference")
     size = fields.pop("size", None)
     if size is not None:
-        _alone("size", fields, "width", "height")
+        _check_alone("size", fields, "width", "height")
         match = _SIZE.fullmatch(size) if isinstance(size, str) else None
         if match is None:
             example = fitting_size(config.defaults.width, config.defaults.height, config.limits.pixels)
@@ -48,11 +47,11 @@ def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) ->
         fields["width"], fields["height"] = (int(side) if typed else side for side in match.groups())
     seconds = fields.pop("seconds", None)
     if seconds is not None:
-        _alone("seconds", fields, "num_frames")
+        _check_alone("seconds", fields, "num_frames")
     request = parse(fields, strict=typed)
     if seconds is not None:
         fps = config.defaults.fps if request.fps is None else request.fps
-        # An impossible rate is refused below, by its own name, and so must not make the length impossible.
+        # An impossible `fps` is refused below by its own name, so it must not make `seconds` look wrong.
         possible = 1 <= fps <= config.limits.fps
         most = largest_frames(config.limits.num_frames)
         request = request.model_copy(update={"num_frames": _frames(seconds, fps, most) if possible else 1})
@@ -66,7 +65,11 @@ def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) ->
 
 
 def _frames(seconds: Any, fps: int, most: int) -> int:
-    """Return the possible number of frames nearest to a length; at most `most`."""
+    """Return the possible number of frames that is nearest to a length in seconds.
+
+    Raises:
+        InvalidRequest: it is no length, or needs more than `most` frames.
+    """
     try:
         length = math.nan if isinstance(seconds, bool) else float(seconds)
     except (TypeError, ValueError, OverflowError):
@@ -83,7 +86,7 @@ def _frames(seconds: Any, fps: int, most: int) -> int:
     return frames
 
 
-def _alone(name: str, fields: dict[str, Any], *others: str) -> None:
+def _check_alone(name: str, fields: dict[str, Any], *others: str) -> None:
     for other in others:
         if fields.get(other) is not None:
             raise InvalidRequest(name, f"'{name}' and '{other}' are both given, expected one of them.")

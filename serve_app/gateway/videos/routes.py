@@ -1,4 +1,4 @@
-"""The routes of `/v1/videos`. Each turns HTTP into one call on `Videos`."""
+"""The routes of `/v1/videos`. Each turns HTTP into one call of `Videos`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pydantic import BaseModel, ValidationError
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.http import content
 from serve_app.gateway.http.auth import Creator, Reader, bearer
-from serve_app.gateway.http.errors import RESPONSES, ApiError, no_video
+from serve_app.gateway.http.envelope import ErrorEnvelope
+from serve_app.gateway.http.errors import RESPONSES, ApiError
 from serve_app.gateway.http.forms import read_fields
 from serve_app.gateway.http.routing import Routes
 from serve_app.gateway.videos import sse
-from serve_app.gateway.videos.schemas import CreateVideo, ErrorEnvelope, Remix, Variant, Video, VideoDeleted, VideoList
-from serve_app.gateway.videos.service import Videos
+from serve_app.gateway.videos.schemas import CreateVideo, Remix, Variant, Video, VideoDeleted, VideoList
+from serve_app.gateway.videos.service import Videos, no_video
 from serve_app.spelling import unknown_field
 from serve_app.storage import download_name
 
@@ -26,22 +27,25 @@ _CONFLICT: dict[int | str, dict[str, Any]] = {
 }
 _EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"description": "Each change of the video, up to its end.", "content": {"text/event-stream": {}}},
-    204: {"description": "`Last-Event-ID` names the end."},
-    503: {"model": ErrorEnvelope, "description": "As many clients follow videos as may."},
+    204: {"description": "The client has seen the last event, by `Last-Event-ID`."},
+    503: {"model": ErrorEnvelope, "description": "Too many clients follow videos here."},
 }
 _FILE: dict[int | str, dict[str, Any]] = {
     200: {"description": "The file.", "content": {"video/mp4": {}, "image/jpeg": {}}},
     206: {"description": "Part of the file."},
-    302: {"description": "Where the storage serves the file, for a while and to whoever knows the address."},
-    304: {"description": "The file that the client has, by `If-None-Match` or `If-Modified-Since`."},
-    412: {"model": ErrorEnvelope, "description": "The file is another than `If-Match` or `If-Unmodified-Since` says."},
+    302: {"description": "A link to the storage. It works for a limited time, for anyone who has it."},
+    304: {"description": "The client has this file already, by `If-None-Match` or `If-Modified-Since`."},
+    412: {
+        "model": ErrorEnvelope,
+        "description": "The file is not the one that `If-Match` or `If-Unmodified-Since` asks for.",
+    },
     416: {"model": ErrorEnvelope, "description": "The range lies outside the file."},
     503: {"model": ErrorEnvelope, "description": "The storage does not answer."},
 }
 
 
 def _body(model: type[BaseModel], *kinds: str) -> dict[str, Any]:
-    """OpenAPI of a body that we read ourselves, because it may come in several kinds."""
+    """Return the OpenAPI of a body that the route reads itself, because it may be JSON or a form."""
     schema = model.model_json_schema()
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}
 
@@ -53,14 +57,14 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=255,
         pattern="^[ -~]+$",
-        description="A name for this request. The same request with the same name makes one video, however often it "
-        "is sent; another request with that name is refused. Holds for as long as the video exists.",
+        description="A name for this request, which makes it idempotent: a retry with the same name returns the same "
+        "video. Another request with that name is refused with 409. A name is kept as long as its video exists.",
     ),
 ]
 
 
 def router(videos: Videos) -> APIRouter:
-    """Routes over `videos`."""
+    """Return the routes of the videos API."""
     routes = Routes(tags=["videos"], responses=RESPONSES, dependencies=bearer(videos.config.auth))
     streams = sse.Streams(videos.config.gateway.max_ongoing_requests // 2)
 
@@ -68,7 +72,7 @@ def router(videos: Videos) -> APIRouter:
         "/v1/videos", responses=_CONFLICT, openapi_extra=_body(CreateVideo, "application/json", "multipart/form-data")
     )
     async def create(request: Request, who: Creator, idempotency_key: IdempotencyKey = None) -> Video:
-        """Queue a video. The answer holds everything that was resolved, the drawn seed too."""
+        """Queue a video. The answer holds all parameters with their values, including the seed that was drawn."""
         fields, typed = await read_fields(request)
         return await videos.submit(fields, typed=typed, who=who, idempotency_key=idempotency_key)
 
@@ -79,7 +83,7 @@ def router(videos: Videos) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> VideoList:
-        """A page of videos by age."""
+        """List videos by age, page by page."""
         return await videos.list(after, limit, order, who)
 
     for path, what in (("edits", "Editing"), ("extensions", "Extending"), ("characters", "Characters")):
@@ -90,7 +94,7 @@ def router(videos: Videos) -> APIRouter:
 
     @routes.get("/v1/videos/{video_id}")
     async def retrieve(video_id: str, who: Reader, response: Response) -> Video:
-        """A video: its state, and what it is made from."""
+        """Return a video: its state and its parameters."""
         video = await videos.get(video_id, who)
         if video is None:
             raise no_video(video_id)
@@ -100,14 +104,14 @@ def router(videos: Videos) -> APIRouter:
 
     @routes.delete("/v1/videos/{video_id}")
     async def delete(video_id: str, who: Creator) -> VideoDeleted:
-        """Remove a video and its files; a run of it is cancelled."""
+        """Delete a video and its files. If it is running, it is stopped."""
         if not await videos.delete(video_id, who):
             raise no_video(video_id)
         return VideoDeleted(id=video_id)
 
     @routes.post("/v1/videos/{video_id}/cancel")
     async def cancel(video_id: str, who: Creator) -> Video:
-        """Stop a video that waits or runs. It ends as `failed` with `error.code` `cancelled`."""
+        """Cancel a video that waits or runs. It ends as `failed` with `error.code` `cancelled`."""
         video = await videos.cancel(video_id, who)
         if video is None:
             raise no_video(video_id)
@@ -115,7 +119,7 @@ def router(videos: Videos) -> APIRouter:
 
     @routes.post("/v1/videos/{video_id}/remix", responses=_CONFLICT, openapi_extra=_body(Remix, "application/json"))
     async def remix(video_id: str, request: Request, who: Creator, idempotency_key: IdempotencyKey = None) -> Video:
-        """Queue the same video, seed included, with another prompt."""
+        """Queue a video with the same parameters, seed included, and another prompt."""
         fields, typed = await read_fields(request)
         return await videos.remix(video_id, _remix(fields, typed), who, idempotency_key)
 
@@ -126,16 +130,17 @@ def router(videos: Videos) -> APIRouter:
         who: Reader,
         last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
     ) -> Response:
-        """The video now and after each change, as Server-Sent Events named by its status; the last is `completed`,
-        `failed` or `deleted`.
+        """Stream the video as Server-Sent Events: its state now and after each change.
+
+        Each event is named after the status. The last one is `completed`, `failed` or `deleted`.
         """
         video = await videos.get(video_id, who)
         if video is None:
             raise no_video(video_id)
         if sse.is_end(video, last_event_id):
             return Response(status_code=204)
-        streams.check()
-        # Not to be kept, nor to be collected before it is passed on.
+        streams.check_not_full()
+        # Neither cached, nor buffered by a proxy.
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         if request.method == "HEAD":
             return StreamingResponse(iter(()), headers=headers, media_type="text/event-stream")
@@ -144,8 +149,9 @@ def router(videos: Videos) -> APIRouter:
 
     @routes.get("/v1/videos/{video_id}/content", responses={**_ENDED, **_FILE}, response_class=Response)
     async def get_content(video_id: str, request: Request, who: Reader, variant: Variant = "video") -> Response:
-        """The mp4 of a completed video, or a JPEG variant of it. Takes `Range` and the conditions of HTTP
-        (`If-None-Match`, `If-Modified-Since`, `If-Match`, `If-Unmodified-Since`, `If-Range`).
+        """Download the mp4 of a completed video, or one of its JPEG variants.
+
+        Obeys `Range`, `If-Range`, `If-None-Match`, `If-Modified-Since`, `If-Match` and `If-Unmodified-Since`.
         """
         key, stat = await videos.output(video_id, variant, who)
         head = request.method == "HEAD"
@@ -176,10 +182,11 @@ def _remix(fields: dict[str, Any], typed: bool) -> Remix:
 
 
 def _poll_after_ms(video: Video) -> int:
-    """A quarter of the time left, within sense: few polls while there is far to go, and the end is noticed at once.
+    """Return the milliseconds after which a client should ask again: a quarter of the time left, from 100 to 5000.
 
-    A poll costs the server some milliseconds of CPU; on two cores that also do the math, twenty polls a second were
-    measured to add two seconds to a video of seven (benchmarks/NEGATIVE.md).
+    So there are few polls at the beginning, and the end is noticed soon. A poll costs the server some milliseconds of
+    CPU: on two cores that also do the math, twenty polls a second were measured to add two seconds to a video that
+    takes seven (benchmarks/NEGATIVE.md).
     """
     left_s = video.seconds_left if video.seconds_left is not None else 4
     return int(min(max(left_s / 4, 0.1), 5) * 1000)

@@ -1,4 +1,4 @@
-"""What the API sends and takes, as OpenAPI shows it. Knows the job table, not HTTP."""
+"""The bodies of the videos API, as OpenAPI shows them. Knows the job table, not HTTP."""
 
 from __future__ import annotations
 
@@ -6,69 +6,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve_app.config import Priority
 from serve_app.db.tables import Job, Status
-from serve_app.request import MAX_DEADLINE_S
+from serve_app.parameters import Fields, Priority, Resolved
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
 
 
-class ErrorBody(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None = None
-    """The field at fault."""
-    code: str | None = None
-    """A stable word for programs."""
-
-
-class ErrorEnvelope(BaseModel):
-    """Every answer that is no success."""
-
-    error: ErrorBody
-
-
-class CreateVideo(BaseModel):
-    """A request for a video. Only `prompt` is needed. As a form, numbers are spelled as text."""
+class CreateVideo(Fields):
+    """A request for a video. Only `prompt` is needed. In a form, numbers are sent as text."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"example": {"prompt": "a red circle moves right"}})
 
-    prompt: str
-    model: str | None = None
-    size: str | None = Field(None, description="Width x height in pixels, `128x128`; instead of `width` and `height`.")
-    seconds: str | float | None = Field(None, description="Length; instead of `num_frames`, fitted to a whole 4k+1.")
-    negative_prompt: str | None = None
-    width: int | None = Field(None, description="A multiple of 16.")
-    height: int | None = Field(None, description="A multiple of 16.")
-    num_frames: int | None = Field(None, description="4k+1.")
-    fps: int | None = None
-    seed: int | None = Field(None, description="Drawn, and returned, if it is -1 or not given.")
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = Field(None, description="Of the high-noise expert.")
-    guidance_scale_2: float | None = Field(None, description="Of the low-noise expert; default is `guidance_scale`.")
-    flow_shift: float | None = None
-    boundary_ratio: float | None = None
-    priority: Priority | None = Field(
-        None, description="Its class in the queue, a more urgent one first; default is `standard`."
-    )
-    deadline_s: float | None = Field(
-        None,
-        gt=0,
-        le=MAX_DEADLINE_S,
-        description="Seconds from now after which the video is of no use: it then fails as `deadline_exceeded`.",
-    )
-    start_at: float | None = Field(
-        None, ge=0, description="When work on it may begin, in seconds since 1970; a time that has passed is now."
-    )
-    notify_email: str | None = Field(
-        None, description="Address that a mail goes to when the video has ended; only where mails are sent. Not shown."
-    )
-
 
 class Remix(BaseModel):
-    """The same video with another prompt, in the same class of the queue, without a deadline and at once."""
+    """A new prompt for a video that exists. The priority stays; deadline and start time do not."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -76,14 +27,14 @@ class Remix(BaseModel):
 
 
 class VideoError(BaseModel):
-    """Why there is no video."""
+    """The reason why a video, or an attempt at it, failed."""
 
     code: str
     message: str
 
 
-class Video(BaseModel):
-    """A video, from the request on. The first block is OpenAI's resource, the second is ours."""
+class VideoState(BaseModel):
+    """The state of a video. The first block is OpenAI's resource, the second is ours."""
 
     id: str
     object: Literal["video"] = "video"
@@ -99,48 +50,48 @@ class Video(BaseModel):
     remixed_from_video_id: str | None = None
     error: VideoError | None = None
 
-    stage: str | None = Field(None, description="`encode`, `denoise` or `decode`, while it runs.")
+    stage: str | None = Field(None, description="`encode`, `denoise` or `decode`; null if it is not running.")
     step: int = 0
     steps: int = 0
     seconds_left: float | None = Field(
-        None, description="Estimate of the time until it is there, from what recent videos took; null if none is known."
+        None, description="Estimated seconds until the video is ready, from what recent videos took; null if unknown."
     )
     paused: bool = Field(
-        False, description="An operator has paused the queue: it waits, and goes on when they resume. Only if `queued`."
+        False, description="An operator has paused the queue. The video waits until it is resumed. Only if `queued`."
     )
     priority: Priority
-    deadline_at: int | None = Field(None, description="When work on it ends, finished or not.")
-    start_at: int | None = Field(None, description="When work on it begins at the earliest.")
-    queue_position: int | None = Field(None, description="1 is next; while it is queued. A more urgent one may come.")
-    attempts: int = Field(description="Times that work on it began.")
-    owner: str | None = Field(None, description="The id of the API key that created it, where there are keys.")
-    revision: str | None = Field(None, description="Of the weights that made it.")
-    last_error: VideoError | None = Field(None, description="Why an earlier attempt failed, while another is made.")
-    negative_prompt: str
-    width: int
-    height: int
-    num_frames: int
-    fps: int
-    seed: int
-    num_inference_steps: int
-    guidance_scale: float
-    guidance_scale_2: float
-    flow_shift: float
-    boundary_ratio: float | None = Field(description="Null is the model's own.")
+    deadline_at: int | None = Field(None, description="Time after which the video is given up, finished or not.")
+    start_at: int | None = Field(None, description="Earliest time at which work on it begins.")
+    queue_position: int | None = Field(
+        None, description="Place in the queue, 1 is next. It grows if a more urgent video comes. Null if not `queued`."
+    )
+    attempts: int = Field(description="How often work on it began.")
+    owner: str | None = Field(
+        None, description="Id of the API key that created it; null if the server asks for no keys."
+    )
+    revision: str | None = Field(None, description="Revision of the weights that made it.")
+    last_error: VideoError | None = Field(None, description="Why the attempt before failed, while another one is made.")
+
+
+class Video(Resolved, VideoState):
+    """A video, from the request on: its state, and the parameters that it is made from."""
+
     started_at: int | None = None
     timings: dict[str, float] = {}
     """Seconds of each stage."""
-    warnings: list[str] = Field([], description="What a person should know of it, some of it from the start.")
+    warnings: list[str] = Field([], description="Warnings for people, e.g. a prompt that was cut.")
     size_bytes: int | None = None
 
     @classmethod
     def of(
         cls, job: Job, queue_position: int | None = None, seconds_left: float | None = None, paused: bool = False
     ) -> Video:
-        """The resource of a job.
+        """Return the resource of a job.
 
         Args:
-            seconds_left: what is guessed while it waits; a job that runs knows better.
+            job: its row.
+            queue_position: its place in the queue, 1 being next; None if it does not wait.
+            seconds_left: estimate for a job that waits; a running job's row holds a better one.
             paused: whether no job begins at the moment.
         """
         error = None
@@ -181,7 +132,7 @@ class Video(BaseModel):
 
 
 class VideoList(BaseModel):
-    """A page of videos; the next one starts `after` the `last_id`."""
+    """A page of videos. For the next page, send its `last_id` as `after`."""
 
     object: Literal["list"] = "list"
     data: list[Video]
@@ -191,35 +142,8 @@ class VideoList(BaseModel):
 
 
 class VideoDeleted(BaseModel):
-    """A video is gone."""
+    """The answer to a delete."""
 
     id: str
     object: Literal["video.deleted"] = "video.deleted"
     deleted: Literal[True] = True
-
-
-class ReadyState(BaseModel):
-    """The state of a server that accepts jobs."""
-
-    status: Literal["ready", "paused", "degraded"]
-    """`ready`: videos are made. Otherwise jobs wait: `paused` by an operator, or `degraded` by what `reason` says."""
-    reason: str | None = None
-
-
-class ModelCard(BaseModel):
-    """A model, with what a request may ask for and what it gets when it does not say."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "serve_app"
-    limits: dict[str, int]
-    defaults: dict[str, int | float | str | None]
-    note: str | None = Field(None, description="What it cannot be asked for; null where it takes any prompt.")
-
-
-class ModelList(BaseModel):
-    """The models that are served."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]

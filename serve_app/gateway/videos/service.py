@@ -1,4 +1,4 @@
-"""What can be done with videos, whichever way a call came in. Knows neither HTTP nor Ray."""
+"""The operations on videos, for HTTP calls and handle calls alike. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serve_app.config import Config
 from serve_app.db.tables import CANCELLED, Job
 from serve_app.errors import InvalidRequest, JobFailed, Unavailable, one_line
 from serve_app.gateway.http.auth import Caller
-from serve_app.gateway.http.errors import ApiError, no_video
+from serve_app.gateway.http.errors import ApiError
 from serve_app.gateway.videos.admission import Admission
 from serve_app.gateway.videos.body import understand
 from serve_app.gateway.videos.schemas import Remix, Variant, Video, VideoList
@@ -26,20 +26,23 @@ from serve_app.tiny import vocabulary
 logger = get_logger(__name__)
 
 Wake = Callable[[], Awaitable[None]]
-"""Tells a dispatcher that the store holds something new."""
+"""Tells a dispatcher that there is a new job in the store."""
 
-# Between two looks at a job that somebody watches, in seconds: a tenth of the time in which nothing changed, within
-# these bounds, so that what is quick is seen at once and who waits for hours costs little.
+# A watched job is looked at after a tenth of the time in which nothing changed, within these bounds in seconds: quick
+# changes are seen soon, and watching for hours costs little.
 _WATCH_S = (0.2, 1.0)
-# Whoever calls from inside of the cluster.
+# Handle calls come from inside of the cluster, and are trusted.
 _TRUSTED = Caller()
 
 
 class Videos:
-    """Operations on the videos of one store and storage, each for a caller: what it may not see is not there.
+    """Operations on the videos of one store and storage. A caller's error for a video of another key is "not found".
 
     Args:
-        wake: may fail; the dispatcher's poll finds the work anyway.
+        config: all options.
+        store: job store.
+        storage: where the videos are.
+        wake: tells a dispatcher of a new job. It may fail: the dispatcher's poll finds the job anyway.
     """
 
     def __init__(self, config: Config, store: JobStore, storage: Storage, wake: Wake) -> None:
@@ -47,7 +50,7 @@ class Videos:
         self.store = store
         self.storage = storage
         self._wake = wake
-        self.intake = Admission(store, storage, config.storage.min_free_mib)
+        self.admission = Admission(store, storage, config.storage.min_free_mib)
 
     async def submit(
         self,
@@ -60,10 +63,14 @@ class Videos:
         """Check a request and queue it.
 
         Args:
-            idempotency_key: the same request with the same key makes one video, which is returned each time.
+            fields: those of a create request.
+            typed: whether numbers are numbers, as in JSON, or text, as in a form.
+            who: caller, whose video it becomes.
+            idempotency_key: name of the request; a retry with the same name returns the same video.
 
         Raises:
-            InvalidRequest, ApiError, IdempotencyConflict: it is refused. QueueFull, OverLimit, Unavailable: not now.
+            InvalidRequest, ApiError, IdempotencyConflict: the request is wrong.
+            QueueFull, OverLimit, Unavailable: it cannot be accepted now.
         """
         params, urgency, notify_email = understand(fields, self.config, typed=typed)
         named = _idempotency(idempotency_key, fields)
@@ -72,7 +79,7 @@ class Videos:
     async def remix(
         self, video_id: str, request: Remix, who: Caller = _TRUSTED, idempotency_key: str | None = None
     ) -> Video:
-        """Queue the same video, seed and priority included, with another prompt and without a deadline."""
+        """Queue a video with the parameters, seed and priority of another one, a new prompt and no deadline."""
         source = await self._job(video_id, who)
         params = resolve(VideoRequest(**{**source.params, "prompt": request.prompt}), self.config)
         urgency = Urgency.model_validate({"priority": source.priority})
@@ -90,9 +97,9 @@ class Videos:
         notify_email: str | None = None,
     ) -> Video:
         try:
-            await self.intake.check()
+            await self.admission.check_open()
         except Unavailable:
-            # What was accepted before stays so, however full the disk is now.
+            # A retry of a request that was accepted before still gets its video.
             before = None if named is None else await self.store.known(who.owner, named)
             if before is None:
                 raise
@@ -112,21 +119,21 @@ class Videos:
             "created",
             extra={"job": job.id, "owner": job.owner, "priority": job.priority, "remix_of": job.remixed_from},
         )
-        await self._tell()
+        await self._wake_dispatcher()
         return await self._resource(job)
 
     async def get(self, video_id: str, who: Caller = _TRUSTED) -> Video | None:
-        """The video, or None."""
+        """Return a video, or None."""
         job = await self.store.get(video_id, who.sees)
         return None if job is None else await self._resource(job)
 
     async def list(
         self, after: str | None, limit: int, order: Literal["asc", "desc"], who: Caller = _TRUSTED
     ) -> VideoList:
-        """A page of videos. Queue positions are left out: each would cost a query.
+        """Return a page of videos, without their queue positions: each would cost a query.
 
         Raises:
-            InvalidRequest: `after` is no id.
+            InvalidRequest: `after` is not the id of a video.
         """
         try:
             jobs, has_more = await self.store.list(after, limit, order, who.sees)
@@ -144,27 +151,28 @@ class Videos:
         )
 
     async def delete(self, video_id: str, who: Caller = _TRUSTED) -> bool:
-        """Remove a video, its files, and the run that may be making it; False if there is none."""
+        """Delete a video and its files, and stop it if it runs. Return False if there is none."""
         if not await self.store.delete(video_id, who.sees):
             return False
         logger.info("deleted", extra={"job": video_id})
-        await self._tell()
+        await self._wake_dispatcher()
         return True
 
     async def cancel(self, video_id: str, who: Caller = _TRUSTED) -> Video | None:
-        """Stop a video that waits or runs; it then ends as failed, `cancelled`. One that has ended stays as it is."""
+        """Cancel a video that waits or runs. It ends as failed, `cancelled`. An ended one stays as it is."""
         job = await self.store.request_cancel(video_id, who.sees)
         if job is None:
             return None
         logger.info("cancel requested", extra={"job": video_id})
-        await self._tell()
+        await self._wake_dispatcher()
         return await self._resource(job)
 
     async def watch(self, video_id: str) -> AsyncGenerator[Video, None]:
-        """The video now and after each change, up to its end.
+        """Yield a video: its state now and after each change, up to its end.
 
         Raises:
-            InvalidRequest: there is no such video. JobFailed: it was deleted meanwhile.
+            InvalidRequest: there is no such video.
+            JobFailed: it was deleted meanwhile.
         """
         last: Video | None = None
         changed_at = time.monotonic()
@@ -183,11 +191,11 @@ class Videos:
             await asyncio.sleep(min(max((time.monotonic() - changed_at) / 10, least), most))
 
     async def output(self, video_id: str, variant: Variant, who: Caller = _TRUSTED) -> tuple[str, Stat]:
-        """Key and size of a finished video's file.
+        """Return storage key and size of a finished video's file.
 
         Raises:
-            ApiError: 404 if there is no such video or variant, 409 if the video is not finished, 503 if the storage
-                does not answer.
+            ApiError: 404, there is no such video or variant; 409, the video is not finished; 503, the storage does not
+                answer.
         """
         job = await self._job(video_id, who)
         if job.shown_status == CANCELLED:
@@ -218,21 +226,26 @@ class Videos:
     async def _resource(self, job: Job) -> Video:
         if job.status != "queued":
             return Video.of(job)
-        # Between the queries it may have left the queue: then it has no position.
+        # The job may leave the queue between the queries: then it has no position.
         position, paused = await self.store.position(job.id), await self.store.paused_since() is not None
-        # Nobody knows how long a pause lasts.
+        # There is no estimate during a pause, which lasts until an operator ends it.
         return Video.of(job, position, None if paused else await self.store.seconds_left(job), paused)
 
-    async def _tell(self) -> None:
+    async def _wake_dispatcher(self) -> None:
         try:
             await self._wake()
         except Exception as error:
-            logger.warning("dispatcher not told", extra={"error": f"{type(error).__name__}: {error}"[:200]})
+            logger.warning("dispatcher not woken", extra={"error": f"{type(error).__name__}: {error}"[:200]})
 
 
 def _idempotency(key: str | None, fields: dict[str, Any]) -> Idempotency | None:
-    """A request's name and what it asks for. Fields, not bytes: a form's boundary differs each time."""
+    """Return name and digest of a request. Fields are digested, not bytes: the boundary of a form differs each time."""
     if key is None:
         return None
     said = json.dumps(fields, sort_keys=True, default=str)
     return Idempotency(key, hashlib.sha256(said.encode("utf-8", "surrogatepass")).hexdigest())
+
+
+def no_video(video_id: str) -> ApiError:
+    """Return a 404 that names the video; the id is shortened, since it may be any text."""
+    return ApiError(404, "not_found", f"There is no video {video_id[:80]!r}.", "video_id")

@@ -1,8 +1,8 @@
-"""A video's changes as Server-Sent Events.
+"""The changes of a video as Server-Sent Events.
 
-Each event is the whole resource, named by its status, and its id is a digest of it. So nothing has to be kept to
-resume: who comes back with a `Last-Event-ID` gets the next state that differs from what it saw, and 204 where that was
-the end, at which browsers stop asking.
+Each event is the whole resource. It is named after the status, and its id is a digest of the resource. So the server
+keeps nothing for a client that reconnects: with its `Last-Event-ID` it gets the next state that differs from the one it
+saw, or 204 if that was the last one, at which browsers stop asking.
 """
 
 from __future__ import annotations
@@ -18,37 +18,42 @@ from serve_app.logs import get_logger
 
 logger = get_logger(__name__)
 
-# A comment this often, in seconds, keeps proxies from taking a quiet stream for a dead one.
+# Seconds between two comments, which keep proxies from closing a quiet stream.
 KEEP_ALIVE_S = 15.0
 _RECONNECT_MS = 2000
 
 
 def event_id(data: str) -> str:
-    """The name of a state."""
+    """Return the id of a state: a digest of its JSON."""
     return hashlib.sha256(data.encode()).hexdigest()[:16]
 
 
 def is_end(video: Video, last_id: str | None) -> bool:
-    """Whether the client has seen all that there will be."""
+    """Return whether the client has seen the last event of a video."""
     return video.status in ("completed", "failed") and last_id == event_id(video.model_dump_json())
 
 
 class Streams:
-    """The streams of one process.
+    """The event streams of one process.
 
     Args:
-        most: streams at once. Each takes up a request of those that Serve lets a replica have, for minutes or hours.
+        most: number of streams at once. Each counts as one of the replica's `max_ongoing_requests`, for minutes or
+            hours.
 
     Attributes:
-        open: how many there are.
+        open: number of streams now.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self.open = 0
 
-    def check(self) -> None:
-        """Raises ApiError if there are as many as may be."""
+    def check_not_full(self) -> None:
+        """Check that one more stream may be opened.
+
+        Raises:
+            ApiError: 503, there are too many.
+        """
         if self.open >= self._most:
             message = f"{self.open} clients follow videos here already; ask for the video's state instead."
             raise ApiError(503, "too_many_streams", message, retry=True, retry_after="5")
@@ -56,11 +61,12 @@ class Streams:
     async def stream(
         self, video_id: str, changes: AsyncGenerator[Video, None], last_id: str | None
     ) -> AsyncGenerator[str, None]:
-        """The text of the events.
+        """Yield the text of the events.
 
         Args:
-            changes: `Videos.watch`; is closed at the end, or when the client leaves.
-            last_id: of the event that the client saw last.
+            video_id: id of the video.
+            changes: what `Videos.watch` returns. It is closed at the end, or when the client leaves.
+            last_id: id of the event that the client saw last.
         """
         pending: asyncio.Task[Video] | None = None
         self.open += 1
@@ -81,7 +87,7 @@ class Streams:
                 if event_id(data) != last_id:
                     yield _event(video.status, data)
         finally:
-            # No waiting here: where the client left, this task has been cancelled, and every wait would be too.
+            # Nothing is awaited if the client left: this task was cancelled then, and any wait would be cancelled too.
             if pending is not None and not pending.done():
                 pending.cancel()
             else:
@@ -91,5 +97,5 @@ class Streams:
 
 
 def _event(name: str, data: str) -> str:
-    # One line: pydantic's JSON has no line breaks, and escapes those within strings.
+    # The data is one line: pydantic's JSON has no line breaks, and escapes those inside of strings.
     return f"id: {event_id(data)}\nevent: {name}\ndata: {data}\n\n"

@@ -1,7 +1,7 @@
-"""The routes of `/v1/webhook_endpoints`: those of OpenAI's API, with a delivery log and replay besides.
+"""The routes of `/v1/webhook_endpoints`: those of OpenAI's API, and a delivery log and replay.
 
-An endpoint belongs to whoever made it, and is told of their videos only. To everybody else it does not exist, except
-to callers with the scope `admin`.
+An endpoint belongs to the API key that created it, and gets events of that key's videos only. For other keys it does
+not exist, except for those with the scope `admin`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from serve_app.db.database import Database
 from serve_app.db.notifications import EVENT_TYPES, Endpoint, new_event
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.http.auth import Caller, Creator, Reader, bearer
+from serve_app.gateway.http.envelope import ErrorEnvelope
 from serve_app.gateway.http.errors import RESPONSES, ApiError
 from serve_app.gateway.http.routing import Routes
-from serve_app.gateway.videos.schemas import ErrorEnvelope
 from serve_app.gateway.webhooks.schemas import (
     CreateEndpoint,
     Replay,
@@ -42,7 +42,7 @@ from serve_app.notify.outbound import ReceiverRefused
 
 logger = get_logger(__name__)
 
-# The id that a sample event names; no video has it.
+# The video id in a sample event; no video has it.
 SAMPLE_VIDEO = "video_sample"
 
 Limit = Annotated[int, Query(ge=1, le=100)]
@@ -50,10 +50,10 @@ _DISABLED: dict[int | str, dict[str, Any]] = {409: {"model": ErrorEnvelope, "des
 
 
 def router(config: Config, database: Database) -> APIRouter:
-    """Routes over the endpoints in `database`.
+    """Return the routes of webhook endpoints.
 
     Raises:
-        ConfigError: an option of webhooks that cannot work.
+        ConfigError: an option in `webhooks` cannot work.
     """
     routes = Routes(tags=["webhooks"], responses=RESPONSES, dependencies=bearer(config.auth))
     endpoints = Endpoints(database)
@@ -80,12 +80,15 @@ def router(config: Config, database: Database) -> APIRouter:
 
     @routes.get("/v1/webhook_event_types")
     async def event_types(who: Reader) -> WebhookEventTypes:
-        """What endpoints can be told of."""
+        """List the types of events."""
         return WebhookEventTypes(data=[*EVENT_TYPES])
 
     @routes.post("/v1/webhook_endpoints")
     async def create(body: CreateEndpoint, who: Creator) -> WebhookEndpointWithSecret:
-        """Have a URL told of the videos of this key that end. The answer holds the secret that signs, once."""
+        """Create an endpoint: a URL that gets an event when a video of this key ends.
+
+        The answer holds the signing secret, which is shown at no other time.
+        """
         check_url(body.url)
         most = config.webhooks.endpoints
         kinds = sorted(set(body.event_types))
@@ -98,7 +101,7 @@ def router(config: Config, database: Database) -> APIRouter:
 
     @routes.get("/v1/webhook_endpoints")
     async def list_endpoints(who: Reader, after: str | None = None, limit: Limit = 20) -> WebhookEndpointList:
-        """A page of endpoints, the newest first."""
+        """List endpoints, the newest first, page by page."""
         try:
             rows, has_more = await endpoints.list(who.sees, after, limit)
         except LookupError:
@@ -108,12 +111,12 @@ def router(config: Config, database: Database) -> APIRouter:
 
     @routes.get("/v1/webhook_endpoints/{webhook_endpoint_id}")
     async def retrieve(webhook_endpoint_id: str, who: Reader) -> WebhookEndpoint:
-        """An endpoint, without its secret."""
+        """Return an endpoint, without its secret."""
         return WebhookEndpoint.of(await found(webhook_endpoint_id, who))
 
     @routes.post("/v1/webhook_endpoints/{webhook_endpoint_id}")
     async def update(webhook_endpoint_id: str, body: UpdateEndpoint, who: Creator) -> WebhookEndpoint:
-        """Change an endpoint, or enable one again whose receiver answered 410."""
+        """Change an endpoint, or enable it again after its receiver answered 410."""
         changes = body.model_dump(exclude_none=True)
         if body.url is not None:
             check_url(body.url)
@@ -128,7 +131,7 @@ def router(config: Config, database: Database) -> APIRouter:
 
     @routes.delete("/v1/webhook_endpoints/{webhook_endpoint_id}")
     async def delete(webhook_endpoint_id: str, who: Creator) -> WebhookEndpointDeleted:
-        """Remove an endpoint. What was not delivered to it never will be."""
+        """Delete an endpoint. Events that were not delivered to it are dropped."""
         if not await endpoints.delete(webhook_endpoint_id, who.sees):
             raise _no_endpoint(webhook_endpoint_id)
         logger.info("endpoint deleted", extra={"endpoint": webhook_endpoint_id})
@@ -138,7 +141,7 @@ def router(config: Config, database: Database) -> APIRouter:
     async def rotate_secret(
         webhook_endpoint_id: str, who: Creator, body: RotateSecret | None = None
     ) -> WebhookEndpointWithSecret:
-        """A new secret, at once. The old one signs as well for a day if that is asked for, else it is void."""
+        """Replace the signing secret. On request the old one stays valid for 24 hours; otherwise it is void at once."""
         keep_old = body is not None and body.keep_old_secret_active_for_24_hours
         endpoint = await endpoints.rotate(webhook_endpoint_id, who.sees, keep_old=keep_old)
         if endpoint is None:
@@ -148,7 +151,7 @@ def router(config: Config, database: Database) -> APIRouter:
 
     @routes.post("/v1/webhook_endpoints/{webhook_endpoint_id}/test", responses=_DISABLED)
     async def test(webhook_endpoint_id: str, body: TestEndpoint, who: Creator) -> WebhookEndpointTest:
-        """Send a sample event now, once, and wait for the answer, whatever its status. It is in the log, too."""
+        """Send a sample event once, wait for the answer, and return its status. The delivery log shows it as well."""
         endpoint = await enabled(webhook_endpoint_id, who)
         event = new_event(endpoint.owner, body.event_type, SAMPLE_VIDEO, distributed=True)
         outcome = await webhook.send(sender, endpoint, event)
@@ -161,21 +164,23 @@ def router(config: Config, database: Database) -> APIRouter:
 
     @routes.post("/v1/webhook_endpoints/{webhook_endpoint_id}/replay", responses=_DISABLED)
     async def replay(webhook_endpoint_id: str, body: Replay, who: Creator) -> WebhookReplay:
-        """Send events again, with the ids that they had."""
+        """Send events again, with their ids: one (`event_id`), or all undelivered ones since a time (`since`)."""
         if (body.event_id is None) == (body.since is None):
-            raise InvalidRequest("event_id", "Expected one of 'event_id' and 'since'.")
+            raise InvalidRequest(
+                "event_id", "'event_id' and 'since' are both given or both missing, expected exactly one of them."
+            )
         endpoint = await enabled(webhook_endpoint_id, who)
         replayed = await endpoints.replay(endpoint, event_id=body.event_id or "", since=body.since or 0)
         if replayed is None:
             shown = (body.event_id or "")[:80]
-            raise ApiError(404, "not_found", f"There is no event {shown!r} (any more).", "event_id")
+            raise ApiError(404, "not_found", f"There is no event {shown!r}, or it is no longer kept.", "event_id")
         return WebhookReplay(webhook_endpoint_id=endpoint.id, events=replayed[0], has_more=replayed[1])
 
     @routes.get("/v1/webhook_endpoints/{webhook_endpoint_id}/deliveries")
     async def deliveries(
         webhook_endpoint_id: str, who: Reader, after: str | None = None, limit: Limit = 20
     ) -> WebhookDeliveryList:
-        """What was or is to be delivered, the newest first, with every try."""
+        """List the deliveries to an endpoint, the newest first, each with its latest tries."""
         endpoint = await found(webhook_endpoint_id, who)
         try:
             rows, has_more = await endpoints.deliveries(endpoint.id, after, limit)

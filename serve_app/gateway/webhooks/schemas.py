@@ -1,4 +1,4 @@
-"""What the API of webhook endpoints sends and takes. Names and meanings of OpenAI's, where it has them."""
+"""The bodies of the API of webhook endpoints. Names and meanings are OpenAI's where OpenAI has them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NO_TEXT = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 
 
 def _text(value: str) -> str:
-    # JSON can spell both, but neither UTF-8 nor PostgreSQL can hold them.
+    # JSON can spell these characters, but neither UTF-8 nor PostgreSQL can hold them.
     if _NO_TEXT.search(value):
         raise ValueError("holds a control character or half of a surrogate pair, expected text")
     return value
@@ -22,20 +22,23 @@ def _text(value: str) -> str:
 Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_text)]
 Url = Annotated[
     str,
-    Field(max_length=2048, description="`https://` and a public host, without user, fragment or privileged port."),
+    Field(
+        max_length=2048,
+        description="Receiver of the events: `https://` and a public host, without user, fragment or privileged port.",
+    ),
     AfterValidator(_text),
 ]
 EventTypes = Annotated[list[EventType], Field(min_length=1, max_length=10)]
 
 
 class Body(BaseModel):
-    """What a request carries."""
+    """A request body; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class CreateEndpoint(Body):
-    """A URL that is to be told of videos that have ended."""
+    """A new endpoint: a URL that gets events of videos."""
 
     url: Url
     name: Name
@@ -43,37 +46,39 @@ class CreateEndpoint(Body):
 
 
 class UpdateEndpoint(Body):
-    """What is to change; what is not given stays."""
+    """Changes of an endpoint. Fields that are not given stay as they are."""
 
     url: Url | None = None
     name: Name | None = None
     event_types: EventTypes | None = None
-    enabled: bool | None = Field(None, description="False: nothing is sent any more. True: again, from now on.")
+    enabled: bool | None = Field(
+        None, description="False: no more events are sent. True: events from now on are sent again."
+    )
 
 
 class RotateSecret(Body):
-    """A new signing secret."""
+    """Options of a new signing secret."""
 
     keep_old_secret_active_for_24_hours: bool = False
 
 
 class TestEndpoint(Body):
-    """A sample event."""
+    """A sample event to send."""
 
     event_type: EventType
 
 
 class Replay(Body):
-    """What is to be sent again: one of both."""
+    """Events to send again: one (`event_id`) or all undelivered ones (`since`). Give exactly one."""
 
-    event_id: str | None = Field(None, description="This event, even if it arrived before.")
+    event_id: str | None = Field(None, description="Id of an event. It is sent again even if it was delivered before.")
     since: float | None = Field(
-        None, ge=0, le=1e11, description="Every event of this Unix time and later that did not arrive."
+        None, ge=0, le=1e11, description="Unix time. All events since then that were not delivered are sent again."
     )
 
 
 class WebhookEndpoint(BaseModel):
-    """An endpoint. The first block is OpenAI's resource, the second is ours."""
+    """A webhook endpoint. The first block is OpenAI's resource, the second is ours."""
 
     id: str
     object: Literal["webhook_endpoint"] = "webhook_endpoint"
@@ -89,7 +94,7 @@ class WebhookEndpoint(BaseModel):
 
     @classmethod
     def of(cls, endpoint: Endpoint) -> WebhookEndpoint:
-        """The resource of an endpoint."""
+        """Return the resource of an endpoint."""
         return cls(**_fields(endpoint))
 
 
@@ -100,7 +105,7 @@ class WebhookEndpointWithSecret(WebhookEndpoint):
 
     @classmethod
     def of(cls, endpoint: Endpoint) -> WebhookEndpointWithSecret:
-        """The resource of an endpoint that was just made, or whose secret was."""
+        """Return the resource of an endpoint whose secret is new."""
         return cls(**_fields(endpoint), signing_secret=endpoint.secret)
 
 
@@ -119,7 +124,7 @@ def _fields(endpoint: Endpoint) -> dict[str, Any]:
 
 
 class Page(BaseModel):
-    """Part of a list; the next one starts `after` the `last_id`."""
+    """A page of a list. For the next page, send its `last_id` as `after`."""
 
     object: Literal["list"] = "list"
     first_id: str | None
@@ -134,7 +139,7 @@ class WebhookEndpointList(Page):
 
 
 class WebhookEndpointDeleted(BaseModel):
-    """An endpoint is gone."""
+    """The answer to a delete."""
 
     id: str
     object: Literal["webhook_endpoint.deleted"] = "webhook_endpoint.deleted"
@@ -142,7 +147,7 @@ class WebhookEndpointDeleted(BaseModel):
 
 
 class WebhookEndpointTest(BaseModel):
-    """What the receiver answered to a sample event."""
+    """The receiver's answer to a sample event."""
 
     object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
     webhook_endpoint_id: str
@@ -152,29 +157,29 @@ class WebhookEndpointTest(BaseModel):
 
 
 class WebhookReplay(BaseModel):
-    """How many events are sent again."""
+    """The number of events that are sent again."""
 
     object: Literal["webhook_endpoint.replay"] = "webhook_endpoint.replay"
     webhook_endpoint_id: str
     events: int
-    has_more: bool = Field(description="Whether the same call would find more.")
+    has_more: bool = Field(description="Whether the same call would send more events.")
 
 
 class WebhookEventTypes(BaseModel):
-    """What endpoints can be told of."""
+    """The types of events."""
 
     object: Literal["list"] = "list"
     data: list[str]
 
 
 class EventData(BaseModel):
-    """Whom an event is about."""
+    """The video that an event is about."""
 
     id: str
 
 
 class WebhookEvent(BaseModel):
-    """What is sent to an endpoint, with the headers `webhook-id`, `webhook-timestamp` and `webhook-signature`."""
+    """The body that is sent to an endpoint, with headers `webhook-id`, `webhook-timestamp` and `webhook-signature`."""
 
     id: str
     object: Literal["event"] = "event"
@@ -184,7 +189,7 @@ class WebhookEvent(BaseModel):
 
 
 class Try(BaseModel):
-    """One time that it was sent."""
+    """One attempt to send an event."""
 
     at: float
     seconds: float
@@ -201,12 +206,12 @@ class WebhookDelivery(BaseModel):
     event: WebhookEvent
     status: DeliveryStatus
     created_at: int
-    next_try_at: int | None = Field(description="While it is pending.")
-    tries: list[Try] = Field(description="The latest ones, the oldest first.")
+    next_try_at: int | None = Field(description="Time of the next try; null if it is not pending.")
+    tries: list[Try] = Field(description="The latest tries, the oldest first.")
 
     @classmethod
     def of(cls, delivery: Delivery, event: Event) -> WebhookDelivery:
-        """The resource of a delivery."""
+        """Return the resource of a delivery."""
         return cls.model_validate(
             {
                 "id": delivery.id,

@@ -1,4 +1,4 @@
-"""Who may: keys, scopes and limits over HTTP, by the real openai SDK and by the command line."""
+"""Keys, scopes and limits over HTTP, by the real openai SDK and by the command line."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ async def test_what_another_owns_is_not_there(server: Server, held: asyncio.Even
         assert answer.status_code == 404, (method, what)
         if method == "HEAD":
             continue
-        # Word for word what is said of a video that never was.
+        # The error is the same as for a video that never existed.
         nothing = await server.http.request(
             method, f"/v1/videos/{'video_' + '0' * 38}{what}", headers=mine, json={"prompt": "x"}
         )
@@ -147,7 +147,7 @@ async def test_limits(server: Server, held: asyncio.Event) -> None:
         await until(ended)
     answer = await server.http.post("/v1/videos", json={"prompt": "x"}, headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "gpu_seconds")
-    # Tomorrow: no retry of a client's own will see it.
+    # The limit ends tomorrow, so clients should not retry by themselves.
     assert answer.headers["x-should-retry"] == "false" and 86_000 < int(answer.headers["retry-after"]) <= 86_400
 
 
@@ -164,17 +164,17 @@ async def test_requests_per_minute(server: Server) -> None:
 def test_buckets() -> None:
     now = 1000.0
     buckets = Buckets(replicas=2, clock=lambda: now)
-    assert [buckets.take("a", 4) for _ in range(3)] == [0, 0, 30]
+    assert [buckets.take_token("a", 4) for _ in range(3)] == [0, 0, 30]
     now += 29
-    assert 0 < buckets.take("a", 4) <= 1
+    assert 0 < buckets.take_token("a", 4) <= 1
     now += 1
-    assert buckets.take("a", 4) == 0 and buckets.take("a", 4) == 30
+    assert buckets.take_token("a", 4) == 0 and buckets.take_token("a", 4) == 30
     now += 3600  # never more than a minute's worth
-    assert [buckets.take("a", 4) == 0 for _ in range(3)] == [True, True, False]
-    # A share below one still lets one through now and then.
-    assert (buckets.take("b", 1), buckets.take("b", 1)) == (0, 120)
+    assert [buckets.take_token("a", 4) == 0 for _ in range(3)] == [True, True, False]
+    # A share below one request per minute still lets one through now and then.
+    assert (buckets.take_token("b", 1), buckets.take_token("b", 1)) == (0, 120)
     now += 120
-    assert buckets.take("b", 1) == 0
+    assert buckets.take_token("b", 1) == 0
 
 
 async def test_the_openai_sdk(client: openai.AsyncOpenAI, server: Server) -> None:
@@ -250,7 +250,7 @@ def test_keys_on_the_command_line(tmp_path: Path) -> None:
 
 
 class TestNobodyAsks:
-    """Anybody may ask: `auth: {mode: none}`."""
+    """Calls to a server with `auth: {mode: none}`."""
 
     @pytest.fixture
     def auth(self) -> AuthConfig:
@@ -270,14 +270,14 @@ class TestNobodyAsks:
         assert answer.json()["error"]["code"] == "not_open" and "auth.open" in answer.json()["error"]["message"]
 
     async def test_on_a_real_address(self, client: openai.AsyncOpenAI) -> None:
-        """The connection's own address decides, which no header can change."""
+        """The address of the connection decides, which no header can change."""
         async with httpx.AsyncClient() as http:
             for headers in ({}, {"host": "localhost"}, {"x-forwarded-host": "example.org"}):
                 assert (await http.get(f"{client.base_url}videos", headers=headers)).status_code == 200
 
 
 class TestOpen:
-    """Anybody on any host may ask: `auth: {mode: none, open: true}`."""
+    """Calls to a server with `auth: {mode: none, open: true}`."""
 
     @pytest.fixture
     def auth(self) -> AuthConfig:

@@ -1,4 +1,4 @@
-"""Every kind of body and URL is UTF-8, and read as what it says it is, or refused in one line."""
+"""Bodies and URLs of every kind: they are UTF-8 and of the declared type, or refused in one line."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def test_read_rightly(server: Server) -> None:
         (PARTS, whole(part(UTF8, more=b"\r\nContent-Type: text/plain; charset=utf-8"))),
         (PARTS, whole(part(STAR.encode("gbk"), more=b"\r\nContent-Type: text/plain; charset=gbk"))),
         (PARTS, whole(part(STAR.encode("utf-16"), more=b"\r\nContent-Type: text/plain; charset=utf-16"))),
-        # A file input that nobody used, as browsers send it.
+        # Browsers send an unused file input so.
         (PARTS, whole(part(UTF8), part(b"", b"input_reference", b'; filename=""'))),
         (PARTS, whole(part(b"", b"", b'; filename=""'), part(UTF8), part(b"", b"anything", b'; filename=""'))),
         (PARTS, whole(part(UTF8), part(b"", b"input_reference"))),
@@ -106,7 +106,7 @@ async def test_refused(server: Server) -> None:
 
 
 async def test_on_every_route(server: Server) -> None:
-    """Those that FastAPI reads answer as those that we read."""
+    """Routes whose body FastAPI reads answer like those that read it themselves."""
     video = await server.completed()
     endpoint = {"url": "https://hooks.example.com/", "name": "mine", "event_types": ["video.completed"]}
     made = await server.http.post("/v1/webhook_endpoints", json=endpoint)

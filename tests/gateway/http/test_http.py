@@ -99,7 +99,7 @@ async def test_health(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve_app.gateway.readiness._HOLDS_S", 0)
     monkeypatch.setattr("serve_app.gateway.videos.admission._HOLDS_S", 0)
     degraded = {"status": "degraded", "reason": server.reason}
-    # Jobs are taken all the same, and a pause changes nothing of that.
+    # Jobs are accepted nevertheless, during a pause as well.
     assert await state(server) == (200, degraded)
     assert (await server.create())["status"] == "queued"
     await server.store.pause()
@@ -183,7 +183,7 @@ async def test_the_description_comes_without_a_network(server: Server) -> None:
 
 
 def test_the_gateway_stays_small() -> None:
-    """Its replicas, and the dispatcher's, must not load the model's libraries."""
+    """Replicas of the gateway and the dispatcher must not load the libraries of the model."""
     code = (
         "import sys, serve_app.gateway.ingress, serve_app.dispatch.deployment;"
         "print([name for name in ('torch', 'diffusers', 'transformers', 'deepspeed', 'av') if name in sys.modules])"

@@ -1,4 +1,4 @@
-"""What HTTP asks of a server beside its routes: HEAD, Allow, conditions, parts, and clients that come and go."""
+"""HTTP beside the routes: HEAD, Allow, conditions, ranges, and clients that come and go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What web pages of other sites can do to a server that asks for no keys, and what they may do if they are named."""
+"""Web pages of other sites: they cannot use a server without keys, unless an option names them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BODY = b'{"prompt": "a star"}'
 
 
 def with_options(server: Server, **options: Any) -> httpx.AsyncClient:
-    """The same server with other options of the gateway."""
+    """Return the server with other options of the gateway."""
     args = server.config.model_dump(exclude={"gateway", "model"}) | {"gateway": options}
     return client_of(server, validate(args))
 
@@ -91,7 +91,7 @@ EVIL = [
 
 
 async def test_a_name_that_was_pointed_here_reads_nothing(server: Server) -> None:
-    """DNS rebinding: for the browser, page and server are of the same origin."""
+    """DNS rebinding: to the browser, page and server have the same origin."""
     video = await server.completed()
     for host in EVIL:
         headers = {"host": host, "origin": f"http://{host}", "sec-fetch-site": "same-origin"}
@@ -153,7 +153,7 @@ async def test_further_names(server: Server) -> None:
             *(("svc.cluster.local", 403), ("x.wan", 403), ("example.com", 403), ("evilsvc.cluster.local", 403)),
         ):
             assert (await http.get("/v1/videos", headers={"host": host})).status_code == status, host
-        # A proxy that ends TLS, passing our own address on or the name that the page has.
+        # A proxy that ends TLS passes on our address, or the name of the page.
         for host in ("127.0.0.1:8000", "video.example.com", "wan"):
             for origin, status in (
                 ("https://video.example.com", 200),
@@ -166,7 +166,7 @@ async def test_further_names(server: Server) -> None:
 
 
 async def test_with_keys_names_do_not_matter(server: Server) -> None:
-    """A page would have to know a key, and balancers call servers what they like."""
+    """With keys host names are not checked: a page would have to know a key, and load balancers use any name."""
     config = server.config.model_copy(update={"auth": server.config.auth.model_copy(update={"mode": "keys"})})
     _, key = await server.key()
     async with client_of(server, config) as http:
@@ -261,8 +261,8 @@ async def test_all_pages_with_keys(server: Server) -> None:
         ({"hosts": ["wan:8000"]}, "expected a name without scheme and port"),
         ({"hosts": ["*"]}, "expected a name without scheme and port"),
         ({"public_url": "video.example.com"}, "gateway.public_url has value 'video.example.com': expected the URL"),
-        ({"public_url": "https://"}, "expected the URL that users have"),
-        ({"public_url": "https://a:b"}, "expected the URL that users have"),
+        ({"public_url": "https://"}, "expected the URL that users call"),
+        ({"public_url": "https://a:b"}, "expected the URL that users call"),
     ],
 )
 def test_options_that_cannot_work(options: dict[str, Any], said: str) -> None:

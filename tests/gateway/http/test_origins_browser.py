@@ -1,4 +1,4 @@
-"""What pages of other sites can do from a real browser: nothing, unless they were named."""
+"""Pages of other sites in a real browser: they can do nothing, unless an option names them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ USE = """async (url) => {
 
 @pytest.fixture
 async def elsewhere() -> AsyncIterator[int]:
-    """The port of another site's server."""
+    """Port of the server of another site."""
     site = FastAPI()
 
     @site.get("/")
@@ -90,7 +90,7 @@ async def test_pages_of_other_sites(server: Server, browser: Browser, elsewhere:
             await page.goto(origin)
             said = await page.evaluate(ATTACK, url)
             assert said == ["opaque"] * 4 + ["blocked"] * 6
-        # Of the same origin for the browser, since the name now leads to the server.
+        # The name now leads to the server, so to the browser both have the same origin.
         await page.goto(url.replace("127.0.0.1", "evil.example"))
         read = "path => fetch(path).then(answer => answer.json())"
         assert (await page.evaluate(read, "/v1/videos"))["error"]["code"] == "unknown_host"

@@ -1,4 +1,4 @@
-"""The gateway below a route prefix, as Serve and a proxy in front of it spell that: in the scope's `root_path`."""
+"""The gateway below a route prefix, which Serve and a proxy in front of it pass in the scope's `root_path`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ async def test_the_page_and_what_it_links_to(server: Server, prefix: str) -> Non
         assert (answer.status_code, answer.headers["location"]) == (307, f"{prefix}/?x=1")
         page = await http.get(prefix, follow_redirects=True)
         assert page.status_code == 200 and page.url.path == f"{prefix}/"
-        # Relative, so that they are below the prefix, whoever has put it there.
+        # Links are relative, so they stay below any prefix.
         assert '"/v1' not in page.text and "`/v1" not in page.text
         for path in ("v1/videos", "v1/models", "healthz", "readyz"):
             assert (await http.get(page.url.join(path))).status_code == 200

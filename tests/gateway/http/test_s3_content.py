@@ -1,4 +1,4 @@
-"""Content of videos in S3: a redirect to a presigned URL, or through the gateway."""
+"""Content of videos in S3: by a redirect to a presigned URL, or through the gateway."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def test_delete_removes_the_objects(server: Server) -> None:
 
 
 class TestProxy:
-    """With `storage.proxy` the gateway answers as it does from a folder."""
+    """With `storage.proxy` the gateway answers as with a folder."""
 
     @pytest.fixture
     def storage_options(self, s3_server: S3Server, s3_credentials: None) -> StorageOptions:

@@ -36,8 +36,8 @@ MARKUP = """<b>粗体</b> & "引号" 'x' <img src=x onerror="window.hacked=1"><s
 async def test_a_video_from_a_prompt(page: Page, server: Server, films: FilmPipeline) -> None:
     films.gate = asyncio.Event()
     await make(page, "a red circle", Steps=8, Seed=7)
-    await status(page, "Working")
-    await page.locator("#detail", has_text="drawing 3/8").wait_for()
+    await status(page, "Running")
+    await page.locator("#detail", has_text="denoising 3/8").wait_for()
     assert 0 < await page.evaluate("bar.value") < 100
     assert await page.title() == f"{await page.evaluate('bar.value')} % · Text to video"
     films.gate.set()
@@ -99,7 +99,7 @@ async def test_bad_input_shows_what_the_api_says(page: Page, seen: Seen, server:
     await alert.filter(has_text="'size' 1024x1024 is 1048576 pixels, expected at most 147456").wait_for()
     await make(page, "   ", Width=64, Height=64)
     await alert.filter(has_text="'prompt' is empty, expected a description of the video.").wait_for()
-    prompt = page.get_by_label("What should be seen?")
+    prompt = page.get_by_label("Describe the video")
     assert await prompt.get_attribute("aria-invalid") == "true"
     assert await prompt.evaluate("node => node === document.activeElement")
     assert (await server.store.list())[0] == []
@@ -125,7 +125,7 @@ async def test_the_queue_and_cancel(page: Page, server: Server, films: FilmPipel
         await server.create()
     await make(page, "first in the queue")
     await status(page, "Waiting")
-    await page.locator("#detail", has_text="place 1").wait_for()
+    await page.locator("#detail", has_text="place in queue 1").wait_for()
     cancel = page.get_by_role("button", name="Cancel")
     await cancel.click()
     await status(page, "Cancelled")
@@ -134,13 +134,13 @@ async def test_the_queue_and_cancel(page: Page, server: Server, films: FilmPipel
     await server.store.pause()
     await make(page, "second in the queue")
     await status(page, "Paused by the operator")
-    await page.locator("#detail", has_text="place 1").wait_for()
+    await page.locator("#detail", has_text="place in queue 1").wait_for()
     assert "left" not in (await page.locator("#detail").text_content() or "")
     await page.locator("#list li", has_text="second in the queue").locator("small", has_text="Paused").wait_for()
     await server.store.resume()
     await status(page, "Waiting")
     films.gate.set()
-    # The others were made elsewhere, and their ends are seen all the same.
+    # The other videos were created elsewhere; the page shows their ends nevertheless.
     await page.locator("#list small", has_text="Done").nth(7).wait_for()
 
 
@@ -176,11 +176,11 @@ async def test_a_failure_is_explained(page: Page, films: FilmPipeline) -> None:
 async def test_a_reload_keeps_what_is_made_and_what_was_typed(page: Page, films: FilmPipeline) -> None:
     films.gate = asyncio.Event()
     await make(page, "the first", Steps=8)
-    await status(page, "Working")
-    await page.get_by_label("What should be seen?").fill("a draft")
+    await status(page, "Running")
+    await page.get_by_label("Describe the video").fill("a draft")
     await page.reload()
-    await status(page, "Working")
-    assert await page.get_by_label("What should be seen?").input_value() == "a draft"
+    await status(page, "Running")
+    assert await page.get_by_label("Describe the video").input_value() == "a draft"
     assert await page.get_by_label("Steps").input_value() == "8"
     films.gate.set()
     await status(page, "Done")
@@ -194,7 +194,7 @@ async def test_a_reload_keeps_what_is_made_and_what_was_typed(page: Page, films:
     await page.locator("#facts", has_text="the first").wait_for()
     await video_is_shown(page)
     await page.get_by_role("button", name="Use these settings").click()
-    assert await page.get_by_label("What should be seen?").input_value() == "the first"
+    assert await page.get_by_label("Describe the video").input_value() == "the first"
 
 
 async def test_the_keyboard_is_enough(page: Page) -> None:
@@ -232,7 +232,7 @@ async def test_in_chinese(browser: Browser, url: str, seen: Seen) -> None:
     page = await context.new_page()
     seen.watch(page)
     await page.goto(url)
-    await page.get_by_label("想看到什么？").fill("一只猫")
+    await page.get_by_label("描述视频内容").fill("一只猫")
     await page.get_by_role("button", name="生成视频").click()
     await status(page, "完成")
     assert await page.evaluate("[document.documentElement.lang, document.title]") == ["zh", "完成 · 文字生成视频"]
@@ -284,7 +284,7 @@ async def test_a_gateway_that_goes_and_comes_back(browser: Browser, server: Serv
         seen.watch(page)
         await page.goto(url)
         await make(page, "patient")
-        await status(page, "Working")
+        await status(page, "Running")
     away = page.locator("#away", has_text="does not answer")
     await away.wait_for()
     await make(page, "sent into the void")

@@ -1,4 +1,4 @@
-"""The web page in a real browser, where the server wants an API key."""
+"""The web page in a real browser, of a server that asks for an API key."""
 
 from __future__ import annotations
 
@@ -104,15 +104,15 @@ async def test_a_key_with_few_requests_a_minute(page: Page, seen: Seen, server: 
     films.gate = asyncio.Event()
     await use(page, headers["authorization"].removeprefix("Bearer "))
     await make(page, "slowly")
-    await status(page, "Working")
+    await status(page, "Running")
 
     async def refused() -> bool:  # also how the page looks at its video
         return bool((await server.http.get("/v1/models", headers=headers)).status_code == 429)
 
     await until(refused)
     await page.get_by_role("button", name="Make video").click()
-    await page.locator("#error", has_text="This key made 12 requests within a minute, its limit.").wait_for()
-    assert await page.locator("#state").text_content() == "Working"
+    await page.locator("#error", has_text="This key has reached its limit of 12 requests per minute.").wait_for()
+    assert await page.locator("#state").text_content() == "Running"
     await server.store.keys.limit(key_id, {"requests_per_minute": None})
     films.gate.set()
     await status(page, "Done")

@@ -1,4 +1,4 @@
-"""503 with a reason where nothing could be written down or stored, on a real full disk and a real lost database."""
+"""Creates are answered 503 with a reason on a real full disk and with a real lost database."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.links import LinkTo
 CREATE = {"prompt": "a red circle moves right"}
 
 
-async def test_a_full_disk_pauses_intake(
+async def test_a_full_disk_pauses_admission(
     small_disk: Disk, server: Server, monkeypatch: pytest.MonkeyPatch, held: asyncio.Event
 ) -> None:
     monkeypatch.setattr("serve_app.gateway.videos.admission._HOLDS_S", 0.05)
@@ -49,7 +49,7 @@ async def test_a_full_disk_pauses_intake(
     assert (await server.ended(running["id"]))["status"] == "completed"
 
 
-async def test_a_storage_that_is_gone_pauses_intake(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_storage_that_is_gone_pauses_admission(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve_app.gateway.videos.admission._HOLDS_S", 0)
     named = {"idempotency-key": "before"}
     before = (await server.http.post("/v1/videos", json=CREATE, headers=named)).json()["id"]
@@ -66,7 +66,7 @@ async def test_a_storage_that_is_gone_pauses_intake(server: Server, monkeypatch:
     assert (await server.http.post("/v1/videos", json=CREATE)).status_code == 200
 
 
-async def test_a_storage_that_hangs_pauses_intake(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_storage_that_hangs_pauses_admission(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve_app.gateway.videos.admission._HOLDS_S", 0)
     monkeypatch.setattr("serve_app.gateway.videos.admission._WAIT_S", 0.1)
     gate, looks = asyncio.Event(), 0

@@ -29,7 +29,7 @@ async def http(client: openai.AsyncOpenAI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def read(answer: httpx.Response) -> AsyncIterator[dict[str, str]]:
-    """Events as a browser understands them; comments as {"": text}."""
+    """Yield events as a browser reads them; comments as {"": text}."""
     event: dict[str, str] = {}
     async for line in answer.aiter_lines():
         if not line:
@@ -101,7 +101,7 @@ async def test_a_reconnect_goes_on(server: Server, http: httpx.AsyncClient, held
         held.set()
         later = [event async for event in events if "id" in event]
     assert event["id"] not in [one["id"] for one in later] and later[-1]["event"] == "completed"
-    # Another reader of the same state, another replica even, would have given it the same name.
+    # Any reader gets the same id for the same state, from other replicas as well.
     async with following(http, video_id) as events:
         assert [one async for one in events if "id" in one] == later[-1:]
     answer = await http.get(f"videos/{video_id}/events", headers={"last-event-id": later[-1]["id"]})
@@ -111,7 +111,7 @@ async def test_a_reconnect_goes_on(server: Server, http: httpx.AsyncClient, held
 
 
 async def test_a_pause_is_told_to_those_that_wait(server: Server, http: httpx.AsyncClient, held: asyncio.Event) -> None:
-    """In the resource, the list and the events; `status` stays OpenAI's, and nobody guesses how long it takes."""
+    """Resource, list and events show a pause. `status` stays OpenAI's, and there is no estimate."""
     held.set()
     done = await server.completed()  # so that there is an estimate
     held.clear()

@@ -1,4 +1,4 @@
-"""A short run of `benchmarks.serving.api_fuzz`: nothing is answered that OpenAPI does not say."""
+"""A short run of `benchmarks.serving.api_fuzz`: every answer is one that OpenAPI lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Idempotency-Key`: the same request makes one video."""
+"""`Idempotency-Key`: a retry of a request returns the same video."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def post(server: Server, key: str, path: str = "/v1/videos", **more: Any) 
 
 
 class Listener:
-    """Hears what is announced."""
+    """A broker that records announcements."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []

@@ -1,4 +1,4 @@
-"""What the API says of deliveries to webhooks, by real receivers."""
+"""Deliveries to webhooks as the API shows them, with real receivers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.sites import OPTIONS, Site
 
 
 async def test_a_video_over_http_is_told(server: Server) -> None:
-    """From the request to the receiver: gateway, dispatcher and notifier on one store."""
+    """Gateway, dispatcher and notifier on one store: the way from request to receiver."""
     config = server.config.model_copy(update={"webhooks": OPTIONS})
 
     async def nothing() -> None:
@@ -57,9 +57,9 @@ async def test_test_says_what_came_back(site: Site) -> None:
     rows = await site.log(endpoint)
     assert [row["status"] for row in rows] == ["failed", "failed", "failed", "failed", "delivered"]
     assert [row["tries"][0]["status_code"] for row in rows] == [None, 410, 302, 500, 204]
-    # Only a real event takes a receiver at its word.
+    # A 410 to a sample event does not disable the endpoint.
     assert (await site.http.get(f"/v1/webhook_endpoints/{endpoint['id']}")).json()["enabled"] is True
-    # A name that leads inside is found out when it is called.
+    # A host name that leads to a private address is refused when it is called.
     endpoint = await site.create("http://localhost:9999/")
     answer = await site.http.post(
         f"/v1/webhook_endpoints/{endpoint['id']}/test", json={"event_type": "video.completed"}

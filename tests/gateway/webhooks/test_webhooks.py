@@ -1,4 +1,4 @@
-"""The API of webhook endpoints: through the unmodified openai SDK where it has them, over plain HTTP where not."""
+"""The API of webhook endpoints, through the unmodified openai SDK where it has them, else over plain HTTP."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_the_endpoints_of_others_do_not_exist(site: Site) -> None:
         (row,) = await site.ended(endpoint)
         answer = await site.http.get(f"{path}/deliveries", headers={"x-key": "ada"})
         assert [one["id"] for one in answer.json()["data"]] == [row["id"]]
-        # One who may see everything does; whose endpoint it is decides what it is told.
+        # `admin` sees all endpoints; the owner of an endpoint decides which events it gets.
         admin = {"x-key": "root admin read create"}
         assert (await site.http.get(path, headers=admin)).json()["name"] == "mine"
         assert len((await site.http.get("/v1/webhook_endpoints", headers=admin)).json()["data"]) == 1

@@ -1,0 +1,34 @@
+"""The bodies of the routes that are about the server, not about a video, as OpenAPI shows them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class ReadyState(BaseModel):
+    """The state of a server that accepts jobs."""
+
+    status: Literal["ready", "paused", "degraded"]
+    """`ready`: videos are made. Otherwise jobs wait: `paused` by an operator, or `degraded` for the given `reason`."""
+    reason: str | None = None
+
+
+class ModelCard(BaseModel):
+    """A model, with the limits and the defaults of requests."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "serve_app"
+    limits: dict[str, int]
+    defaults: dict[str, int | float | str | None]
+    note: str | None = Field(None, description="What the model cannot draw. Null if it takes any prompt.")
+
+
+class ModelList(BaseModel):
+    """The models that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
