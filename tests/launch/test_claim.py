@@ -17,7 +17,7 @@ from serve_app.launch import claim
 
 HOLDER = """
 import sys, time
-from serve_app import claim
+from serve_app.launch import claim
 claim.ServerClaim("port 8000", claim.describe(["wan", "gateway"], "my.yaml", "http://127.0.0.1:8000"))
 print("held", flush=True)
 time.sleep(600)

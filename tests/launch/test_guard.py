@@ -17,7 +17,7 @@ import pytest
 # A server: its processes include an orphan in a session of its own, which ignores SIGTERM.
 SERVER = """
 import os, subprocess, sys, time
-from serve_app import guard
+from serve_app.launch import guard
 guard.LIMIT_S = 2
 guard.fork()
 subprocess.run(["sh", "-c", "trap '' TERM; setsid sleep 600 & echo orphan $!"])
