@@ -95,7 +95,9 @@ def test_what_is_no_path_stays(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^home has value '~nobody-at-all/x', expected a path: there is no home"):
+    with pytest.raises(
+        ConfigError, match=r"^home has value '~nobody-at-all/x', expected a path: that user has no home folder"
+    ):
         placed(validate({"home": "~nobody-at-all/x"}), below(tmp_path))
     for url in ("s3://bucket/x", "file:///x"):
         with pytest.raises(ConfigError, match=f"home is '{url}', expected a folder"):
