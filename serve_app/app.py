@@ -181,7 +181,7 @@ def _check_prepared(config: Config, checkpoint: Checkpoint) -> None:
             sharded = ShardedCheckpoint(config.model.sharded_folder, checkpoint, parallel.tensor, config.model.dtype)
             for expert in checkpoint.experts:
                 for shard in range(parallel.tensor):
-                    sharded.check(expert, shard)
+                    sharded.check_shard(expert, shard)
         except CheckpointError as error:
             raise ConfigError(f"model.sharded has value {config.model.sharded!r}: {error}") from None
 

@@ -1,4 +1,4 @@
-"""The model that a configuration names, and what follows from its folder for the other options.
+"""The model that a configuration names, and the options that follow from its folder.
 
 Knows neither Ray nor HTTP. Needs no torch, and takes milliseconds.
 """
@@ -13,10 +13,10 @@ from serve_app.wan.weights.checkpoint import Checkpoint
 
 
 def open_model(config: Config) -> Checkpoint:
-    """Check the folder that `model.path` names, as a whole.
+    """Check the folder that `model.path` names, and return it as a checkpoint.
 
     Raises:
-        ConfigError: it is not a complete model; the message names option, file and what was expected.
+        ConfigError: the folder is not a complete model; the message names option, file and what was expected.
     """
     try:
         return Checkpoint(config.model.folder.absolute())
@@ -25,15 +25,15 @@ def open_model(config: Config) -> Checkpoint:
 
 
 def makes_videos(file: dict[str, Any]) -> bool:
-    """Return whether a YAML file of ours has the application that needs the model; a gateway alone does not."""
+    """Return whether a YAML file has the application that needs the model; a gateway alone does not."""
     return any(entry.get("import_path") == "serve_app.app:wan" for entry in file["applications"])
 
 
 def fit(config: Config, checkpoint: Checkpoint) -> Config:
-    """Fill in what the options leave to the folder, and lower limits to what the model can do.
+    """Return the configuration with options that the folder decides filled in, and limits lowered to the model's.
 
     Raises:
-        ConfigError: a request that says nothing would ask for more than the model can do.
+        ConfigError: the defaults of a request exceed what the model can do.
     """
     limits, defaults = config.limits, config.defaults
     for name, value, most in (
@@ -53,7 +53,7 @@ def fit(config: Config, checkpoint: Checkpoint) -> Config:
 
 
 def departures(config: Config, checkpoint: Checkpoint) -> list[str]:
-    """Say where sampling departs from what the folder says, a line each."""
+    """Return a line for each sampling value in which the configuration departs from the folder."""
     index = checkpoint.folder / "model_index.json"
     scheduler = checkpoint.folder / "scheduler" / "scheduler_config.json"
     shift, ratio = config.defaults.flow_shift, config.defaults.boundary_ratio

@@ -7,7 +7,7 @@ Without a folder the VAE is that of Wan2.2-T2V-A14B with random weights. The row
 whole (a bound of 0) or in tiles; ours on all devices; diffusers' own, on the first. Differences are to the first row,
 relative ones of the norms of frames before rounding, and the largest one of levels. On CUDA, memory is the most that
 PyTorch had allocated beyond what lay there before, weights left out, and `reserved` what it held of the device in all;
-elsewhere it is what `Picture.bytes` says of the largest tile, in brackets.
+elsewhere it is what `Picture.tile_bytes` says of the largest tile, in brackets.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from diffusers import AutoencoderKLWan
 
 from benchmarks.machine import describe
 from serve_app.wan.vae import cpu_layers as cpu_vae
-from serve_app.wan.vae.decode import TiledDecoder
+from serve_app.wan.vae.tiled_decoder import TiledDecoder
 from serve_app.wan.vae.tiles import Picture
 
 Decode = Callable[[torch.Tensor, bool], torch.Tensor]
@@ -149,7 +149,7 @@ def main() -> None:
             tiles = ours.tiles or [picture.whole]
             memory = f"{row.allocated / 2**20:.0f}" if row.allocated else ""
             if not memory:
-                memory = f"({max(map(picture.bytes, tiles)) / 2**20:.0f})"
+                memory = f"({max(map(picture.tile_bytes, tiles)) / 2**20:.0f})"
             reference = reference or row
             relative = ((row.frames - reference.frames).norm() / reference.frames.norm()).item()
             most = (row.levels - reference.levels).abs().max().item()

@@ -279,7 +279,7 @@ class Rank:
             samples = [self._move(sample_id, self._device) for sample_id in advancing]
             advance(self._experts.use(samples[0].expert), samples, self._config.denoiser.fuse_guidance_tokens)
         except NotFinite as error:  # the other samples of the batch have made their step
-            failed = {sample.name: error.of(sample) for sample in error.samples}
+            failed = {sample.name: error.message_for(sample) for sample in error.samples}
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error) and not isinstance(error, OutOfStep):
                 self._experts.forget_texts()

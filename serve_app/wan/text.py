@@ -1,4 +1,4 @@
-"""Prompts to embeddings, equal to those of `diffusers.WanPipeline`.
+"""Text encoding: prompts to embeddings equal to those of `diffusers.WanPipeline`.
 
 Knows nothing of denoising; an `Embedding` is plain data that can be cached and sent.
 """
@@ -26,7 +26,7 @@ class Embedding:
     Attributes:
         tensor: `[tokens, dim]` on the CPU, without padding.
         tokens: number of valid tokens, at most `MAX_TOKENS`.
-        truncated: whether the prompt was longer than that.
+        truncated: true if the prompt had more tokens.
     """
 
     tensor: torch.Tensor
@@ -35,7 +35,7 @@ class Embedding:
 
 
 def pad(embedding: Embedding) -> torch.Tensor:
-    """The embedding as the experts take it: `[512, dim]`, zeros behind the last token."""
+    """Return the embedding in the shape that experts read: `[512, dim]`, zeros after the last token."""
     tensor = embedding.tensor
     return torch.cat([tensor, tensor.new_zeros(MAX_TOKENS - tensor.shape[0], tensor.shape[1])])
 
@@ -44,9 +44,9 @@ class TextEncoder:
     """The UMT5 encoder of a checkpoint and its tokenizer.
 
     Args:
-        checkpoint: where to load from.
-        device: where to run.
-        dtype: of the weights; modules that transformers keeps in float32 stay so.
+        checkpoint: holds encoder and tokenizer.
+        device: device to run on.
+        dtype: dtype of the weights; modules that transformers keeps in float32 stay so.
 
     Raises:
         CheckpointError: tokenizer or weights are not what the configuration asks for.
@@ -54,7 +54,7 @@ class TextEncoder:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # one bar per replica would fill the cluster's logs
+        logging.disable_progress_bar()  # a bar of each replica would fill the cluster's logs
         try:
             self.tokenizer = Tokenizer(checkpoint.folder / "tokenizer")
             self.model, loading = UMT5EncoderModel.from_pretrained(
@@ -63,7 +63,7 @@ class TextEncoder:
         finally:
             if bars:
                 logging.enable_progress_bar()
-        check_loading(checkpoint.folder / "text_encoder", loading, TextConfig.spare)
+        check_loading(checkpoint.folder / "text_encoder", loading, TextConfig.is_ignored)
         self.model.eval().requires_grad_(False).to(device)
         if checkpoint.random:
             randomise(self.model)
@@ -73,8 +73,8 @@ class TextEncoder:
     def encode(self, prompts: list[str]) -> list[Embedding]:
         """Encode prompts in one forward pass.
 
-        Every prompt is padded to 512 tokens before the encoder, as WanPipeline does: the numbers then do not depend on
-        what else is in the batch.
+        Every prompt is padded to 512 tokens before the encoder, as in WanPipeline, so that its embedding does not
+        depend on the rest of the batch.
         """
         texts = [clean_prompt(prompt) for prompt in prompts]
         whole = [self.tokenizer.ids(text) for text in texts]
@@ -82,7 +82,7 @@ class TextEncoder:
         inputs = torch.tensor([[*ids, *[self.tokenizer.pad_id] * (MAX_TOKENS - len(ids))] for ids in rows])
         mask = torch.tensor([[1] * len(ids) + [0] * (MAX_TOKENS - len(ids)) for ids in rows])
         states = self.model(inputs.to(self.device), mask.to(self.device)).last_hidden_state.cpu()
-        # clone: a view would keep, and send, the whole padded batch
+        # Cloned, because a view would keep, and send, the whole padded batch.
         return [
             Embedding(states[row, : len(ids)].clone(), len(ids), len(whole[row]) > len(ids))
             for row, ids in enumerate(rows)

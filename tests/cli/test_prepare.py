@@ -34,7 +34,7 @@ def test_what_it_says_can_be_configured(checkpoint: Path, tmp_path: Path) -> Non
     assert config.model.sharded_folder is not None
     assert (config.denoiser.parallel.tensor, config.model.dtype) == (2, "bfloat16")
     sharded = ShardedCheckpoint(config.model.sharded_folder, Checkpoint(config.model.folder), 2, config.model.dtype)
-    sharded.check("transformer_2", 1)
+    sharded.check_shard("transformer_2", 1)
     status, said, errors = run(checkpoint, tmp_path / "out", "--tensor", 2, "--dtype", "bfloat16", "--verify")
     assert (status, "0 files written, 0.000 GB, 4 were there" in said) == (0, True), errors
 

@@ -118,4 +118,4 @@ def test_where_blocks_wait(a14b: Path) -> None:
         assert isinstance(slots, BlockSwap) and isinstance(slots._store, store)
         # Of 40 GB: less the largest request (720p, 161 frames), texts, waiting samples and what is not in blocks.
         left = 40 - 13.2 - 2 * 1.07 - 4.29 - 0.97
-        assert slots._room / GB == pytest.approx(left, abs=0.3)
+        assert slots._budget_bytes / GB == pytest.approx(left, abs=0.3)

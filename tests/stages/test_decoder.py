@@ -186,7 +186,7 @@ class Counted:
     def __init__(self, decoder: Any) -> None:
         self.widths: list[int] = []
         self.begun, self.go_on = threading.Event(), threading.Event()
-        (stream,) = decoder._decoder.tiled._streams
+        (stream,) = decoder._decoder.tiled._decoders
         frames = stream.frames
 
         def counted(features: Any, spans: Any) -> Iterator[Any]:

@@ -21,7 +21,7 @@ from diffusers import AutoencoderKLWan
 
 from serve_app.compute import is_out_of_memory
 from serve_app.wan.vae import cpu_layers as cpu_vae
-from serve_app.wan.vae.decode import MORE_AFTER, TiledDecoder
+from serve_app.wan.vae.tiled_decoder import RETRY_LARGER_AFTER, TiledDecoder
 
 SHAPE = (1, 16, 2, 24, 32)
 
@@ -70,10 +70,10 @@ def main() -> None:
     expected = TiledDecoder([vae()]).decode(latents()).int()
     whole = 0
     while len(decoder.tiles) > 1:
-        for _ in range(MORE_AFTER):
+        for _ in range(RETRY_LARGER_AFTER):
             decoder.decode(latents()[..., :8, :8])
         decoder.decode(latents())
-        whole += MORE_AFTER + 1
+        whole += RETRY_LARGER_AFTER + 1
     for video, one in zip(videos, told, strict=True):
         one["off"] = int((video.int() - expected).abs().max())
     print(json.dumps({"decodes": told, "levels": int(expected.max() - expected.min()), "whole": whole}))

@@ -22,7 +22,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_rank_holds_and_reads_its_shard_only(large: Path, size: int) -> None:
     whole = sum(file.stat().st_size for file in (large / "transformer").glob("*.safetensors"))
     with Weights(large / "transformer") as weights:
-        # What is not cut (embeddings, the projection of the timestep, cross-attention's layers of the video) is whole.
+        # Embeddings, the projection of the timestep, queries and outputs of cross-attention are not cut.
         expected = sum(held_bytes(weights, torch.float32, size).values())
     assert whole / size - MB <= expected <= whole / size + 75 * MB
     for rank in measure(large, size):
@@ -36,7 +36,7 @@ def test_half_the_precision_is_half_the_memory(large: Path) -> None:
         assert rank["growth"] <= 1.1 * rank["shard"] + 48 * MB
 
 
-def test_a_prepared_shard_is_read_once_and_nothing_else(large: Path, tmp_path: Path) -> None:
+def test_a_shard_file_is_read_once_and_nothing_else(large: Path, tmp_path: Path) -> None:
     prepare(Checkpoint(large), tmp_path, 2, "bfloat16", experts=("transformer",))
     for index, rank in enumerate(load("sharded", large, tmp_path, 2, "bfloat16")):
         size = (tmp_path / "transformer" / f"rank-{index}-of-2.safetensors").stat().st_size

@@ -37,7 +37,7 @@ def boxes(path: Path) -> list[str]:
 
 
 def test_equal_frames_give_equal_streams_on_any_number_of_cores_whatever_was_in_memory_before(tmp_path: Path) -> None:
-    """glibc fills fresh and freed memory with a byte of ours, so that what reads it shows."""
+    """Have glibc fill fresh and freed memory with a byte of ours, so that what reads it shows."""
     moving = noise(9, 256, 128) // 2 + np.arange(9, dtype=np.uint8)[:, None, None, None] * 8
     np.save(tmp_path / "frames.npy", moving)
     code = (

@@ -1,4 +1,4 @@
-"""Block swap: experts larger than the memory that a device has for them.
+"""Block swap: experts larger than the device memory that is left for them.
 
 Knows nothing of samples.
 """

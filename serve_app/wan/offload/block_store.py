@@ -1,6 +1,6 @@
-"""Where the blocks of experts wait that are not on the device: in host memory, or in the files they come from.
+"""Stores of the blocks of experts that are not on the device: host memory, or the files they come from.
 
-Knows nothing of slots: it is told where to copy a block to.
+Knows nothing of slots: a store is told which memory to copy a block to.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 from serve_app.wan.offload.copies import Copies
 from serve_app.wan.weights.checkpoint import Expert
 from serve_app.wan.weights.reader import Weights
-from serve_app.wan.weights.shard_spec import ShardSlice, each
+from serve_app.wan.weights.shard_spec import ShardSlice, read_in_file_order
 
 Key: TypeAlias = tuple[Expert, int]
-"""An expert and a layer of it."""
+"""An expert and the number of one of its layers."""
 
-_ALIGN = 256  # bytes: what kernels like best, and a multiple of every element's size
+_ALIGN = 256  # bytes: fastest for kernels, and a multiple of the size of every dtype
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Region:
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -34,142 +34,148 @@ class _Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the parameters of a block lie in one piece of memory; all blocks are alike.
+    """Positions of a block's parameters in one contiguous memory; the same for all blocks.
 
     Attributes:
-        places: of the parameters, in the order of `order`.
-        nbytes: of all of them.
+        regions: one for each parameter, in the order of `in_order`.
+        nbytes: bytes of all parameters, with the gaps that alignment leaves.
     """
 
-    places: tuple[_Place, ...]
+    regions: tuple[_Region, ...]
     nbytes: int
 
     @classmethod
-    def of(cls, parts: Sequence[ShardSlice]) -> Layout:
-        """That of a block with these parameters."""
-        places, offset = [], 0
-        for part in cls.order(parts):
-            places.append(_Place(offset, part.dtype, part.shape))
+    def of_block(cls, slices: Sequence[ShardSlice]) -> Layout:
+        """Return the layout of a block with these parameters."""
+        regions, offset = [], 0
+        for part in cls.in_order(slices):
+            regions.append(_Region(offset, part.dtype, part.shape))
             offset += -(-part.nbytes // _ALIGN) * _ALIGN
-        return cls(tuple(places), offset)
+        return cls(tuple(regions), offset)
 
     @staticmethod
-    def order(parts: Iterable[ShardSlice]) -> list[ShardSlice]:
-        """The parameters in the order in which they lie."""
-        return sorted(parts, key=lambda part: part.name.split(".", 2)[2])
+    def in_order(slices: Iterable[ShardSlice]) -> list[ShardSlice]:
+        """Return a block's parameters in the order in which they lie in memory."""
+        return sorted(slices, key=lambda part: part.name.split(".", 2)[2])
 
     def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
-        """The parameters in `memory`, bytes as many as `nbytes`, in order."""
+        """Return the parameters that lie in `memory`, which has `nbytes` bytes, in order."""
         found = []
-        for place in self.places:
-            like = torch.empty(place.shape, dtype=place.dtype, device="meta")
-            found.append(memory[place.offset : place.offset + like.nbytes].view(place.dtype).view(place.shape))
+        for region in self.regions:
+            like = torch.empty(region.shape, dtype=region.dtype, device="meta")
+            found.append(memory[region.offset : region.offset + like.nbytes].view(region.dtype).view(region.shape))
         return found
 
 
 class BlockStore(Protocol):
     """Blocks by expert and layer."""
 
-    def take(self, key: Key, layout: Layout, parts: Sequence[ShardSlice], weights: Weights) -> None:
-        """Bring in a block.
+    def add_block(self, key: Key, layout: Layout, slices: Sequence[ShardSlice], weights: Weights) -> None:
+        """Take a block into the store.
+
+        Args:
+            key: expert and layer.
+            layout: positions of the block's parameters in memory.
+            slices: one for each parameter of the block.
+            weights: reader of the slices.
 
         Raises:
             CheckpointError: the weights are damaged.
         """
 
-    def fetch(self, key: Key, target: torch.Tensor, after: Any, copies: Copies) -> Callable[[], Any]:
+    def begin_copy(self, key: Key, target: torch.Tensor, after: Any, copies: Copies) -> Callable[[], Any]:
         """Begin to copy a block into device memory, not before the event `after`.
 
         Returns:
-            What gives the event that it is there, as soon as there is one.
+            A function that waits until the copy has been handed to the device, and returns the event that it is done.
         """
 
 
 class HostBlocks:
-    """In host memory, pinned where a device copies from it by itself."""
+    """Blocks in host memory, pinned if the device is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._memory: dict[Key, torch.Tensor] = {}
 
-    def take(self, key: Key, layout: Layout, parts: Sequence[ShardSlice], weights: Weights) -> None:
+    def add_block(self, key: Key, layout: Layout, slices: Sequence[ShardSlice], weights: Weights) -> None:
         """See `BlockStore`."""
         self._memory[key] = memory = host_memory(layout.nbytes, self._device)
-        _read(layout, parts, weights, memory)
+        _read_block(layout, slices, weights, memory)
 
-    def fetch(self, key: Key, target: torch.Tensor, after: Any, copies: Copies) -> Callable[[], Any]:
+    def begin_copy(self, key: Key, target: torch.Tensor, after: Any, copies: Copies) -> Callable[[], Any]:
         """See `BlockStore`."""
         event = copies.start(target, self._memory[key], after)
         return lambda: event
 
 
 @dataclass(frozen=True)
-class _Source:
+class _BlockInFile:
     layout: Layout
-    parts: Sequence[ShardSlice]
+    slices: Sequence[ShardSlice]
     weights: Weights
 
 
 class FileBlocks:
-    """In files, from which a thread reads them into host memory of two blocks.
+    """Blocks in files, from which a thread reads them through two buffers in host memory.
 
     Checksums are compared the first time that a block is read.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sources: dict[Key, _Source] = {}
+        self._blocks: dict[Key, _BlockInFile] = {}
         self._buffers: list[torch.Tensor] = []
-        self._copied: list[Any] = [None, None]
-        self._turn = 0
-        self._seen: set[Key] = set()
+        self._copied: list[Any] = [None, None]  # events that the last copy out of each buffer is done
+        self._current = 0  # index of the buffer in use
+        self._checked: set[Key] = set()
         self._reader = ThreadPoolExecutor(1, "blocks")
 
-    def take(self, key: Key, layout: Layout, parts: Sequence[ShardSlice], weights: Weights) -> None:
+    def add_block(self, key: Key, layout: Layout, slices: Sequence[ShardSlice], weights: Weights) -> None:
         """See `BlockStore`."""
-        self._sources[key] = _Source(layout, layout.order(parts), weights)
+        self._blocks[key] = _BlockInFile(layout, layout.in_order(slices), weights)
         while len(self._buffers) < len(self._copied):
             self._buffers.append(host_memory(layout.nbytes, self._device))
 
-    def fetch(self, key: Key, target: torch.Tensor, after: Any, copies: Copies) -> Callable[[], Any]:
+    def begin_copy(self, key: Key, target: torch.Tensor, after: Any, copies: Copies) -> Callable[[], Any]:
         """See `BlockStore`."""
-        return self._reader.submit(self._fetch, key, target, after, copies).result
+        return self._reader.submit(self._read_and_copy, key, target, after, copies).result
 
-    def _fetch(self, key: Key, target: torch.Tensor, after: Any, copies: Copies) -> Any:
-        self._turn = 1 - self._turn
-        source, buffer = self._sources[key], self._buffers[self._turn]
-        if (copied := self._copied[self._turn]) is not None:
+    def _read_and_copy(self, key: Key, target: torch.Tensor, after: Any, copies: Copies) -> Any:
+        self._current = 1 - self._current
+        block, buffer = self._blocks[key], self._buffers[self._current]
+        if (copied := self._copied[self._current]) is not None:
             copied.synchronize()
-        _read(source.layout, source.parts, source.weights, buffer, check=key not in self._seen)
-        self._seen.add(key)
-        self._copied[self._turn] = event = copies.start(target, buffer, after)
+        _read_block(block.layout, block.slices, block.weights, buffer, check=key not in self._checked)
+        self._checked.add(key)
+        self._copied[self._current] = event = copies.start(target, buffer, after)
         return event
 
 
-def _read(
-    layout: Layout, parts: Sequence[ShardSlice], weights: Weights, memory: torch.Tensor, check: bool = True
+def _read_block(
+    layout: Layout, slices: Sequence[ShardSlice], weights: Weights, memory: torch.Tensor, check: bool = True
 ) -> None:
-    views = {part.name: view for part, view in zip(layout.order(parts), layout.views(memory), strict=True)}
+    views = {part.name: view for part, view in zip(layout.in_order(slices), layout.views(memory), strict=True)}
 
     def read(part: ShardSlice) -> None:
         weights.read(part.name, part.dim, part.start, part.stop, part.dtype, out=views[part.name], check=check)
 
-    for _ in each(parts, weights, read):
+    for _ in read_in_file_order(slices, weights, read):
         pass
 
 
 def host_memory(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Bytes in host memory that a device copies to and from by itself.
+    """Return host memory of `nbytes` bytes, pinned if the device is a GPU.
 
     torch's own pinned memory is rounded up to a power of two, which for blocks of A14B is half as much again. Pages are
-    huge where the kernel has some: fewer to bring in and to pin.
+    huge where the kernel has some: there are fewer to bring in and to pin.
 
     Raises:
         RuntimeError: the driver does not pin so much.
     """
     pages = _Pages(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without
+        with suppress(OSError):  # a kernel without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     if device.type == "cuda":
@@ -179,7 +185,7 @@ def host_memory(nbytes: int, device: torch.device) -> torch.Tensor:
 
 
 class _Pages(mmap.mmap):
-    """Memory that is unpinned before it goes: what lies at its address later would be taken for pinned."""
+    """Memory that is unpinned before it is freed: what lies at its address later would pass for pinned."""
 
     pinned: int | None = None
 

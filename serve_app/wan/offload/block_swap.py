@@ -1,9 +1,9 @@
-"""Device memory that the blocks of the experts take turns in, while the others wait in host memory or in files.
+"""Block swap: device memory that the blocks of the experts use in turn, while the others wait in a store.
 
-One mechanism for experts that take turns and for devices smaller than an expert. Each slot holds the weights of one
-block. Where there are as many as an expert has blocks, each block has its own, and a change of expert copies block by
-block into them, just ahead of the pass that wants them. Where there are fewer, some blocks stay and the rest pass
-through two slots, one being filled while the other is used.
+One mechanism serves both experts that alternate and devices smaller than an expert. Each slot holds the weights of one
+block. If there are as many slots as an expert has blocks, each block has its own slot, and a change of expert copies
+block by block into them, just ahead of the forward pass. If there are fewer, some blocks are resident and the rest
+pass through two slots: one is filled while the other is used.
 
 Knows neither samples nor the ranks that share a block.
 """
@@ -28,14 +28,20 @@ from serve_app.wan.weights.shard_spec import ShardSlice
 
 logger = get_logger(__name__)
 
-PASSING = 2
-"""Slots that blocks pass through: one to use, one to fill."""
+PASSING_SLOTS = 2
+"""Slots for the blocks that are not resident: one to use, one to fill."""
 
 
 @dataclass
 class _Slot:
-    """`holds` is whose weights are in it, or on their way; `arrival` gives the event that they are there, None once the
-    device has been told to wait for it; `left` is the event that the last pass through it is done."""
+    """Device memory of one block.
+
+    Attributes:
+        memory: the bytes; `views` are the parameters in them.
+        holds: block whose weights are in it, or on their way.
+        arrival: returns the event that the weights are there; None once the device has been told to wait for it.
+        left: event that the last forward pass through the block is done.
+    """
 
     memory: torch.Tensor
     views: list[torch.Tensor]
@@ -48,54 +54,62 @@ class BlockSwap:
     """The slots of one rank.
 
     Args:
-        store: where the blocks wait.
-        staying: how many blocks of an expert stay on the device; None is as many as there is room for.
-        room: bytes of the device that all slots may take.
-        copies: how they get there; by what the device is, if not given.
+        store: keeps the blocks.
+        resident_blocks: number of an expert's blocks that stay on the device; None is as many as fit.
+        budget_bytes: device memory that all slots may take.
+        copies: how blocks are copied to the device; chosen by the kind of device if not given.
     """
 
     def __init__(
         self,
         device: torch.device,
         store: BlockStore,
-        staying: int | None = None,
-        room: float = math.inf,
+        resident_blocks: int | None = None,
+        budget_bytes: float = math.inf,
         copies: Copies | None = None,
     ) -> None:
         self._device = device
         self._store = store
-        self._staying = staying
-        self._room = room
+        self._resident_blocks = resident_blocks
+        self._budget_bytes = budget_bytes
         self._copies: Copies = copies or (StreamCopies(device) if device.type == "cuda" else PlainCopies())
         self._blocks: dict[Key, list[nn.Parameter]] = {}
-        self._bound: dict[Key, _Slot] = {}  # whose memory the parameters are
+        self._bound: dict[Key, _Slot] = {}  # the slot that a block's parameters point to
         self._slots: list[_Slot] = []
-        self._place: dict[Key, _Slot] = {}
-        self._stay: dict[int, int] = {}  # the slot of each layer that stays
-        self._pass: list[int] = []  # the layers that do not
+        self._holder: dict[Key, _Slot] = {}  # the slot that holds a block's weights
+        self._resident: dict[int, int] = {}  # the slot of each resident layer
+        self._passing: list[int] = []  # the other layers
         self._next = 0
         self._expert: Expert | None = None
 
-    def take(self, expert: Expert, blocks: Sequence[nn.Module], parts: Sequence[ShardSlice], weights: Weights) -> None:
-        """Bring in an expert. Its forward pass calls `wait_for_block` before each block, and `release_block` after it.
+    def add_expert(
+        self, expert: Expert, blocks: Sequence[nn.Module], slices: Sequence[ShardSlice], weights: Weights
+    ) -> None:
+        """Put the blocks of an expert under block swap.
+
+        From now on the expert's forward pass has to call `wait_for_block` before each block, and `release_block` after
+        it.
 
         Args:
-            parts: of `weights`, all that are the blocks' parameters, by their name in the expert.
+            expert: name of the expert.
+            blocks: the expert's blocks, in order; their parameters are replaced.
+            slices: one for each parameter of the blocks, by its name in the expert.
+            weights: reader of the slices.
 
         Raises:
             CheckpointError: the weights are damaged.
-            ConfigError: there is no room for blocks to pass through.
+            ConfigError: the memory budget is too small for the slots that blocks pass through.
         """
-        by_layer = [[part for part in parts if part.name.split(".")[1] == str(layer)] for layer in range(len(blocks))]
-        layout = Layout.of(by_layer[0])
+        by_layer = [[part for part in slices if part.name.split(".")[1] == str(layer)] for layer in range(len(blocks))]
+        layout = Layout.of_block(by_layer[0])
         if not self._slots:
             self._allocate(layout, len(blocks))
-        for layer, (block, mine) in enumerate(zip(blocks, by_layer, strict=True)):
+        for layer, (block, of_block) in enumerate(zip(blocks, by_layer, strict=True)):
             key = (expert, layer)
-            self._store.take(key, layout, mine, weights)
-            slot = self._slots[self._stay.get(layer, len(self._slots) - 1)]
+            self._store.add_block(key, layout, of_block, weights)
+            slot = self._slots[self._resident.get(layer, len(self._slots) - 1)]
             parameters = []
-            for part, view in zip(layout.order(mine), slot.views, strict=True):
+            for part, view in zip(layout.in_order(of_block), slot.views, strict=True):
                 owner, _, leaf = part.name.split(".", 2)[2].rpartition(".")
                 parameter = nn.Parameter(view, requires_grad=False)
                 setattr(block.get_submodule(owner), leaf, parameter)
@@ -107,31 +121,34 @@ class BlockSwap:
         """Memory of all slots."""
         return sum(slot.memory.nbytes for slot in self._slots)
 
-    def use(self, expert: Expert) -> None:
-        """Begin to fetch an expert, unless it is the one in use. Its first pass waits for one block at a time."""
+    def prefetch(self, expert: Expert) -> None:
+        """Begin to copy the first blocks of an expert to the device, unless it is the current one.
+
+        The first forward pass then waits for one block at a time.
+        """
         if expert == self._expert:
             return
         self._expert = expert
         self._next = 0
-        layers = sorted([*self._stay, *self._pass[:PASSING]])
+        layers = sorted([*self._resident, *self._passing[:PASSING_SLOTS]])
         for layer in layers:
-            self._fetch((expert, layer))
+            self._fetch_block((expert, layer))
 
     def wait_for_block(self, expert: Expert, layer: int) -> None:
-        """Have a block's weights on the device before it runs; the device waits, not this thread, where it can.
+        """Have the device wait for a block's weights, and point the block's parameters to them, before it runs.
 
         Raises:
             CheckpointError: the weights are damaged.
         """
         key = (expert, layer)
-        if key not in self._place:
-            self._fetch(key)
-        slot = self._place[key]
+        if key not in self._holder:
+            self._fetch_block(key)
+        slot = self._holder[key]
         if slot.arrival is not None:
             try:
                 event = slot.arrival()
-            except BaseException:  # not there, so whoever wants it next fetches it again
-                self._forget(slot)
+            except BaseException:  # the weights did not come: the next pass fetches them again
+                self._empty(slot)
                 raise
             self._copies.wait(event)
             slot.arrival = None
@@ -141,46 +158,49 @@ class BlockSwap:
             self._bound[key] = slot
 
     def release_block(self, expert: Expert, layer: int) -> None:
-        """Note that a block has run, and fetch into its slot the block that comes through there next."""
-        slot = self._place[expert, layer]
+        """Begin to fill a block's slot with the block that passes through it next, after the block has run."""
+        slot = self._holder[expert, layer]
         slot.left = self._copies.done()
-        if layer in self._pass:
-            behind = self._pass[(self._pass.index(layer) + PASSING) % len(self._pass)]
-            if (expert, behind) not in self._place:
-                self._fetch((expert, behind), slot)
+        if layer in self._passing:
+            following = self._passing[(self._passing.index(layer) + PASSING_SLOTS) % len(self._passing)]
+            if (expert, following) not in self._holder:
+                self._fetch_block((expert, following), slot)
 
     def _allocate(self, layout: Layout, layers: int) -> None:
-        fit = layers if self._room >= layers * layout.nbytes else int(self._room // layout.nbytes)
-        count = min(layers, fit if self._staying is None else self._staying + PASSING)
-        if count < min(layers, PASSING):
+        budget = self._budget_bytes
+        fit = layers if budget >= layers * layout.nbytes else int(budget // layout.nbytes)
+        count = min(layers, fit if self._resident_blocks is None else self._resident_blocks + PASSING_SLOTS)
+        if count < min(layers, PASSING_SLOTS):
             raise ConfigError(
-                f"denoiser.memory_fraction leaves {max(0.0, self._room) / 2**20:.0f} MiB for blocks beside a step of "
-                f"the largest request, expected {PASSING * layout.nbytes / 2**20:.0f} MiB or more, for {PASSING} blocks"
+                f"denoiser.memory_fraction leaves {max(0.0, budget) / 2**20:.0f} MiB for blocks beside a step of "
+                f"the largest request, expected {PASSING_SLOTS * layout.nbytes / 2**20:.0f} MiB or more, for "
+                f"{PASSING_SLOTS} blocks"
             )
-        staying = count if count == layers else count - PASSING
+        resident = count if count == layers else count - PASSING_SLOTS
         for _ in range(count):
             memory = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
             self._slots.append(_Slot(memory, layout.views(memory)))
-        passing = layers - staying
-        logger.info("blocks", extra={"layers": layers, "staying": staying, "mib_each": round(layout.nbytes / 2**20, 1)})
-        # Evenly among those that stay, whose time is then there to fetch them in.
-        self._pass = [layers * index // passing for index in range(passing)]
-        self._stay = {layer: slot for slot, layer in enumerate(sorted(set(range(layers)) - set(self._pass)))}
+        passing = layers - resident
+        logger.info(
+            "block swap", extra={"layers": layers, "resident": resident, "mib_each": round(layout.nbytes / 2**20, 1)}
+        )
+        # Spread evenly among the resident layers, so that the time of those is there to copy the others.
+        self._passing = [layers * index // passing for index in range(passing)]
+        self._resident = {layer: slot for slot, layer in enumerate(sorted(set(range(layers)) - set(self._passing)))}
 
-    def _fetch(self, key: Key, slot: _Slot | None = None) -> None:
+    def _fetch_block(self, key: Key, slot: _Slot | None = None) -> None:
         if slot is None:
-            slot = self._slots[self._stay[key[1]]] if key[1] in self._stay else self._passed()
-        self._forget(slot)
-        slot.holds, self._place[key] = key, slot
-        slot.arrival = self._store.fetch(key, slot.memory, slot.left, self._copies)
+            slot = self._slots[self._resident[key[1]]] if key[1] in self._resident else self._next_passing_slot()
+        self._empty(slot)
+        slot.holds, self._holder[key] = key, slot
+        slot.arrival = self._store.begin_copy(key, slot.memory, slot.left, self._copies)
 
-    def _passed(self) -> _Slot:
-        """The slots that blocks pass through, in turn."""
-        passing = self._slots[len(self._stay) :]
+    def _next_passing_slot(self) -> _Slot:
+        passing = self._slots[len(self._resident) :]
         self._next = (self._next + 1) % len(passing)
         return passing[self._next]
 
-    def _forget(self, slot: _Slot) -> None:
+    def _empty(self, slot: _Slot) -> None:
         if slot.holds is not None:
-            del self._place[slot.holds]
+            del self._holder[slot.holds]
         slot.holds = slot.arrival = None

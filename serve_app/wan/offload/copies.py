@@ -11,20 +11,20 @@ import torch
 
 
 class Copies(Protocol):
-    """Copies beside the work of a device, in the order in which they are asked for."""
+    """Copies that run beside the work of a device, in the order in which they were started."""
 
     def done(self) -> Any:
-        """An event: the work that the device has been given so far is done."""
+        """Return an event: the device has done all work that it was given so far."""
 
     def start(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
-        """Copy, not before the event `after`; returns the event that it is done."""
+        """Begin to copy, not before the event `after`. Return the event that the copy is done."""
 
     def wait(self, event: Any) -> None:
-        """Have the work that the device is given from now on wait for an event."""
+        """Make the work that the device is given from now on wait for an event."""
 
 
 class StreamCopies:
-    """Copies on a CUDA stream of their own. Nobody waits for them but the kernels that need the data."""
+    """Copies on a CUDA stream of their own. Only the kernels that need the data wait for them."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,4 +1,4 @@
-"""Samples and their steps.
+"""Sampling: samples, their steps and their snapshots.
 
 Knows nothing of groups, jobs or Ray.
 """

@@ -1,4 +1,4 @@
-"""One video being denoised: everything that its next step depends on, and nothing else.
+"""The sample: one video being denoised, with everything that its next step depends on, and nothing else.
 
 Knows neither the model nor which other samples exist.
 """
@@ -23,17 +23,17 @@ from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 class Sample:
     """One video being denoised.
 
-    The state is `params`, the two embeddings, `latents`, `step`, and of the scheduler what it carries from step to
+    The state is `params`, the two embeddings, `latents`, `step`, and the scheduler's fields that change from step to
     step: `model_outputs`, `timestep_list`, `last_sample`, `lower_order_nums`, `this_order` and the step index. All the
     rest follows from `params` and the checkpoint.
 
     Attributes:
-        params: what is being made.
-        latents: `[1, channels, frames, height, width]`, float32, on the device of the model.
-        positive, negative: `[1, 512, dim]` in the dtype of the model; negative is None without guidance.
-        scheduler: this sample's own, since it holds the history of the sampler.
-        boundary: timesteps from here on belong to the high-noise expert; None if the first expert does all steps.
-        tokens: latent tokens after patching, the measure of a forward pass's work.
+        params: the generation parameters.
+        latents: `[1, channels, frames, height, width]`, float32, on the model's device.
+        positive, negative: text embeddings, `[1, 512, dim]` in the model's dtype; negative is None without guidance.
+        scheduler: belongs to this sample alone, since it holds the sampler's history.
+        boundary: the high-noise expert denoises timesteps of at least this value; None if it does all steps.
+        tokens: number of latent tokens after patching, which measures the work of a forward pass.
         name: appears in error messages.
     """
 
@@ -59,13 +59,19 @@ class Sample:
         dtype: torch.dtype,
         name: str = "",
     ) -> Self:
-        """A sample of pure noise before its first step.
+        """Create a sample of pure noise before its first step.
 
-        The noise is drawn on the CPU, so that a seed gives the same video on any hardware and any number of ranks. The
+        The noise is drawn on the CPU, so that a seed gives the same video on any hardware and any number of ranks. Its
         values are those of `WanPipeline` with `torch.Generator("cpu").manual_seed(seed)`.
 
         Args:
-            dtype: of the model's activations, for the embeddings; latents are always float32.
+            params: the generation parameters.
+            checkpoint: gives noise schedule and sizes.
+            positive: embedding of the prompt.
+            negative: embedding of the negative prompt; not used without guidance.
+            device: device of the model.
+            dtype: dtype of the model's activations, used for the embeddings; latents are always float32.
+            name: appears in error messages.
 
         Raises:
             ValueError: `params` asks for guidance and there is no negative embedding.
@@ -76,7 +82,7 @@ class Sample:
         shape = (1, int(config["in_channels"]), *params.latent_shape)
         noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(params.seed), dtype=torch.float32)
         scheduler = UniPCMultistepScheduler.from_config(checkpoint.scheduler_config, flow_shift=params.flow_shift)
-        # Timesteps stay on the CPU: which expert is next would otherwise cost a wait for the GPU.
+        # Timesteps stay on the CPU, so that choosing the next expert does not wait for the GPU.
         scheduler.set_timesteps(params.num_inference_steps)
         scheduler.set_begin_index(0)
         ratio = checkpoint.boundary_ratio if params.boundary_ratio is None else params.boundary_ratio
@@ -94,34 +100,34 @@ class Sample:
 
     @property
     def steps(self) -> int:
-        """How many steps there are in all."""
+        """Number of all steps."""
         return len(self.scheduler.timesteps)
 
     @property
     def finished(self) -> bool:
-        """Whether the latents are final. Then there is no next step, and so no timestep, expert or cohort."""
+        """True if the latents are final. There is no next step then, and so no timestep, expert or cohort."""
         return self.step >= self.steps
 
     @property
     def timestep(self) -> int:
-        """Of the next step, counting down from the number of training timesteps."""
+        """Timestep of the next step, counting down from the number of training timesteps."""
         return int(self.scheduler.timesteps[self.step])
 
     @property
     def expert(self) -> Expert:
-        """Which expert does the next step."""
+        """Expert that does the next step."""
         return "transformer" if self.boundary is None or self.timestep >= self.boundary else "transformer_2"
 
     @property
     def boundary_step(self) -> int:
-        """The first step that the low-noise expert does; `steps` where there is none."""
+        """Index of the first step that the low-noise expert does; `steps` if it does none."""
         if self.boundary is None:
             return self.steps
         return int((self.scheduler.timesteps >= self.boundary).sum())
 
     @property
     def guided(self) -> bool:
-        """Whether a step needs the unconditional prediction as well."""
+        """True if a step also needs the unconditional prediction."""
         return self.params.guided
 
     @property
@@ -131,18 +137,18 @@ class Sample:
 
     @property
     def cohort(self) -> Hashable:
-        """Samples of equal cohort can share a forward pass: same latent shape, expert, and guided or not."""
+        """Key of the samples that can share a forward pass: latent shape, expert, and guided or not."""
         return (tuple(self.latents.shape), self.expert, self.guided)
 
     @property
     def state_bytes(self) -> int:
-        """Memory of everything that is kept between steps, once the sampler's history is full."""
-        history = 1 + len(self.scheduler.model_outputs)  # of `last_sample` and the model's outputs
+        """Memory of the state between steps in bytes, once the sampler's history is full."""
+        history = 1 + len(self.scheduler.model_outputs)  # `last_sample` and the model's outputs
         texts = [text for text in (self.positive, self.negative) if text is not None]
         return self.latents.nbytes * (1 + history) + sum(text.nbytes for text in texts)
 
     def snapshot(self) -> Self:
-        """The sample as it is now, whatever steps follow. Shares the tensors, since a step makes new ones."""
+        """Return a copy that later steps do not change. It shares the tensors, since a step makes new ones."""
         frozen = copy.copy(self)
         frozen.scheduler = copy.copy(self.scheduler)
         for name in ("model_outputs", "timestep_list"):
@@ -150,11 +156,11 @@ class Sample:
         return frozen
 
     def restore(self, snapshot: Self) -> None:
-        """Be again what the sample was when `snapshot` was taken; the snapshot must not be used any more."""
+        """Go back to the state of `snapshot`, which must not be used any more."""
         self.__dict__.update(snapshot.__dict__)
 
     def to(self, device: torch.device) -> None:
-        """Move all tensors that the next step reads."""
+        """Move all tensors that the next step reads to a device."""
         self.latents = self.latents.to(device)
         self.positive = self.positive.to(device)
         self.negative = None if self.negative is None else self.negative.to(device)

@@ -1,6 +1,6 @@
-"""The denoising step: samples of one cohort, one forward pass, one step of each sample's own scheduler.
+"""The denoising step: one forward pass for samples of one cohort, then one step of each sample's own scheduler.
 
-Knows nothing of who chose the samples, nor of how the model is spread over ranks.
+Knows neither who chose the samples nor how the model is spread over ranks.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from serve_app.wan.weights.checkpoint import Expert
 
 
 class NotFinite(JobFailed):
-    """Latents became NaN or infinite. `samples` are those concerned; the others of the batch have made their step."""
+    """Latents of `samples` became NaN or infinite. The other samples of the batch have made their step."""
 
     def __init__(self, samples: list[Sample]) -> None:
-        super().__init__("not_finite", " ".join(self.of(sample) for sample in samples))
+        super().__init__("not_finite", " ".join(self.message_for(sample) for sample in samples))
         self.samples = samples
 
     @staticmethod
-    def of(sample: Sample) -> str:
-        """Say it of one sample: its batch mates are others' videos."""
+    def message_for(sample: Sample) -> str:
+        """Return the message for one sample only, since other samples of the batch are other users' videos."""
         return (
             "The latents are no longer finite numbers after the denoise stage's "
             f"step {sample.step} of {sample.steps}: sample {sample.name or '(unnamed)'} with seed {sample.params.seed}."
@@ -33,16 +33,15 @@ class NotFinite(JobFailed):
 
 @torch.no_grad()
 def advance(model: torch.nn.Module, samples: list[Sample], fuse_guidance_tokens: int) -> None:
-    """One denoising step for samples that share a cohort. They may be at different steps and guidance scales.
+    """Do one denoising step of samples that share a cohort. They may be at different steps and guidance scales.
 
-    Either all of them make their step or, where anything but `NotFinite` is raised, none does.
+    All of them make their step, or none if anything but `NotFinite` is raised.
 
     Args:
-        model: the expert that the samples' cohort names, as `load_expert` returns it.
+        model: the expert that the samples' next step needs, as `load_expert` returns it.
         samples: at least one, all of equal `cohort`.
-        fuse_guidance_tokens: up to this many tokens, both halves of guidance included, the conditional and the
-            unconditional prediction are one forward pass; small models are faster that way, large ones only use more
-            memory.
+        fuse_guidance_tokens: the conditional and the unconditional prediction are one forward pass if it has at most so
+            many tokens, both halves counted. Small models are faster that way, large ones only use more memory.
 
     Raises:
         ValueError: the samples cannot share a forward pass.
@@ -79,11 +78,13 @@ def denoise(
     on_step: Callable[[Sample], None] | None = None,
     fuse_guidance_tokens: int = 8192,
 ) -> torch.Tensor:
-    """All remaining steps of one sample.
+    """Do all remaining steps of one sample.
 
     Args:
         models: the experts, by name.
+        sample: moves to its last step.
         on_step: called after every step.
+        fuse_guidance_tokens: see `advance`.
 
     Returns:
         The final latents, `[1, channels, frames, height, width]`, float32.
@@ -104,20 +105,21 @@ def predict(
     scales: list[float],
     fuse: int,
 ) -> torch.Tensor:
-    """The guided noise prediction, of the shape of the latents.
+    """Return the guided noise prediction, in the shape of the latents.
 
     Args:
         model: see `advance`.
         latents: `[samples, channels, frames, height, width]` in the model's dtype.
         timesteps: `[samples]`.
-        positive, negative: texts of each sample, `[1, tokens, dim]`; negative is None without guidance.
-        scales: of guidance, by sample.
-        fuse: both halves of guidance are one forward pass if it then holds at most so many samples.
+        positive: embedding of each sample's prompt, `[1, tokens, dim]`.
+        negative: embedding of each sample's negative prompt; None without guidance.
+        scales: guidance scale of each sample.
+        fuse: both halves of guidance are one forward pass if it then has at most so many samples.
     """
     if negative is None:
         return model(latents, timesteps, positive)
     guidance = model.guidance
-    if guidance.size == 2:  # the other half is made by other ranks at the same time
+    if guidance.size == 2:  # other ranks predict the other half at the same time
         half = model(latents, timesteps, negative if guidance.index else positive)
         conditional, unconditional = guidance.gather(half)
     elif 2 * len(latents) <= fuse:
@@ -126,7 +128,7 @@ def predict(
     else:
         conditional = model(latents, timesteps, positive)
         unconditional = model(latents, timesteps, negative)
-    # Sample by sample, so that the scale is a Python number as in WanPipeline: in bfloat16 a tensor would round it.
+    # Sample by sample, so that the scale is a Python number as in WanPipeline: a bfloat16 tensor would round it.
     return torch.cat(
         [
             without + scale * (with_prompt - without)

@@ -1,4 +1,4 @@
-"""First-time work of an expert, done before anybody waits for it: kernels loaded, graphs compiled."""
+"""Warm-up of an expert: kernels are loaded and graphs compiled before anybody waits for a video."""
 
 from __future__ import annotations
 
@@ -26,29 +26,32 @@ def warm_up(
     dtype: torch.dtype,
     compiled: bool,
 ) -> None:
-    """Run an expert at the size of `params`, and where it is compiled at others as well.
+    """Run an expert at the size of `params` and, if it is compiled, at other sizes as well.
 
-    A compiled block takes the sizes that it sees first for fixed, which is fastest, and those that change for free. So
-    the common size comes first, then smaller ones, alone and in batches: after that no request makes it compile again.
+    The compiler treats the first sizes of a block as constants, which is fastest, and sizes that change later as
+    variables. So the common size comes first, then smaller ones, alone and in batches. After that no request makes it
+    compile again.
 
     Args:
         model: as `load_expert` returns it.
-        batch: samples that a forward pass may hold.
+        checkpoint: the checkpoint of the expert.
+        params: the common size of videos.
+        batch: most samples in a forward pass.
         fuse_guidance_tokens: see `advance`.
-        dtype: of the model's activations.
-        compiled: whether its blocks are.
+        dtype: dtype of the model's activations.
+        compiled: whether the model's blocks are compiled.
     """
     device = next(model.parameters()).device
     text = Embedding(torch.zeros(1, int(model.config.text_dim)), tokens=1, truncated=False)
 
     def run(size: Params, samples: int, fuse: int) -> None:
         started = time.monotonic()
-        # Every sample begins in the first expert; which one runs it does not matter here.
-        held = [
+        # A new sample belongs to the first expert; here any expert may run it.
+        warmed = [
             Sample.start(size, checkpoint, text, text if size.guided else None, device, dtype, "warm-up")
             for _ in range(samples)
         ]
-        advance(model, held, fuse)
+        advance(model, warmed, fuse)
         logger.info(
             "warmed up",
             extra={
@@ -65,7 +68,7 @@ def warm_up(
     smaller = params.model_copy(update={"width": 48, "height": 32, "num_frames": 1})
     for size in (small, smaller):
         run(size, 1, 0)
-    # Passes over one, two and three: from the third on, their number is free. Guidance doubles it where it is fused.
+    # Batches of one, two and three: from the third on, their size is a variable. Fused guidance doubles the batch.
     for samples in range(2, min(batch, 3) + 1):
         run(smaller, samples, 0)
     for samples in range(1, min(batch, 2) + 1):

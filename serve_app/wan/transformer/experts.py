@@ -43,7 +43,7 @@ class Experts:
     def use(self, name: Expert) -> nn.Module:
         """Return an expert, whose blocks are on the device by the time they run."""
         if self._block_swap is not None:
-            self._block_swap.use(name)
+            self._block_swap.prefetch(name)
         return self._models[name]
 
     def forget_texts(self) -> None:

@@ -29,8 +29,8 @@ from serve_app.wan.transformer.text_cache import TextCache
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 from serve_app.wan.weights.random_weights import RandomWeights
 from serve_app.wan.weights.reader import Weights
-from serve_app.wan.weights.shard_spec import ShardSlice, cut_dim, each, empty_expert, shard_slices
-from serve_app.wan.weights.sharded import AGAIN, ShardedCheckpoint
+from serve_app.wan.weights.shard_spec import ShardSlice, cut_dim, empty_expert, read_in_file_order, shard_slices
+from serve_app.wan.weights.sharded import REMEDY, ShardedCheckpoint
 
 logger = get_logger(__name__)
 
@@ -101,7 +101,7 @@ def load_expert(
             _check_dtypes(parts, weights)
         if block_swap is not None:
             blocks = [part for part in parts if part.name.startswith("blocks.")]
-            block_swap.take(expert, list(model.blocks), blocks, weights)
+            block_swap.add_expert(expert, list(model.blocks), blocks, weights)
             parts = [part for part in parts if not part.name.startswith("blocks.")]
         _fill(model, weights, parts, device)
     # Not part of a checkpoint: computed from the configuration.
@@ -196,7 +196,7 @@ def _check_dtypes(parts: list[ShardSlice], weights: Weights) -> None:
         if weights.dtype(part.name) != part.dtype:
             raise CheckpointError(
                 f"{weights.where}: the tensor {part.name!r} is {weights.dtype(part.name)}, expected {part.dtype}; "
-                f"{AGAIN}"
+                f"{REMEDY}"
             )
 
 
@@ -206,7 +206,7 @@ def _fill(model: nn.Module, weights: Weights, parts: list[ShardSlice], device: t
     def read(part: ShardSlice) -> torch.Tensor:
         return weights.read(part.name, part.dim, part.start, part.stop, part.dtype).to(device)
 
-    for part, tensor in each(parts, weights, read):
+    for part, tensor in read_in_file_order(parts, weights, read):
         # A new parameter, since those built on the meta device cannot be given memory.
         owner, _, leaf = part.name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))

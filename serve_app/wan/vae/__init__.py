@@ -1,4 +1,4 @@
-"""From latents to frames.
+"""The VAE: from latents to frames.
 
 Knows nothing of denoising.
 """

@@ -1,8 +1,8 @@
-"""The VAE's layers as CPUs do them fastest, in float32. Same weights, same sums in another order.
+"""Faster layers of the VAE for CPUs, in float32: the same weights, and the same sums in another order.
 
 PyTorch (2.13) sends a 3-D convolution of a single video to a fallback that unfolds it, and normalises over channels
-through a generic reduction; both are most of a decode on CPUs. `python -m benchmarks.model.cpu_vae` measures what is
-won and how far frames differ.
+through a generic reduction; together they are most of a decode on CPUs. `python -m benchmarks.model.cpu_vae` measures
+the gain and how far frames differ.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from torch import nn
 
-# What torch.nn.functional.normalize never divides by less than.
-_LEAST = 1e-12
+_EPS = 1e-12  # least divisor, as in torch.nn.functional.normalize
 
 
 def speed_up(vae: nn.Module) -> None:
-    """Let the layers of a float32 VAE on a CPU do their work in the faster way; nothing where that is not built in."""
+    """Replace the layers of a float32 VAE on a CPU by faster ones, if this build of PyTorch has oneDNN."""
     if not torch.backends.mkldnn.is_available():
         return
     for layer in vae.modules():
-        # The exact classes: what a newer diffusers derives from them may mean something else.
+        # Exact classes only: subclasses in a newer diffusers may compute something else.
         if type(layer) is WanCausalConv3d:
             layer.__class__ = _Convolution
         elif type(layer) is WanRMS_norm:
@@ -37,5 +36,5 @@ class _Convolution(WanCausalConv3d):
 
 class _Norm(WanRMS_norm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        length = x.square().sum(1 if self.channel_first else -1, keepdim=True).sqrt().clamp_min(_LEAST)
+        length = x.square().sum(1 if self.channel_first else -1, keepdim=True).sqrt().clamp_min(_EPS)
         return x * (self.scale / length) * self.gamma + self.bias

@@ -1,4 +1,4 @@
-"""Frames of a video whose decode is under way, for who reads them while later ones are made; and how it ends early."""
+"""The frame buffer: frames of a video whose decode is under way, for readers of the first ones."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from serve_app.errors import ServeAppError
 
 
 class Abandoned(ServeAppError):
-    """Nobody wants the video any more."""
+    """Error of a frame buffer whose video nobody wants any more."""
 
     def __init__(self) -> None:
         super().__init__("nobody wants this video any more")
 
 
 class PixelsNotFinite(ServeAppError):
-    """Some of a video's pixels are NaN or infinite. As bytes they would be black, and nobody would know."""
+    """Some of a video's pixels are NaN or infinite. As bytes they would be black, and nobody would notice."""
 
 
 class FrameBuffer:
-    """The frames of one video. Made before the decode, which fills it in from its own threads.
+    """The frames of one video. Created before the decode, which fills it from its own threads.
 
-    A reader that is ahead waits. What it has read does not change any more, unless a tile did not fit into memory and
-    is made anew in parts, whose pixels may differ in their last bits.
+    A reader that is ahead waits. Frames do not change after they were read, with one exception: a tile that did not fit
+    into memory is decoded again in parts, and its pixels may then differ in their last bits.
 
-    Either side may end it with `fail`: the decode because the frames cannot be had, or whoever asked because nobody
-    wants them any more. The other side then hears of it: a reader at its next frame, a decode before its next chunk.
+    Either side may end it with `fail`: the decode if it cannot make the frames, or the reader if nobody wants them any
+    more. The other side gets the error: a reader at its next frame, a decode before its next chunk.
     """
 
     def __init__(self) -> None:
@@ -38,33 +38,33 @@ class FrameBuffer:
 
     @property
     def error(self) -> BaseException | None:
-        """Why no more frames will come; None as long as they may."""
+        """Reason why no more frames will come; None as long as they may."""
         return self._error
 
     def begin(self, frames: np.ndarray) -> None:
-        """Say where the frames will be: `[frames, height, width, 3]`."""
+        """Set the array that the frames will be in, `[frames, height, width, 3]`."""
         with self._changed:
             self._frames = frames
             self._changed.notify_all()
 
     def advance(self, whole: int) -> None:
-        """Say that the first `whole` frames are there."""
+        """Announce that the first `whole` frames are there."""
         with self._changed:
             self._whole = max(self._whole, whole)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """Say that no more frames will come. The first reason stands."""
+        """End it: no more frames will come. The first error stands."""
         with self._changed:
             if self._error is None:
                 self._error = error
                 self._changed.notify_all()
 
     def frames(self) -> np.ndarray:
-        """Return all frames, as soon as it is known where they will be.
+        """Wait for the decode to begin and return the array of all frames, most of which may not be there yet.
 
         Raises:
-            BaseException: what `fail` was given.
+            BaseException: the error that `fail` was given.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._frames is not None or self._error is not None)
@@ -77,7 +77,7 @@ class FrameBuffer:
         """Wait until frame `index` is there.
 
         Raises:
-            BaseException: what `fail` was given.
+            BaseException: the error that `fail` was given.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._whole > index or self._error is not None)

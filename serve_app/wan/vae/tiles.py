@@ -1,15 +1,15 @@
-"""Tiles of a picture that a video decoder decodes one by one, and what each costs. Does no work itself.
+"""Tiles of a picture that a video decoder decodes one by one, with the memory and work of each. Computes no pixels.
 
-Above its middle block, which looks at the whole picture, a decoder is convolutions, nearest-neighbour doublings and
-norms of single pixels: what a pixel becomes depends on a few around it. A tile is decoded with a halo of those, which
-is cut off level by level, as soon as no layer that follows looks at it. Where a tile ends with the picture there is no
-halo: the layers' own zeros belong there. So tiles are equal to the whole picture but for the order of sums; nothing is
-blended.
+The decoder's middle block looks at the whole picture. The layers after it are convolutions, nearest-neighbour
+doublings and norms of single pixels: an output pixel depends on few input pixels around it. A tile is decoded with a
+halo of those pixels, which is cut off level by level, as soon as no later layer looks at it. At the edge of the picture
+a tile has no halo: the layers' own zero padding belongs there. So tiles are equal to the whole picture but for the
+order of sums, and nothing is blended.
 
-Tiles are the outer loop, time is the inner one. Every convolution remembers two frames of what it saw, and that is
-half of the memory at 720p (A14B's VAE, float32: 8.5 of 17.7 GB): with time outside, the memories of all tiles would be
-alive at once, however small the tiles are. The price is that the middle block's output waits for the last tile: 22 MB
-a latent frame, in host memory. `tests/wan/vae/test_tiles.py` computes these numbers.
+Tiles are the outer loop, time is the inner one. Every convolution remembers two frames of its input, which is half of
+the memory at 720p (A14B's VAE, float32: 8.5 of 17.7 GB). With time as the outer loop, these frames would be alive for
+all tiles at once, however small the tiles are. The price is that the middle block's output is kept until the last tile:
+22 MB a latent frame, in host memory. `tests/wan/vae/test_tiles.py` computes these numbers.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-LEAST = 8
-"""Latent pixels along a side of the smallest tile. A smaller one would be halo for the most part."""
+MIN_SIDE = 8
+"""Latent pixels along a side of the smallest tile. A smaller tile would be mostly halo."""
 
 Span = tuple[int, int]
-"""From the first pixel to the one behind the last."""
+"""The first pixel, and the one behind the last."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Level:
     """One of the decoder's up blocks, with the output layers if it is the last.
 
     Attributes:
-        channels_in, channels: of what enters, and inside.
-        frames: of a chunk that enter: one latent frame is one chunk.
-        reach: pixels to each side that its residual blocks look at.
-        scale: how many times as wide and high what leaves is; `more_frames` the same of time.
-        reach_after: pixels, so enlarged, that the convolution behind the enlargement looks at.
-        channels_out: of what leaves.
-        remembered: channels, all convolutions together, of which two frames are kept from chunk to chunk.
-        work: multiplications for each pixel that enters, all frames of a chunk together.
+        channels_in, channels, channels_out: of the input, inside, and of the output.
+        frames: input frames of a chunk, which is one latent frame.
+        reach: input pixels to each side that the residual blocks look at.
+        scale: factor by which the output is wider and higher than the input.
+        more_frames: factor by which the output has more frames.
+        reach_after: output pixels to each side that the convolution after the enlargement looks at.
+        remembered: sum of the channels, over all convolutions, of which two frames are kept from chunk to chunk.
+        work: multiplications for each input pixel, all frames of a chunk together.
     """
 
     channels_in: int
@@ -57,23 +57,28 @@ class Level:
     work: int
 
     def numbers_held(self, itemsize: int) -> int:
-        """Numbers for each pixel that enters that are alive in its widest moment, beside what is remembered."""
+        """Return the most numbers for each input pixel that are alive at once, beside the remembered frames.
+
+        Args:
+            itemsize: bytes of a number.
+        """
         f, c = self.frames, self.channels
-        # The block's input, its residual, and then either a convolution's input, the two copies that join it with what
-        # is remembered and pad it, and what will be remembered; or a norm, which diffusers does in float32.
+        # Alive are the block's input and its residual, and in addition either of two: a convolution's input, the two
+        # copies that join it with the remembered frames and pad it, and the frames to remember next; or a norm, which
+        # diffusers computes in float32.
         norm = 4 * f if itemsize >= 4 else 5 * f
         residual = self.channels_in * f + c * f + c * max(3 * f + 6, norm)
         if self.scale == 1:
             return residual
-        # The block's input and output, a copy of the latter with all frames, and its enlargement: either beside what
-        # the convolution makes of it, or in float32 first.
+        # Alive are the block's input and output, a copy of the output with all frames, and its enlargement: this either
+        # beside the result of the convolution, or in float32 first.
         more, larger = f * self.more_frames, self.scale**2
         enlarged = larger * (c + self.channels_out) if itemsize >= 4 else larger * c * (1 + 4 // itemsize)
         return max(residual, self.channels_in * f + c * f + more * (c + enlarged))
 
 
 def levels(decoder: nn.Module) -> tuple[Level, ...]:
-    """The levels of an `AutoencoderKLWan`'s decoder, from its layers."""
+    """Return the levels of an `AutoencoderKLWan`'s decoder, from its layers."""
     found: list[Level] = []
     frames = 1
     blocks: list[Any] = list(decoder.up_blocks)  # type: ignore[arg-type]
@@ -115,11 +120,11 @@ def _reach(convolution: Any) -> int:
     return int(convolution.kernel_size[-1]) // 2
 
 
-def halos(those: Iterable[Level]) -> tuple[int, ...]:
-    """Pixels around a tile that each level has to be given, at the resolution of what enters it."""
+def halos_of(levels: Iterable[Level]) -> tuple[int, ...]:
+    """Return the width of a tile's halo at each level, in pixels of the level's input."""
     found: list[int] = []
     need = 0
-    for level in reversed(tuple(those)):
+    for level in reversed(tuple(levels)):
         need = math.ceil((need + level.reach_after) / level.scale) + level.reach
         found.append(need)
     return tuple(reversed(found))
@@ -133,9 +138,9 @@ class Tile:
     columns: Span
 
     def halves(self) -> tuple[Tile, Tile] | None:
-        """Two tiles in its place, cut across the longer side; None if they would be too small."""
+        """Return two tiles in its place, cut across the longer side; None if they would be too small."""
         (top, bottom), (left, right) = self.rows, self.columns
-        if max(bottom - top, right - left) < 2 * LEAST:
+        if max(bottom - top, right - left) < 2 * MIN_SIDE:
             return None
         if bottom - top > right - left:
             middle = (top + bottom) // 2
@@ -148,11 +153,14 @@ class Picture:
     """The pictures of a decode, to be cut into tiles.
 
     Args:
-        levels: of the decoder.
+        levels: levels of the decoder.
         height, width: in latent pixels.
-        samples: videos that are decoded together.
+        samples: number of videos that are decoded together.
         itemsize: bytes of a number.
-        given: pixels of its surroundings that a tile gets at each level; as many as the layers look at if left out.
+        halos: width of a tile's halo at each level; as many pixels as the layers look at if not given.
+
+    Attributes:
+        whole: the tile that is the whole picture.
     """
 
     def __init__(
@@ -162,16 +170,16 @@ class Picture:
         width: int,
         samples: int = 1,
         itemsize: int = 4,
-        given: tuple[int, ...] | None = None,
+        halos: tuple[int, ...] | None = None,
     ) -> None:
         self._levels = levels
-        self._halos = halos(levels) if given is None else given
+        self._halos = halos_of(levels) if halos is None else halos
         self._samples = samples
         self._itemsize = itemsize
         self.whole = Tile((0, height), (0, width))
 
     def spans(self, tile: Tile) -> list[Tile]:
-        """What of the picture each level is given for a tile, at that level's resolution, and at last what is left."""
+        """Return the part of each level's input that a tile needs, halo included, and last its output pixels."""
         (_, height), (_, width) = self.whole.rows, self.whole.columns
         return [
             Tile(rows, columns)
@@ -179,12 +187,15 @@ class Picture:
         ]
 
     def frames(self, chunks: int) -> int:
-        """Frames of so many latent frames, the first of which is one frame alone."""
+        """Return the number of frames of `chunks` latent frames, the first of which is a single frame."""
         return 1 + math.prod(level.more_frames for level in self._levels) * (chunks - 1)
 
-    def bytes(self, tile: Tile) -> int:
-        """Device memory that decoding a tile takes beside the weights: what convolutions remember, and the widest
-        moment of the widest level. The work space of single layers is not known here."""
+    def tile_bytes(self, tile: Tile) -> int:
+        """Return the bytes of device memory that decoding a tile takes beside the weights.
+
+        Counted are the frames that convolutions remember, and the most that a level holds at once. The work space of
+        single layers is not known here.
+        """
         remembered, most = 0, 0
         for level, span in zip(self._levels, self.spans(tile), strict=False):
             area = _length(span.rows) * _length(span.columns)
@@ -193,21 +204,21 @@ class Picture:
         return (remembered + most) * self._samples * self._itemsize
 
     def work(self, tile: Tile) -> int:
-        """Multiplications for a latent frame of a tile, halo included."""
+        """Return the number of multiplications for a latent frame of a tile, halo included."""
         return sum(
             level.work * _length(span.rows) * _length(span.columns) * self._samples
             for level, span in zip(self._levels, self.spans(tile), strict=False)
         )
 
-    def tiles(self, most_bytes: float = math.inf, devices: int = 1) -> list[Tile]:
-        """The grid that is done soonest on so many devices, of those whose tiles fit; the smallest tiles if none do."""
+    def tiles(self, max_tile_bytes: float = math.inf, devices: int = 1) -> list[Tile]:
+        """Return the grid of tiles that fit which `devices` devices finish first; the smallest tiles if none fit."""
         found: list[tuple[tuple[bool, float], list[Tile]]] = []
         for rows, columns in itertools.product(_cuts(self.whole.rows[1]), _cuts(self.whole.columns[1])):
             count = len(rows) * len(columns)
-            # The tile with the most halo stands for all: they differ in little else.
+            # The tile with the most halo stands for all tiles: they differ in little else.
             widest = Tile(self._widest(rows, self.whole.rows[1]), self._widest(columns, self.whole.columns[1]))
-            size = self.bytes(widest)
-            fits = size <= most_bytes
+            size = self.tile_bytes(widest)
+            fits = size <= max_tile_bytes
             cost = math.ceil(count / devices) * self.work(widest) if fits else size
             found.append(((not fits, cost), [Tile(*both) for both in itertools.product(rows, columns)]))
         return min(found, key=lambda one: (one[0], len(one[1])))[1]
@@ -224,9 +235,9 @@ class Picture:
 
 
 def _cuts(size: int) -> Iterator[list[Span]]:
-    """A side cut into equal parts, as many ways as give parts of another length."""
+    """Yield the ways to cut a side into equal parts, one for each length of the longest part."""
     before = 0
-    for count in range(1, max(1, size // LEAST) + 1):
+    for count in range(1, max(1, size // MIN_SIDE) + 1):
         if (longest := math.ceil(size / count)) != before:
             before = longest
             edges = [size * index // count for index in range(count + 1)]

@@ -1,4 +1,4 @@
-"""Checkpoints: formats, readers, the slice of each rank, sharded checkpoints and their writer.
+"""Checkpoints: formats, readers, the shard spec, sharded checkpoints and their writer.
 
 Knows nothing of samples.
 """

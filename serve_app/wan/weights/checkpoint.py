@@ -1,6 +1,6 @@
-"""A Wan2.2 folder in the diffusers layout: what is in it, and whether all of it is there and fits together.
+"""The checkpoint: a Wan2.2 folder in the diffusers layout, checked to be complete and consistent.
 
-Reads JSON, headers and file sizes only; weights are read by who needs them. Needs no torch.
+Reads only JSON, headers and file sizes. Needs no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from serve_app.errors import CheckpointError
-from serve_app.wan.weights.components import IndexConfig, SchedulerConfig, understand
+from serve_app.wan.weights.components import IndexConfig, SchedulerConfig, parse_component
 from serve_app.wan.weights.files import read_json, read_tensors, weight_files
 from serve_app.wan.weights.tensors import ExpertConfig, TextConfig, VaeConfig
 from serve_app.wan.weights.tokenizer import MAX_TOKENS, tokenizer_files, vocabulary_size
@@ -31,7 +31,7 @@ _CLASSES = {
 C = TypeVar("C", ExpertConfig, TextConfig, VaeConfig)
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-# Pixels of a side for one position of an expert, and frames for one but the first: what a latent stands for, patched.
+# Pixels of a side, and frames after the first, that one position of an expert stands for.
 _PIXELS = 16
 _FRAMES = 4
 
@@ -40,22 +40,22 @@ class Checkpoint:
     """A checked model folder.
 
     Args:
-        folder: holds `model_index.json`, `transformer/`, `transformer_2/`, `text_encoder/`, `tokenizer/`, `vae/` and
+        folder: contains `model_index.json`, `transformer/`, `transformer_2/`, `text_encoder/`, `tokenizer/`, `vae/` and
             `scheduler/`. A folder with one expert only (Wan2.1) works as well.
-        random: take names and shapes of the weights alone, and draw the values.
+        random: take only names and shapes of the weights, and draw the values at random.
 
     Attributes:
-        boundary_ratio: share of the training timesteps from which on the first expert denoises; None where it denoises
-            alone, as with one expert, or where the folder says so.
-        num_train_timesteps: of the noise schedule, 1000 for Wan.
-        flow_shift: the folder's, which WanPipeline samples with; here `defaults.flow_shift` counts.
+        boundary_ratio: the first expert denoises timesteps of at least this share of the training timesteps. None if it
+            denoises all of them, because there is no other expert or the folder says so.
+        num_train_timesteps: timesteps of the noise schedule, 1000 for Wan.
+        flow_shift: the folder's value, which WanPipeline samples with; the server samples with `defaults.flow_shift`.
         scheduler_config, vae_config: the components' configurations as stored.
         revision: twelve hex digits that change with the configurations and the weight files' names and sizes.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or not of the expected kind; a tensor that a configuration asks for
-            is missing or of another shape, or one is there that it does not ask for; or components do not fit together.
-            The message names the file.
+        CheckpointError: a file is missing, damaged, or not of the expected kind; a tensor is missing, has another shape
+            than the configuration implies, or has no place in the model; or components do not fit together. The message
+            names the file.
     """
 
     def __init__(self, folder: Path, random: bool = False) -> None:
@@ -67,59 +67,61 @@ class Checkpoint:
             )
         self._digest = hashlib.sha256()
         where = self.folder / "model_index.json"
-        content = self._json(where.name)
-        index = understand(IndexConfig, content, where)
-        present = self._present(where, content)
+        content = self._read_json(where.name)
+        index = parse_component(IndexConfig, content, where)
+        present = self._listed_components(where, content)
         self.has_two_experts = "transformer_2" in present
         self.boundary_ratio = index.boundary_ratio if self.has_two_experts else None
         self._experts = {name: self._component(name, "config.json") for name in self.experts}
         self.scheduler_config = self._component("scheduler", "scheduler_config.json")
-        scheduler = understand(
+        scheduler = parse_component(
             SchedulerConfig, self.scheduler_config, self.folder / "scheduler" / "scheduler_config.json"
         )
         self.num_train_timesteps = scheduler.num_train_timesteps
         self.flow_shift = scheduler.flow_shift
         self.vae_config = self._component("vae", "config.json")
         text_config = self._component("text_encoder", "config.json")
-        self._understood = {name: self._understand(ExpertConfig, name, self._experts[name]) for name in self.experts}
-        vae = self._understand(VaeConfig, "vae", self.vae_config)
-        text = self._understand(TextConfig, "text_encoder", text_config)
-        self._fit_together(vae, text)
-        self._tokenizer(text)
-        for name, expert in self._understood.items():
-            self._weights(name, "diffusion_pytorch_model", expert)
-        self._weights("vae", "diffusion_pytorch_model", vae)
-        self._weights("text_encoder", "model", text)
+        self._configs = {name: self._parse(ExpertConfig, name, self._experts[name]) for name in self.experts}
+        vae = self._parse(VaeConfig, "vae", self.vae_config)
+        text = self._parse(TextConfig, "text_encoder", text_config)
+        self._check_components_match(vae, text)
+        self._check_tokenizer(text)
+        for name, expert in self._configs.items():
+            self._check_weights(name, "diffusion_pytorch_model", expert)
+        self._check_weights("vae", "diffusion_pytorch_model", vae)
+        self._check_weights("text_encoder", "model", text)
         self.revision = self._digest.hexdigest()[:12]
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """The experts that the folder holds, the high-noise one first."""
+        """Names of the experts in the folder, the high-noise expert first."""
         return ("transformer", "transformer_2") if self.has_two_experts else ("transformer",)
 
     @property
     def side(self) -> int:
-        """Pixels of the longest side that the experts have positions for."""
-        return _PIXELS * min(expert.rope_max_seq_len for expert in self._understood.values())
+        """Longest side of a video in pixels that the experts have positions for."""
+        return _PIXELS * min(expert.rope_max_seq_len for expert in self._configs.values())
 
     @property
     def frames(self) -> int:
-        """Frames of the longest video that the experts have positions for."""
-        return _FRAMES * (min(expert.rope_max_seq_len for expert in self._understood.values()) - 1) + 1
+        """Length of the longest video in frames that the experts have positions for."""
+        return _FRAMES * (min(expert.rope_max_seq_len for expert in self._configs.values()) - 1) + 1
 
     @cached_property
     def experts_revision(self) -> str:
-        """Twelve hex digits that change with all that the shards of the experts are made from and with nothing else:
-        their tensors' names and shapes, and the names and sizes of their files."""
+        """Twelve hex digits that change with what the experts' shards are made from, and with nothing else.
+
+        These are the names and shapes of the experts' tensors, and the names and sizes of their files.
+        """
         digest = hashlib.sha256()
-        for name, expert in self._understood.items():
+        for name, expert in self._configs.items():
             digest.update(f"{name} {sorted(expert.tensors().items())}\n".encode())
             for file in weight_files(self.folder / name, "diffusion_pytorch_model"):
                 digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         return digest.hexdigest()[:12]
 
     def expert_config(self, expert: Expert) -> dict[str, Any]:
-        """The configuration of an expert, as stored.
+        """Return the configuration of an expert, as stored.
 
         Raises:
             CheckpointError: the folder has no such expert.
@@ -128,13 +130,13 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / expert}: is not part of this checkpoint, it has one expert only")
         return self._experts[expert]
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _read_json(self, name: str) -> dict[str, Any]:
         content = read_json(self.folder / name)
         self._digest.update(f"{name}\n{json.dumps(content, sort_keys=True)}\n".encode())
         return content
 
-    def _present(self, where: Path, index: dict[str, Any]) -> set[str]:
-        """Return the components that the index lists, which are `[library, class]`."""
+    def _listed_components(self, where: Path, index: dict[str, Any]) -> set[str]:
+        """Return the components that the index lists as `[library, class]`, after checking their classes."""
         present = {name for name, kind in index.items() if isinstance(kind, list) and kind and kind[0]}
         for name in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
             if name not in present:
@@ -149,7 +151,7 @@ class Checkpoint:
         return present
 
     def _component(self, name: str, file: str) -> dict[str, Any]:
-        config = self._json(f"{name}/{file}")
+        config = self._read_json(f"{name}/{file}")
         architectures = config.get("architectures")
         first = architectures[0] if isinstance(architectures, list) and architectures else None
         found = config.get("_class_name") or first
@@ -157,11 +159,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / name / file}: is of class {found!r}, expected {_CLASSES[name]!r}")
         return config
 
-    def _understand(self, kind: type[C], name: str, content: dict[str, Any]) -> C:
-        return understand(kind, content, self.folder / name / "config.json")
+    def _parse(self, kind: type[C], name: str, content: dict[str, Any]) -> C:
+        return parse_component(kind, content, self.folder / name / "config.json")
 
-    def _fit_together(self, vae: VaeConfig, text: TextConfig) -> None:
-        for name, expert in self._understood.items():
+    def _check_components_match(self, vae: VaeConfig, text: TextConfig) -> None:
+        for name, expert in self._configs.items():
             for field, found, other, expected in (
                 ("in_channels", expert.in_channels, "z_dim of the vae", vae.z_dim),
                 ("out_channels", expert.out_channels or expert.in_channels, "z_dim of the vae", vae.z_dim),
@@ -171,9 +173,9 @@ class Checkpoint:
                     path = self.folder / name / "config.json"
                     raise CheckpointError(f"{path}: {field} is {found}, expected {expected}, the {other}")
 
-    def _tokenizer(self, text: TextConfig) -> None:
+    def _check_tokenizer(self, text: TextConfig) -> None:
         folder = self.folder / "tokenizer"
-        self._json("tokenizer/tokenizer_config.json")
+        self._read_json("tokenizer/tokenizer_config.json")
         files = tokenizer_files(folder)
         for file in files:
             size = vocabulary_size(file)
@@ -181,14 +183,14 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{file}: has {size} tokens, expected at most {text.vocab_size}, the vocab_size of the text_encoder"
                 )
-        self._note_sizes(files)
+        self._digest_sizes(files)
 
-    def _weights(self, name: str, stem: str, config: ExpertConfig | TextConfig | VaeConfig) -> None:
-        """Compare what the files hold with what the configuration asks for."""
+    def _check_weights(self, name: str, stem: str, config: ExpertConfig | TextConfig | VaeConfig) -> None:
+        """Check that a component's files hold the tensors that its configuration implies, and no others."""
         folder = self.folder / name
         found, expected = read_tensors(folder, stem), config.tensors()
         files = weight_files(folder, stem)
-        self._note_sizes(files)
+        self._digest_sizes(files)
         for other, known in config.ALIASES.items():
             if other in found:
                 expected[other] = expected[known]
@@ -198,7 +200,7 @@ class Checkpoint:
         if missing:
             where = files[0] if len(files) == 1 else folder / f"{stem}.safetensors.index.json"
             raise CheckpointError(
-                f"{where}: the tensor {missing[0]!r} is missing, expected by config.json{_more(missing)}"
+                f"{where}: the tensor {missing[0]!r} is missing, expected by config.json{_and_more(missing)}"
             )
         for tensor, shape in expected.items():
             held = found[tensor]
@@ -208,15 +210,15 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{held.file}: the tensor {tensor!r} is of type {held.dtype}, expected one of {', '.join(_FLOATS)}"
                 )
-        left = [tensor for tensor in found if tensor not in expected and not config.spare(tensor)]
+        left = [tensor for tensor in found if tensor not in expected and not config.is_ignored(tensor)]
         if left:
             file = found[left[0]].file
-            raise CheckpointError(f"{file}: the tensor {left[0]!r} is not expected by config.json{_more(left)}")
+            raise CheckpointError(f"{file}: the tensor {left[0]!r} is not expected by config.json{_and_more(left)}")
 
-    def _note_sizes(self, files: list[Path]) -> None:
+    def _digest_sizes(self, files: list[Path]) -> None:
         for file in files:
             self._digest.update(f"{file.relative_to(self.folder)} {file.stat().st_size}\n".encode())
 
 
-def _more(names: list[str]) -> str:
+def _and_more(names: list[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

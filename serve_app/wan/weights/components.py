@@ -1,4 +1,4 @@
-"""What is understood of the JSON files of a model folder: a field with another value is refused. Needs no torch."""
+"""The JSON configurations of a model folder. A field with a value that is not supported is refused. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _EXPECTED = {
 
 
 class Component(BaseModel):
-    """A configuration file. Fields that it lacks have the libraries' defaults, fields unknown here are passed over."""
+    """A configuration file. Missing fields have the libraries' defaults, unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
     quantization_config: None = None
-    """Quantised weights are of other names, types and meaning."""
+    """Null: quantised weights have other names, types and meanings."""
 
 
 C = TypeVar("C", bound=BaseModel)
 
 
-def understand(kind: type[C], content: dict[str, Any], path: Path) -> C:
-    """Return the content of a file as a configuration.
+def parse_component(kind: type[C], content: dict[str, Any], path: Path) -> C:
+    """Return the content of a configuration file as an instance of `kind`.
 
     Raises:
-        CheckpointError: a field has a value that is not understood; the message names file, field and value.
+        CheckpointError: a field has a value that is not supported; the message names file, field and value.
     """
     try:
         return kind.model_validate(content)
@@ -50,11 +50,11 @@ def understand(kind: type[C], content: dict[str, Any], path: Path) -> C:
         wanted = _EXPECTED.get(first["type"]) or first.get("ctx", {}).get("expected")
         wanted = wanted or first["msg"].removeprefix("Input should be ")
         wanted = {"True": "true", "False": "false"}.get(wanted, wanted)
-        raise CheckpointError(f"{path}: {field} is {short(first['input'])}, expected {wanted}") from None
+        raise CheckpointError(f"{path}: {field} is {shorten(first['input'])}, expected {wanted}") from None
 
 
 class IndexConfig(Component):
-    """`model_index.json`, beside the components that it lists."""
+    """`model_index.json`, without the components that it lists."""
 
     model_config = ConfigDict(**Component.model_config, populate_by_name=True)
 
@@ -64,10 +64,10 @@ class IndexConfig(Component):
 
 
 class SchedulerConfig(Component):
-    """`scheduler/scheduler_config.json`: diffusers' UniPCMultistepScheduler, sampling a flow.
+    """`scheduler/scheduler_config.json`: diffusers' UniPCMultistepScheduler, which samples a flow.
 
-    Fields that change what is sampled have the values with which it samples as Wan was trained, and without NaN. The
-    last ones are those that have no effect then.
+    Fields that change the samples must have the values with which Wan was trained, and which give no NaN. The fields
+    after the gap have no effect then.
     """
 
     prediction_type: Literal["flow_prediction"]
@@ -103,15 +103,16 @@ class SchedulerConfig(Component):
 
     @model_validator(mode="before")
     @classmethod
-    def _nothing_unknown(cls, content: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what a newer version of the scheduler may have, unless it is off."""
+    def _refuse_unknown_fields(cls, content: dict[str, Any]) -> dict[str, Any]:
+        """Refuse fields of a newer scheduler, unless they are turned off."""
         for name, value in content.items():
             off = value is None or value is False
             if name not in cls.model_fields and not name.startswith("_") and not off:
-                raise ValueError(f"{name} is {short(value)}, a field that is not understood")
+                raise ValueError(f"{name} is {shorten(value)}, a field that is not understood")
         return content
 
 
-def short(value: Any) -> str:
+def shorten(value: Any) -> str:
+    """Return a value as JSON, cut to 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."

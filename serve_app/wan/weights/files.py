@@ -1,7 +1,7 @@
-"""The files of a model folder, read without trusting them: JSON, and what safetensors files say of their tensors.
+"""The files of a model folder, read without trusting them: JSON, and the headers of safetensors files.
 
-Reads headers and sizes alone, so that a folder of a hundred gigabytes takes milliseconds. Knows no model, needs no
-torch.
+Reads only headers and sizes of weights, so that a folder of a hundred gigabytes takes milliseconds. Knows no model,
+needs no torch.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ ITEMSIZES = {
     "U8": 1,
     "BOOL": 1,
 }
-"""Bytes of a number by its type, as headers spell it (https://huggingface.co/docs/safetensors)."""
-_MAX_HEADER = 100 << 20  # what the format's own reader accepts
-# How the stand-ins begin that Git LFS, Xet and git-annex leave where a file was not fetched.
+"""Bytes of a number by the name of its type in headers (https://huggingface.co/docs/safetensors)."""
+_MAX_HEADER = 100 << 20  # bytes; the limit of the format's own reader
+# First bytes of the pointers that Git LFS, Xet and git-annex leave in place of a file that was not fetched.
 _POINTERS = (b"version https://git-lfs", b"# xet version", b"/annex/objects/", b"../.git/annex/")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as its file's header describes it: type, shape, and the byte of the file at which it begins."""
+    """A tensor as its file's header describes it: type, shape, and `offset`, the byte at which it begins."""
 
     file: Path
     dtype: str
@@ -49,12 +49,12 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
     """Return the content of a file, or its first `most` bytes.
 
     Raises:
-        CheckpointError: it is missing, no file, cannot be read, or only a pointer of a large-file store.
+        CheckpointError: the file is missing, is no regular file, cannot be read, or is a pointer of a large-file store.
     """
     try:
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path}: is a link to {path.readlink()}, which is missing")
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
             raise CheckpointError(f"{path}: is a folder or device, expected a file")
         with path.open("rb") as stream:
             content = stream.read(most)
@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object that a file holds.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: the file cannot be read or holds something else.
     """
     data = read_bytes(path)
     if not data.strip():
@@ -91,7 +91,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     """Return the safetensors files of one component.
 
     Args:
-        folder: of the component, e.g. `<checkpoint>/transformer`.
+        folder: the component's folder, e.g. `<checkpoint>/transformer`.
         stem: `diffusion_pytorch_model` (diffusers) or `model` (transformers).
 
     Raises:
@@ -105,7 +105,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             )
         return [single]
     if single.exists() and single.name not in _weight_map(index).values():
-        # The libraries do not agree on which of them counts.
+        # The libraries do not agree on which of the two counts.
         raise CheckpointError(f"{single}: is there beside {index.name}, which does not name it; expected one of both")
     files = [folder / name for name in sorted(set(_weight_map(index).values()))]
     for file in files:
@@ -120,10 +120,11 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     """Return all tensors of one component by name.
 
     Args:
-        folder, stem: see `weight_files`.
+        folder: see `weight_files`.
+        stem: see `weight_files`.
 
     Raises:
-        CheckpointError: a file is missing or damaged, two of them hold the same tensor, or the index says otherwise.
+        CheckpointError: a file is missing or damaged, two files hold the same tensor, or the index disagrees with them.
     """
     found: dict[str, Tensor] = {}
     for file in weight_files(folder, stem):
@@ -143,21 +144,24 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     return found
 
 
-def check_loading(folder: Path, loading: dict[str, Any], spare: Callable[[str], bool] = lambda name: False) -> None:
-    """Check what a library says of its loading: it draws what it does not find, and passes over what it has no use for.
+def check_loading(
+    folder: Path, loading: dict[str, Any], is_ignored: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Check a library's report on loading weights: it draws tensors that it lacks, and ignores those it has no use for.
 
     Args:
-        loading: what `from_pretrained` returns with `output_loading_info`.
-        spare: tells tensors that may be left over.
+        folder: appears in error messages.
+        loading: the report that `from_pretrained` returns with `output_loading_info`.
+        is_ignored: returns whether a tensor may be left over.
 
     Raises:
-        CheckpointError: a tensor has no place, or a place no tensor.
+        CheckpointError: a tensor has no place in the model, is missing, or has another shape.
     """
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        # Of those that do not fit, names come with both shapes.
+        # Names of mismatched tensors come with both shapes.
         names = [name if isinstance(name, str) else name[0] for name in loading[kind]]
         if kind == "unexpected_keys":
-            names = [name for name in names if not spare(name)]
+            names = [name for name in names if not is_ignored(name)]
         if names:
             what = kind.removesuffix("_keys")
             raise CheckpointError(f"{folder}: the tensor {min(names)!r} is {what} when it is loaded (of {len(names)})")
@@ -169,7 +173,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file by name.
 
     Raises:
-        CheckpointError: it is no such file, was not copied completely, or its header does not fit its size.
+        CheckpointError: the file is not safetensors, was not copied completely, or its header does not fit its size.
     """
     start = read_bytes(file, 64)
     total = file.stat().st_size
@@ -181,7 +185,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
             f"{file}: has {total} bytes, expected more than {8 + length}; it was not copied completely"
         )
     try:
-        header = json.loads(read_bytes(file, 8 + length)[8:].decode("utf-8"), object_pairs_hook=_once)
+        header = json.loads(read_bytes(file, 8 + length)[8:].decode("utf-8"), object_pairs_hook=_without_duplicates)
         header.pop("__metadata__", None)
         tensors = {name: _tensor(file, name, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -214,7 +218,7 @@ def _tensor(file: Path, name: str, entry: dict[str, Any], start: int) -> Tensor:
     return Tensor(file, dtype, shape, start + begin)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name is there twice")

@@ -1,6 +1,6 @@
-"""Weights that are drawn instead of read: for measurements of speed and memory, which do not depend on their values.
+"""Random weights, for measurements of speed and memory, which do not depend on the values.
 
-Files give names, shapes and dtypes; what is in them is not looked at. Zeros would not do: chips are faster on them.
+Names, shapes and dtypes come from files whose content is not read. Zeros would not do: chips are faster on them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ _SPREAD = 0.02
 
 
 class RandomWeights(Weights):
-    """The tensors of one component by name, the same whoever draws them and however they are cut.
+    """Random tensors of one component by name. Every rank draws the same whole tensor and takes its slice of it.
 
     Args:
-        device: where they are drawn.
+        where: the component's folder, or its only file.
+        device: device to draw them on.
 
     Raises:
         CheckpointError: a file is missing, truncated, or not safetensors.
@@ -40,17 +41,17 @@ class RandomWeights(Weights):
         out: torch.Tensor | None = None,
         check: bool = True,
     ) -> torch.Tensor:
-        """The slice `start:stop` of a tensor along `dim`, on the device, or in `out`."""
+        """Return the slice `start:stop` of a tensor along `dim`, on the device, or in `out`."""
         whole = _draw(name, torch.empty(self.shape(name), device=self._device))
         part = whole.narrow(dim, start, (whole.shape[dim] if stop is None else stop) - start)
         if out is None:
             return part.to(dtype or self.dtype(name), copy=True)
-        # A copy to another device that also converts would do so on the host, through memory of its own.
+        # Converted first: a copy between devices that also converts does so on the host, through more memory.
         return out.copy_(part.to(out.dtype))
 
 
 def randomise(module: nn.Module) -> None:
-    """Draw all parameters of a module anew, where they are."""
+    """Replace all parameters of a module by random ones, in place."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             _draw(name, parameter)
@@ -59,5 +60,5 @@ def randomise(module: nn.Module) -> None:
 def _draw(name: str, tensor: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode()))
     tensor.normal_(0, _SPREAD, generator=generator)
-    # Norms scale by about one, or nothing would come out of the model.
+    # Norms scale by about one, or the outputs of the model would vanish.
     return tensor.add_(1) if "norm" in name and name.endswith(("weight", "gamma")) else tensor

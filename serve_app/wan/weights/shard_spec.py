@@ -1,6 +1,6 @@
-"""Which part of an expert's tensors each rank of a group holds, and as which dtype.
+"""The shard spec: which slice of each of an expert's tensors a rank of a group holds, and in which dtype.
 
-Knows the model and the scheme by which DeepSpeed cuts it, but needs no group: `prepare` asks for ranks that do not run.
+Knows the model and the scheme by which DeepSpeed cuts it. Needs no group: `prepare` asks for ranks that do not run.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from serve_app.wan.weights.reader import Weights
 T = TypeVar("T")
 
 _READERS = 4
-"""Threads that read the weights of an expert."""
+"""Number of threads that read the weights of an expert."""
 
-# Column-parallel layers have some of the outputs, those of the rank's heads; the norms of these outputs follow. Row-
-# parallel ones have some of the inputs and are summed over the ranks: their bias, added after that, is whole. In cross-
-# attention ranks share keys and values alone, see `CrossAttention`.
+# A rank's part of a column-parallel layer makes the outputs of the rank's heads; their norms are cut in the same way.
+# Its part of a row-parallel layer takes some of the inputs, and the ranks' results are summed: the bias is added after
+# that and is whole. In cross-attention only keys and values are cut, see `CrossAttention`.
 _CUT = re.compile(
     r"blocks\.\d+\.(?:"
     r"(?P<outputs>(?:attn1\.(?:to_q|norm_q)|attn[12]\.(?:to_[kv]|norm_k)|ffn\.net\.0\.proj)\.(?:weight|bias))"
@@ -36,14 +36,14 @@ _CUT = re.compile(
 
 
 def empty_expert(checkpoint: Checkpoint, expert: Expert) -> Any:
-    """The whole expert, a `WanTransformer3DModel`, without memory for its parameters."""
+    """Return the whole expert, a `WanTransformer3DModel`, without memory for its parameters."""
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(checkpoint.expert_config(expert))
     return model.eval().requires_grad_(False)
 
 
 def cut_dim(name: str) -> int | None:
-    """The dimension along which the ranks of a group share a parameter of an expert; None if each has all of it."""
+    """Return the dimension along which the ranks of a group cut a parameter; None if each rank has all of it."""
     found = _CUT.fullmatch(name)
     if found is None:
         return None
@@ -51,7 +51,7 @@ def cut_dim(name: str) -> int | None:
 
 
 def shard_shapes(checkpoint: Checkpoint, expert: Expert, size: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of an expert's parameters on each of `size` ranks, without a group of so many."""
+    """Return the shapes of an expert's parameters on each of `size` ranks, by name."""
     shapes = {}
     for name, parameter in empty_expert(checkpoint, expert).named_parameters():
         shape, dim = list(parameter.shape), cut_dim(name)
@@ -63,7 +63,7 @@ def shard_shapes(checkpoint: Checkpoint, expert: Expert, size: int) -> dict[str,
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """What a rank holds of a tensor: `start:stop` along `dim`, of this shape, as `dtype`."""
+    """A rank's slice of a tensor: `start:stop` along `dim`, of shape `shape`, as `dtype`."""
 
     name: str
     dim: int
@@ -74,28 +74,31 @@ class ShardSlice:
 
     @property
     def nbytes(self) -> int:
-        """Of it."""
+        """Size of the slice in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def shard_slices(
     shapes: Mapping[str, tuple[int, ...]], weights: Weights, rank: int, size: int, dtype: torch.dtype
 ) -> list[ShardSlice]:
-    """What a rank takes of `weights`.
+    """Return the slices of `weights` that a rank holds.
 
     Args:
-        shapes: of what it holds, by parameter.
-        dtype: of the parameters; those of modules that diffusers keeps in float32 are float32.
+        shapes: shapes of the rank's parameters by name.
+        weights: the tensors to slice.
+        rank: index of the rank.
+        size: number of ranks that share the weights.
+        dtype: dtype of the parameters; those of modules that diffusers keeps in float32 are float32.
 
     Raises:
         CheckpointError: the weights are not those of such a model.
     """
-    missing = weights.names()
+    unused = weights.names()
     found = []
     for name, shape in shapes.items():
-        if name not in missing:
+        if name not in unused:
             raise CheckpointError(f"{weights.where}: the tensor {name!r} is missing, expected by config.json")
-        missing.remove(name)
+        unused.remove(name)
         dim, expected = cut_dim(name), list(shape)
         if dim is not None:
             expected[dim] *= size
@@ -105,34 +108,34 @@ def shard_slices(
             )
         start = 0 if dim is None else rank * shape[dim]
         found.append(ShardSlice(name, dim or 0, start, start + shape[dim or 0], shape, _dtype_of(name, dtype)))
-    # Present in files of the image-to-video sibling, without a place in the model; diffusers ignores it as well.
-    missing = {name for name in missing if "norm_added_q" not in name}
-    if missing:
-        raise CheckpointError(f"{weights.where}: the tensor {min(missing)!r} is not expected by config.json")
+    # Files of the image-to-video model have it, without a place in the model; diffusers ignores it as well.
+    unused = {name for name in unused if "norm_added_q" not in name}
+    if unused:
+        raise CheckpointError(f"{weights.where}: the tensor {min(unused)!r} is not expected by config.json")
     return found
 
 
-def each(
-    parts: Iterable[ShardSlice], weights: Weights, do: Callable[[ShardSlice], T]
+def read_in_file_order(
+    slices: Iterable[ShardSlice], weights: Weights, read: Callable[[ShardSlice], T]
 ) -> Iterator[tuple[ShardSlice, T]]:
-    """What `do` makes of each piece when it has read it, in the order in which they lie in the files.
+    """Yield each slice with the result of `read`, in the order in which the slices lie in the files.
 
-    Several are read at once: one core compares checksums more slowly than a disk reads. Not where values are converted,
-    which takes all cores by itself.
+    Several are read at once, since one core computes checksums more slowly than a disk reads. If values are converted,
+    they are read one by one: a conversion uses all cores by itself.
 
     Raises:
-        CheckpointError: what `do` raises of a piece; no further one is begun then.
+        CheckpointError: raised by `read`; no further slice is begun then.
     """
-    ordered = sorted(parts, key=lambda part: weights.position(part.name))
+    ordered = sorted(slices, key=lambda part: weights.position(part.name))
     if any(weights.dtype(part.name) != part.dtype for part in ordered):
-        yield from ((part, do(part)) for part in ordered)
+        yield from ((part, read(part)) for part in ordered)
         return
     with ThreadPoolExecutor(_READERS, "weights") as readers:
-        yield from zip(ordered, readers.map(do, ordered), strict=True)
+        yield from zip(ordered, readers.map(read, ordered), strict=True)
 
 
 def held_bytes(weights: Weights, dtype: torch.dtype, tensor: int) -> dict[str, float]:
-    """Memory of an expert's parameters on one of `tensor` ranks, by name."""
+    """Return the bytes of each of an expert's parameters on one of `tensor` ranks, by name."""
     return {
         name: math.prod(weights.shape(name))
         * _dtype_of(name, dtype).itemsize
@@ -142,7 +145,7 @@ def held_bytes(weights: Weights, dtype: torch.dtype, tensor: int) -> dict[str, f
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """That of a parameter in a model whose others are `dtype`."""
-    # Called by the name that diffusers' own loader goes by: a part of the path, not a substring.
+    """Return the dtype of a parameter in a model whose other parameters are `dtype`."""
+    # As diffusers' own loader compares: with a whole part of the path, not a substring.
     float32 = float32_modules()
     return torch.float32 if float32.intersection(name.split(".")) else dtype

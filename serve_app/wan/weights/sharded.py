@@ -1,6 +1,6 @@
-"""A folder that `wan-serve prepare` wrote: for each expert one safetensors file per rank, and what they were made from.
+"""The sharded checkpoint: a folder that `wan-serve prepare` wrote, with one safetensors file per expert and rank.
 
-Needs no torch to say whether a folder fits, so that a deployment which does not is refused before anything starts.
+Checks of a folder need no torch, so that a deployment which it does not fit is refused before anything starts.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
     from serve_app.wan.weights.reader import Weights
 
 FORMAT = 2
-"""Of the folder. It grows whenever the files or the manifest change; only the current one is read."""
-AGAIN = "prepare the model again, into an empty folder"
+"""Version of the folder's format. It grows whenever files or manifest change; only the current version is read."""
+REMEDY = "prepare the model again, into an empty folder"
 
 MANIFEST = "manifest.json"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
-class _Part(BaseModel):
+class _ManifestPart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Source(_Part):
-    """A weight file of the model: `sha256` of all of it, `sample` as `sample_of` returns it."""
+class Source(_ManifestPart):
+    """A weight file of the model: its size, its `sha256`, and its `sample`, see `sample_of`."""
 
     size: int
     sha256: str
     sample: str
 
 
-class Shard(_Part):
-    """A file that was written: `sha256` of all of it, CRC-32 of its header and of each tensor's bytes.
+class Shard(_ManifestPart):
+    """A shard's file: its size, its `sha256`, and the CRC-32 of its header and of each tensor's bytes.
 
-    The hash is for people and tools; what loads compares the checksums, which cost less and come with the reading.
+    The hash is for people and tools. Loading compares the checksums, which cost less and are computed while reading.
     """
 
     size: int
@@ -53,8 +53,8 @@ class Shard(_Part):
     tensors: dict[str, int]
 
 
-class Manifest(_Part):
-    """What a folder holds. Files that are not in it do not count: it is written anew after each one is complete."""
+class Manifest(_ManifestPart):
+    """Contents of a folder. It is written anew after each complete file; files that it does not name do not count."""
 
     format: int
     revision: str
@@ -65,31 +65,37 @@ class Manifest(_Part):
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of a folder.
+        """Read the manifest of a folder.
 
         Raises:
-            FileNotFoundError: there is none.
-            CheckpointError: it cannot be read, or is of another format.
+            FileNotFoundError: the folder has no manifest.
+            CheckpointError: the manifest cannot be read, or has another format.
         """
         path = folder / MANIFEST
         try:
             content = json.loads(path.read_bytes())
         except ValueError as error:
-            raise CheckpointError(f"{path}: cannot be read as JSON: {error}; {AGAIN}") from None
+            raise CheckpointError(f"{path}: cannot be read as JSON: {error}; {REMEDY}") from None
         found = content.get("format") if isinstance(content, dict) else None
         if found != FORMAT:
-            raise CheckpointError(f"{path}: has format {found!r}, expected {FORMAT}; {AGAIN}")
+            raise CheckpointError(f"{path}: has format {found!r}, expected {FORMAT}; {REMEDY}")
         try:
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {AGAIN}") from None
+            raise CheckpointError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {REMEDY}") from None
 
-    def check(self, folder: Path, checkpoint: Checkpoint, tensor: int, dtype: str) -> None:
-        """Whether the folder is of this model, number of ranks and dtype.
+    def check_fits(self, folder: Path, checkpoint: Checkpoint, tensor: int, dtype: str) -> None:
+        """Check that the folder was made from this model, for this number of ranks and dtype.
+
+        Args:
+            folder: folder of the manifest.
+            checkpoint: the model.
+            tensor: number of ranks that share the weights.
+            dtype: `float32` or `bfloat16`.
 
         Raises:
-            CheckpointError: it is not.
+            CheckpointError: the folder does not fit.
         """
         path = folder / MANIFEST
         for key, found, expected, whose in (
@@ -98,11 +104,11 @@ class Manifest(_Part):
             ("revision", self.revision, checkpoint.experts_revision, f", that of {checkpoint.folder}"),
         ):
             if key == "revision" and found == checkpoint.revision:
-                continue  # as older versions wrote it: of the whole folder
+                continue  # older versions wrote the revision of the whole folder
             if found != expected:
                 raise CheckpointError(f"{path}: was prepared with {key} {found}, expected {expected}{whose}")
         for name, source in self.sources.items():
-            # The revision says nothing of weights of the same names and shapes, such as those of a fine-tuned model.
+            # Weights of the same names and shapes, such as those of a fine-tuned model, have the same revision.
             if sample_of(checkpoint.folder / name) != source.sample:
                 raise CheckpointError(
                     f"{checkpoint.folder / name}: has other weights than the file that {path} was prepared from"
@@ -110,16 +116,19 @@ class Manifest(_Part):
 
 
 class ShardedCheckpoint:
-    """A prepared folder that fits a deployment.
+    """A folder of shards that fits a deployment.
 
     Args:
-        folder: with the manifest.
-        checkpoint: the model that it has to be made from.
-        tensor: ranks of a group.
+        folder: contains the manifest.
+        checkpoint: the model that the shards must be made from.
+        tensor: number of ranks that share the weights.
         dtype: `float32` or `bfloat16`.
 
+    Attributes:
+        manifest: contents of the folder.
+
     Raises:
-        CheckpointError: it does not fit; the message names the file, what it has and what was expected.
+        CheckpointError: the folder does not fit; the message names the file, its value and the expected one.
     """
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, tensor: int, dtype: str) -> None:
@@ -131,16 +140,13 @@ class ShardedCheckpoint:
             raise CheckpointError(
                 f"{self.folder / MANIFEST}: is missing, expected a folder that `wan-serve prepare` wrote"
             ) from None
-        self.manifest.check(self.folder, checkpoint, tensor, dtype)
+        self.manifest.check_fits(self.folder, checkpoint, tensor, dtype)
 
-    def check(self, expert: Expert, rank: int) -> Path:
-        """Whether the file of a rank is there and complete: its size and its header. The rest is seen on reading.
-
-        Returns:
-            Its path.
+    def check_shard(self, expert: Expert, rank: int) -> Path:
+        """Check size and header of a rank's file, and return its path. Tensors are checked when they are read.
 
         Raises:
-            CheckpointError: it is not.
+            CheckpointError: the file is missing, incomplete or damaged.
         """
         name = shard_name(expert, rank, self.tensor)
         path, shard = self.folder / name, self.manifest.files.get(name)
@@ -157,14 +163,14 @@ class ShardedCheckpoint:
         return path
 
     def weights(self, expert: Expert, rank: int) -> Weights:
-        """A reader of a rank's file, which it has to itself. Damage in a tensor is an error when that is read.
+        """Return a reader of a rank's file. Reading a damaged tensor raises an error.
 
         Raises:
-            CheckpointError: the file is not there or not complete.
+            CheckpointError: the file is missing, incomplete or damaged.
         """
-        from serve_app.wan.weights.reader import Weights  # only now: who checks a folder needs no torch
+        from serve_app.wan.weights.reader import Weights  # here, because checks of a folder need no torch
 
-        path = self.check(expert, rank)
+        path = self.check_shard(expert, rank)
         checksums = self.manifest.files[shard_name(expert, rank, self.tensor)].tensors
         weights = Weights(path, checksums=checksums)
         if weights.names() != set(checksums):
@@ -173,17 +179,17 @@ class ShardedCheckpoint:
 
 
 def shard_name(expert: Expert, rank: int, size: int) -> str:
-    """The file of a rank, below the folder."""
+    """Return the name of a rank's file, relative to the folder."""
     return f"{expert}/rank-{rank}-of-{size}.safetensors"
 
 
 def sources(checkpoint: Checkpoint, expert: Expert) -> list[Path]:
-    """The weight files that an expert's shards are made from."""
+    """Return the weight files that an expert's shards are made from."""
     return weight_files(checkpoint.folder / expert, "diffusion_pytorch_model")
 
 
 def sample_of(path: Path) -> str:
-    """A hash of the size, the first and last pages and some between: other weights differ nearly everywhere."""
+    """Return a hash of a file's size, first and last page and some between: other weights differ nearly everywhere."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -194,8 +200,8 @@ def sample_of(path: Path) -> str:
 
 
 def header_crc32(path: Path) -> int:
-    """CRC-32 of a safetensors file's beginning, up to its tensors."""
+    """Return the CRC-32 of a safetensors file's bytes before its tensors."""
     with path.open("rb") as file:
         length = file.read(8)
-        # A damaged length may be anything; what a header can have at most is a bound to what is read.
+        # A damaged length may be any number: read no more than the longest header.
         return zlib.crc32(length + file.read(min(int.from_bytes(length, "little"), 100 << 20)))

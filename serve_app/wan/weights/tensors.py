@@ -1,6 +1,6 @@
-"""The tensors that a model's components ask for, names and shapes, from their configurations alone.
+"""Names and shapes of the tensors of a model's components, computed from their configurations.
 
-The same as those of the libraries' classes when these are built, which takes torch and seconds.
+They equal those of the libraries' classes. To build these would take torch and seconds.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from serve_app.wan.weights.components import Component, short
+from serve_app.wan.weights.components import Component, shorten
 
 Shapes = dict[str, tuple[int, ...]]
-# Far beyond any model, so that a typing error is one line instead of a computer without memory.
+# Bounds far beyond any model, so that a typing error gives one line instead of a computer without memory.
 Width = Annotated[int, Field(ge=1, le=1 << 20)]
 Layers = Annotated[int, Field(ge=1, le=1000)]
 
@@ -22,11 +22,11 @@ class Weighted(Component):
     """A component that has weights."""
 
     ALIASES: ClassVar[dict[str, str]] = {}
-    """Tensors that may be there under another name, or under both."""
+    """Other names of tensors: a file may have a tensor under its name, under the other name, or under both."""
 
     @staticmethod
-    def spare(name: str) -> bool:
-        """Return whether a tensor may be there without a place in the model."""
+    def is_ignored(name: str) -> bool:
+        """Return whether files may hold this tensor without a place in the model."""
         return False
 
 
@@ -51,7 +51,7 @@ class ExpertConfig(Weighted):
     pos_embed_seq_len: None = None
 
     @model_validator(mode="after")
-    def _as_served(self) -> Self:
+    def _check_patch_size(self) -> Self:
         if self.patch_size != [1, 2, 2]:
             raise ValueError(f"patch_size is {self.patch_size}, expected [1, 2, 2]")
         return self
@@ -60,30 +60,30 @@ class ExpertConfig(Weighted):
         """Return the shapes of all parameters by name."""
         width = self.num_attention_heads * self.attention_head_dim
         found: Shapes = {"scale_shift_table": (1, 2, width)}
-        _layer(found, "patch_embedding", width, self.in_channels, *self.patch_size)
+        _add_layer(found, "patch_embedding", width, self.in_channels, *self.patch_size)
         for name, inputs in (("time", self.freq_dim), ("text", self.text_dim)):
-            _layer(found, f"condition_embedder.{name}_embedder.linear_1", width, inputs)
-            _layer(found, f"condition_embedder.{name}_embedder.linear_2", width, width)
-        _layer(found, "condition_embedder.time_proj", 6 * width, width)
-        _layer(found, "proj_out", (self.out_channels or self.in_channels) * 4, width)
+            _add_layer(found, f"condition_embedder.{name}_embedder.linear_1", width, inputs)
+            _add_layer(found, f"condition_embedder.{name}_embedder.linear_2", width, width)
+        _add_layer(found, "condition_embedder.time_proj", 6 * width, width)
+        _add_layer(found, "proj_out", (self.out_channels or self.in_channels) * 4, width)
         for number in range(self.num_layers):
             block = f"blocks.{number}"
             found[f"{block}.scale_shift_table"] = (1, 6, width)
             for attention in ("attn1", "attn2"):
                 for name in ("to_q", "to_k", "to_v", "to_out.0"):
-                    _layer(found, f"{block}.{attention}.{name}", width, width)
+                    _add_layer(found, f"{block}.{attention}.{name}", width, width)
                 for name in ("norm_q", "norm_k"):
                     found[f"{block}.{attention}.{name}.weight"] = (width,)
             if self.cross_attn_norm:
                 found[f"{block}.norm2.weight"] = found[f"{block}.norm2.bias"] = (width,)
-            _layer(found, f"{block}.ffn.net.0.proj", self.ffn_dim, width)
-            _layer(found, f"{block}.ffn.net.2", width, self.ffn_dim)
+            _add_layer(found, f"{block}.ffn.net.0.proj", self.ffn_dim, width)
+            _add_layer(found, f"{block}.ffn.net.2", width, self.ffn_dim)
         return found
 
     @staticmethod
-    def spare(name: str) -> bool:
-        """Return whether a tensor may be there without a place in the model."""
-        # Files of the image-to-video sibling have it; diffusers passes it over as well.
+    def is_ignored(name: str) -> bool:
+        """Return whether files may hold this tensor without a place in the model."""
+        # Files of the image-to-video model have it; diffusers ignores it as well.
         return "norm_added_q" in name
 
 
@@ -107,21 +107,21 @@ class TextConfig(Weighted):
     is_decoder: Literal[False] = False
 
     @model_validator(mode="after")
-    def _one_word_for_both(self) -> Self:
+    def _check_gating(self) -> Self:
         if self.is_gated_act not in (None, self.gated):
             raise ValueError(
-                f"is_gated_act is {short(self.is_gated_act)}, expected {short(self.gated)} as feed_forward_proj is "
+                f"is_gated_act is {shorten(self.is_gated_act)}, expected {shorten(self.gated)} as feed_forward_proj is "
                 f"{self.feed_forward_proj!r}"
             )
         return self
 
     @property
     def gated(self) -> bool:
-        """Return whether the feed-forward layers multiply by a second one."""
+        """True if the feed-forward layers are gated."""
         return self.feed_forward_proj.startswith("gated-")
 
     def tensors(self) -> Shapes:
-        """Return the shapes of all parameters by name; the embeddings are there once, as `shared.weight`."""
+        """Return the shapes of all parameters by name; the embeddings only as `shared.weight`."""
         inner = self.num_heads * self.d_kv
         found: Shapes = {
             "shared.weight": (self.vocab_size, self.d_model),
@@ -144,8 +144,8 @@ class TextConfig(Weighted):
         return found
 
     @staticmethod
-    def spare(name: str) -> bool:
-        """Return whether a tensor may be there without a place in the model: the other half of a whole UMT5."""
+    def is_ignored(name: str) -> bool:
+        """Return whether files may hold this tensor without a place in the model: a whole UMT5 has a decoder."""
         return name.startswith("decoder.") or name == "lm_head.weight"
 
 
@@ -170,13 +170,13 @@ class VaeConfig(Weighted):
     scale_factor_spatial: Literal[8] = 8
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        """Pictures become eight times as wide and high and four times as many, whatever the factors are said to be."""
+    def _check_scales(self) -> Self:
+        """Check that sides are divided by 8 and frames by 4, whatever the `scale_factor` fields say."""
         if len(self.dim_mult) != 4:
             raise ValueError(f"dim_mult is {self.dim_mult}, expected four numbers, for sides divided by 8")
         if len(self.temperal_downsample) != 3 or sum(self.temperal_downsample) != 2:
             raise ValueError(
-                f"temperal_downsample is {short(self.temperal_downsample)}, expected true twice out of three times, "
+                f"temperal_downsample is {shorten(self.temperal_downsample)}, expected true twice out of three times, "
                 "for frames divided by 4"
             )
         for field in ("latents_mean", "latents_std"):
@@ -187,73 +187,73 @@ class VaeConfig(Weighted):
         return self
 
     def tensors(self) -> Shapes:
-        """Return the shapes of all parameters by name, of both halves."""
+        """Return the shapes of all parameters of encoder and decoder by name."""
         found: Shapes = {}
-        _layer(found, "quant_conv", 2 * self.z_dim, 2 * self.z_dim, 1, 1, 1)
-        _layer(found, "post_quant_conv", self.z_dim, self.z_dim, 1, 1, 1)
-        self._encoder(found)
-        self._decoder(found)
+        _add_layer(found, "quant_conv", 2 * self.z_dim, 2 * self.z_dim, 1, 1, 1)
+        _add_layer(found, "post_quant_conv", self.z_dim, self.z_dim, 1, 1, 1)
+        self._add_encoder(found)
+        self._add_decoder(found)
         return found
 
-    def _encoder(self, found: Shapes) -> None:
+    def _add_encoder(self, found: Shapes) -> None:
         widths = [self.base_dim * factor for factor in (1, *self.dim_mult)]
-        _layer(found, "encoder.conv_in", widths[0], self.in_channels, 3, 3, 3)
+        _add_layer(found, "encoder.conv_in", widths[0], self.in_channels, 3, 3, 3)
         number = 0
         last = len(self.dim_mult) - 1
         for level, (inputs, width) in enumerate(pairwise(widths)):
             for _ in range(self.num_res_blocks):
-                _residual(found, f"encoder.down_blocks.{number}", inputs, width)
+                _add_residual(found, f"encoder.down_blocks.{number}", inputs, width)
                 inputs, number = width, number + 1
                 if 0.5**level in self.attn_scales:
-                    _attention(found, f"encoder.down_blocks.{number}", width)
+                    _add_attention(found, f"encoder.down_blocks.{number}", width)
                     number += 1
             if level != last:
-                _layer(found, f"encoder.down_blocks.{number}.resample.1", width, width, 3, 3)
+                _add_layer(found, f"encoder.down_blocks.{number}.resample.1", width, width, 3, 3)
                 if self.temperal_downsample[level]:
-                    _layer(found, f"encoder.down_blocks.{number}.time_conv", width, width, 3, 1, 1)
+                    _add_layer(found, f"encoder.down_blocks.{number}.time_conv", width, width, 3, 1, 1)
                 number += 1
-        _ends(found, "encoder", widths[-1], widths[-1], 2 * self.z_dim)
+        _add_ends(found, "encoder", widths[-1], widths[-1], 2 * self.z_dim)
 
-    def _decoder(self, found: Shapes) -> None:
+    def _add_decoder(self, found: Shapes) -> None:
         base = self.decoder_base_dim or self.base_dim
         widths = [base * factor for factor in (self.dim_mult[-1], *reversed(self.dim_mult))]
-        _layer(found, "decoder.conv_in", widths[0], self.z_dim, 3, 3, 3)
+        _add_layer(found, "decoder.conv_in", widths[0], self.z_dim, 3, 3, 3)
         upsample = self.temperal_downsample[::-1]
         for level, (inputs, width) in enumerate(pairwise(widths)):
             block = f"decoder.up_blocks.{level}"
             inputs = inputs // 2 if level else inputs
             for number in range(self.num_res_blocks + 1):
-                _residual(found, f"{block}.resnets.{number}", inputs, width)
+                _add_residual(found, f"{block}.resnets.{number}", inputs, width)
                 inputs = width
             if level != len(self.dim_mult) - 1:
-                _layer(found, f"{block}.upsamplers.0.resample.1", width // 2, width, 3, 3)
+                _add_layer(found, f"{block}.upsamplers.0.resample.1", width // 2, width, 3, 3)
                 if upsample[level]:
-                    _layer(found, f"{block}.upsamplers.0.time_conv", 2 * width, width, 3, 1, 1)
-        _ends(found, "decoder", widths[0], widths[-1], self.out_channels)
+                    _add_layer(found, f"{block}.upsamplers.0.time_conv", 2 * width, width, 3, 1, 1)
+        _add_ends(found, "decoder", widths[0], widths[-1], self.out_channels)
 
 
-def _layer(found: Shapes, name: str, outputs: int, *inputs: int) -> None:
+def _add_layer(found: Shapes, name: str, outputs: int, *inputs: int) -> None:
     found[f"{name}.weight"], found[f"{name}.bias"] = (outputs, *inputs), (outputs,)
 
 
-def _residual(found: Shapes, name: str, inputs: int, width: int) -> None:
+def _add_residual(found: Shapes, name: str, inputs: int, width: int) -> None:
     found[f"{name}.norm1.gamma"], found[f"{name}.norm2.gamma"] = (inputs, 1, 1, 1), (width, 1, 1, 1)
-    _layer(found, f"{name}.conv1", width, inputs, 3, 3, 3)
-    _layer(found, f"{name}.conv2", width, width, 3, 3, 3)
+    _add_layer(found, f"{name}.conv1", width, inputs, 3, 3, 3)
+    _add_layer(found, f"{name}.conv2", width, width, 3, 3, 3)
     if inputs != width:
-        _layer(found, f"{name}.conv_shortcut", width, inputs, 1, 1, 1)
+        _add_layer(found, f"{name}.conv_shortcut", width, inputs, 1, 1, 1)
 
 
-def _attention(found: Shapes, name: str, width: int) -> None:
+def _add_attention(found: Shapes, name: str, width: int) -> None:
     found[f"{name}.norm.gamma"] = (width, 1, 1)
-    _layer(found, f"{name}.to_qkv", 3 * width, width, 1, 1)
-    _layer(found, f"{name}.proj", width, width, 1, 1)
+    _add_layer(found, f"{name}.to_qkv", 3 * width, width, 1, 1)
+    _add_layer(found, f"{name}.proj", width, width, 1, 1)
 
 
-def _ends(found: Shapes, half: str, middle: int, width: int, outputs: int) -> None:
-    """The block in the middle, and what follows the last one."""
-    _residual(found, f"{half}.mid_block.resnets.0", middle, middle)
-    _attention(found, f"{half}.mid_block.attentions.0", middle)
-    _residual(found, f"{half}.mid_block.resnets.1", middle, middle)
+def _add_ends(found: Shapes, half: str, middle: int, width: int, outputs: int) -> None:
+    """Add the middle block and the output layers."""
+    _add_residual(found, f"{half}.mid_block.resnets.0", middle, middle)
+    _add_attention(found, f"{half}.mid_block.attentions.0", middle)
+    _add_residual(found, f"{half}.mid_block.resnets.1", middle, middle)
     found[f"{half}.norm_out.gamma"] = (width, 1, 1, 1)
-    _layer(found, f"{half}.conv_out", outputs, width, 3, 3, 3)
+    _add_layer(found, f"{half}.conv_out", outputs, width, 3, 3, 3)

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: its files checked, and texts to token ids as its own model file has them.
+"""The tokenizer of a model folder: checks of its files, and token ids of texts equal to those of its own model file.
 
 Checking needs neither torch nor transformers.
 """
@@ -18,12 +18,13 @@ from serve_app.wan.weights.files import read_bytes, read_json
 logger = get_logger(__name__)
 
 MAX_TOKENS = 512
-"""Text tokens that an expert reads; shorter texts are padded with zeros."""
+"""Number of text tokens that an expert reads; shorter texts are padded with zeros."""
 
 _SENTENCEPIECE = ("spiece.model", "tokenizer.model")
 _FILES = ("tokenizer.json", *_SENTENCEPIECE)
 _CLASSES = ("T5Tokenizer", "T5TokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
-# Scripts that few vocabularies have whole, signs of no width, and what normalisers rewrite.
+# Texts that tell readers apart: scripts that few vocabularies cover, signs without width, characters that normalisers
+# rewrite.
 _PROBES = (
     "a red circle, moving: 3.5 cm!",
     "一个黄色的星星在深蓝色背景上弹跳",
@@ -36,10 +37,10 @@ _PROBES = (
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the vocabularies of a tokenizer's folder, in the order in which the library prefers them.
+    """Return the vocabulary files of a tokenizer's folder, in the order in which the library prefers them.
 
     Raises:
-        CheckpointError: there is none, or a file is damaged or of another kind.
+        CheckpointError: the folder has none, or a file is damaged or of another kind.
     """
     for name in ("special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():
@@ -55,7 +56,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def vocabulary_size(file: Path) -> int:
-    """Return how many token ids a file of `tokenizer_files` knows, one more than the highest.
+    """Return the number of token ids of a file of `tokenizer_files`: one more than the highest.
 
     Raises:
         CheckpointError: the file is damaged or of another kind.
@@ -65,16 +66,16 @@ def vocabulary_size(file: Path) -> int:
     return _vocabulary_size(file, status.st_size, status.st_mtime_ns)
 
 
-@lru_cache(maxsize=16)  # umt5-xxl's has 16 MB of JSON
+@lru_cache(maxsize=16)  # the file of umt5-xxl is 16 MB of JSON
 def _vocabulary_size(file: Path, size: int, changed: int) -> int:
     if file.name in _SENTENCEPIECE:
         return int(_sentencepiece(file).get_piece_size())
     content = read_json(file)
     try:
         vocabulary = content["model"]["vocab"]
-        if isinstance(vocabulary, dict):  # as BPE's
+        if isinstance(vocabulary, dict):  # BPE
             ids = [int(number) for number in vocabulary.values()]
-        else:  # as Unigram's, with the logarithm of how frequent each piece is
+        else:  # Unigram: each token with its log probability
             ids = [number for number, (_, score) in enumerate(vocabulary) if float(score) < math.inf]
         ids += [int(token["id"]) for token in content.get("added_tokens") or []]
         return 1 + max(ids)
@@ -84,17 +85,17 @@ def _vocabulary_size(file: Path, size: int, changed: int) -> int:
 
 
 class Tokenizer:
-    """Texts to token ids, equal to those of the folder's own model file.
+    """Tokenizer whose ids equal those of the folder's own model file.
 
-    Libraries build their tokenizer anew from what they know of such a file, and may leave something out: transformers 5
-    drops the byte fallback of T5's, by which a character outside of the vocabulary becomes its bytes. So some texts are
-    read both ways, and where the two differ, the file's own library reads them all.
+    transformers builds its tokenizer anew from such a file, and may leave something out: version 5 drops the byte
+    fallback of T5, by which a character outside of the vocabulary becomes its bytes. So some probe texts are read by
+    both transformers and the library that made the file. If they differ, that library reads all texts.
 
     Args:
-        folder: with the tokenizer's files.
+        folder: holds the tokenizer's files.
 
     Attributes:
-        pad_id: stands where there is no text.
+        pad_id: id of the padding token.
 
     Raises:
         CheckpointError: the files are damaged, or the library cannot load them.
@@ -117,7 +118,7 @@ class Tokenizer:
         self._ids: Callable[[str], list[int]] = lambda text: library(text, verbose=False).input_ids
         own = _reader(file, self._eos)
         if wrong := next((probe for probe in _PROBES if self._ids(probe) != own(probe)), None):
-            # As little is changed as can be: special tokens in a text are those of the library otherwise.
+            # Only if needed, because special tokens in a text are read differently then.
             self._ids = own
             read = library.convert_ids_to_tokens(library(wrong, verbose=False).input_ids)
             logger.info(
@@ -126,21 +127,21 @@ class Tokenizer:
             )
 
     def ids(self, text: str) -> list[int]:
-        """Return the ids of a text, with the one that ends it."""
+        """Return the token ids of a text, with the end token."""
         return self._ids(text)
 
     def cut(self, ids: list[int]) -> list[int]:
-        """Return as many ids as an expert reads, the last one being that which ends a text."""
+        """Return at most `MAX_TOKENS` of these ids; the last one is the end token."""
         return ids if len(ids) <= MAX_TOKENS else [*ids[: MAX_TOKENS - 1], self._eos]
 
 
 def _authority(files: list[Path]) -> Path:
-    """Choose the file whose reading counts: that of SentencePiece, which the model was trained with, if it is there."""
+    """Return the file whose ids count: that of SentencePiece, which the model was trained with, if it is there."""
     return next((file for file in files if file.name in _SENTENCEPIECE), files[0])
 
 
 def _reader(file: Path, eos: int) -> Callable[[str], list[int]]:
-    """Return how the library that a file was made by reads texts."""
+    """Return a function from text to token ids, by the library that made the file."""
     if file.name in _SENTENCEPIECE:
         model = _sentencepiece(file)
         return lambda text: [*model.encode(text), eos]
@@ -148,7 +149,7 @@ def _reader(file: Path, eos: int) -> Callable[[str], list[int]]:
 
     try:
         backend = Backend.from_file(str(file))
-    except Exception as error:  # it raises nothing more special
+    except Exception as error:  # the library raises plain exceptions
         raise CheckpointError(f"{file}: cannot be loaded as a tokenizer: {one_line(error)}") from None
     backend.no_padding()
     backend.no_truncation()

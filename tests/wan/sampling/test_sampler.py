@@ -13,16 +13,16 @@ from serve_app.wan.sampling.snapshot import to_bytes
 
 BASE = next(iter(CASES.values()))
 FUSE = 8192
-# Strangers of one shape: different prompts, lengths, seeds, scales and schedules.
-STRANGERS = [
+# Samples of one shape that differ in prompts, lengths, seeds, scales and schedules.
+UNLIKE = [
     BASE,
     Params(**{**BASE.model_dump(), "prompt": "蓝色的星星", "seed": 5, "guidance_scale": 6.5, "guidance_scale_2": 1.5}),
     Params(**{**BASE.model_dump(), "seed": 6, "num_inference_steps": 11, "flow_shift": 9.0, "negative_prompt": "x"}),
 ]
 
 
-def test_strangers_in_a_batch_are_as_alone(generator: Generator) -> None:
-    samples = [generator.start(params) for params in STRANGERS]
+def test_samples_in_a_batch_are_as_alone(generator: Generator) -> None:
+    samples = [generator.start(params) for params in UNLIKE]
     advance(generator.experts["transformer"], samples[:1], FUSE)  # joined later by the others
     shared = 0
     while waiting := [sample for sample in samples if not sample.finished]:
@@ -34,7 +34,7 @@ def test_strangers_in_a_batch_are_as_alone(generator: Generator) -> None:
         assert relative_error(sample.latents, generator.latents(sample.params)) <= 1e-5
 
 
-@pytest.mark.parametrize("params", STRANGERS[:2])
+@pytest.mark.parametrize("params", UNLIKE[:2])
 def test_fused_guidance_changes_nothing(generator: Generator, params: Params) -> None:
     fused = denoise(generator.experts, generator.start(params), fuse_guidance_tokens=FUSE)
     apart = denoise(generator.experts, generator.start(params), fuse_guidance_tokens=0)
@@ -48,7 +48,7 @@ def test_forward_passes(generator: Generator) -> None:
         guided = generator.start(BASE)
         for fuse in (2 * guided.tokens, 2 * guided.tokens - 1):
             advance(model, [generator.start(BASE)], fuse)
-        advance(model, [generator.start(BASE), generator.start(STRANGERS[1])], 4 * guided.tokens)
+        advance(model, [generator.start(BASE), generator.start(UNLIKE[1])], 4 * guided.tokens)
         advance(model, [generator.start(Params(**{**BASE.model_dump(), "guidance_scale": 1.0}))], 0)
     assert sizes == [2, 1, 1, 4, 1]
 
@@ -63,7 +63,7 @@ def test_only_samples_of_one_cohort(generator: Generator) -> None:
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_sample_that_is_not_finite_is_named(generator: Generator, poison: float) -> None:
-    good, bad = generator.start(BASE), generator.start(STRANGERS[1])
+    good, bad = generator.start(BASE), generator.start(UNLIKE[1])
     bad.name = "job-7"
     bad.latents[0, 0, 0, 0, 0] = poison
     with pytest.raises(NotFinite, match="denoise stage's step 1 of 8: sample job-7 with seed 5") as error:
@@ -89,7 +89,7 @@ def test_progress_of_the_whole_loop(generator: Generator) -> None:
 
 
 def test_a_step_that_raises_halfway_changes_no_sample(generator: Generator) -> None:
-    first, second = generator.start(BASE), generator.start(STRANGERS[1])
+    first, second = generator.start(BASE), generator.start(UNLIKE[1])
     model = generator.experts["transformer"]
     advance(model, [first, second], FUSE)
     revision = generator.checkpoint.revision

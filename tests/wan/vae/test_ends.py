@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from serve_app.wan.vae.decode import TiledDecoder
 from serve_app.wan.vae.frame_buffer import Abandoned, FrameBuffer, PixelsNotFinite
+from serve_app.wan.vae.tiled_decoder import TiledDecoder
 from tests.wan.vae.test_tiles import noise, small
 
 LAYOUTS = pytest.mark.parametrize(
-    ("devices", "most_bytes"), [(1, math.inf), (1, 1), (2, 1)], ids=["whole", "tiles", "two devices"]
+    ("devices", "max_tile_bytes"), [(1, math.inf), (1, 1), (2, 1)], ids=["whole", "tiles", "two devices"]
 )
 CHUNKS = 4
 
 
-def decoder_of(devices: int, most_bytes: float) -> TiledDecoder:
+def decoder_of(devices: int, max_tile_bytes: float) -> TiledDecoder:
     one = small()
-    return TiledDecoder([one, *(copy.deepcopy(one) for _ in range(devices - 1))], most_bytes)
+    return TiledDecoder([one, *(copy.deepcopy(one) for _ in range(devices - 1))], max_tile_bytes)
 
 
 def latents(samples: int = 1) -> torch.Tensor:
@@ -32,10 +32,13 @@ def latents(samples: int = 1) -> torch.Tensor:
 
 
 class Chunks:
-    """Counts the chunks of a decoder's tiles, and spoils one number of one of them.
+    """Counter of the chunks of a decoder's tiles, which also spoils one number in one of them.
 
     Args:
-        tile: in the order in which they begin. chunk: of it. sample: of the batch.
+        tile: index of the spoilt tile, in the order in which they begin.
+        chunk: index of the spoilt chunk in that tile.
+        sample: index of the spoilt video in the batch.
+        poison: the number that is put in.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class Chunks:
         self.count, self.tiles = 0, 0
         self._lock = threading.Lock()
         self._where = tile, chunk, sample, poison
-        for stream in decoder._streams:
+        for stream in decoder._decoders:
             stream.frames = self._wrap(stream.frames)  # type: ignore[method-assign]
 
     def _wrap(self, frames: Any) -> Any:
@@ -66,15 +69,15 @@ class Chunks:
 @LAYOUTS
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("chunk", [0, CHUNKS - 1], ids=["first chunk", "last chunk"])
-def test_one_number_that_is_not_finite_is_found(devices: int, most_bytes: float, poison: float, chunk: int) -> None:
-    decoder, arrival = decoder_of(devices, most_bytes), FrameBuffer()
-    Chunks(decoder, tile=0 if most_bytes > 1 else 2, chunk=chunk, poison=poison)
+def test_one_number_that_is_not_finite_is_found(devices: int, max_tile_bytes: float, poison: float, chunk: int) -> None:
+    decoder, frame_buffer = decoder_of(devices, max_tile_bytes), FrameBuffer()
+    Chunks(decoder, tile=0 if max_tile_bytes > 1 else 2, chunk=chunk, poison=poison)
     where = "frames 1 to 1 of 13" if chunk == 0 else "frames 10 to 13 of 13"
     with pytest.raises(PixelsNotFinite, match=where):
-        decoder.decode(latents(), arrivals=[arrival])
-    assert isinstance(arrival.error, PixelsNotFinite)
+        decoder.decode(latents(), frame_buffers=[frame_buffer])
+    assert isinstance(frame_buffer.error, PixelsNotFinite)
     with pytest.raises(PixelsNotFinite, match="decode stage"):
-        arrival.wait(12)
+        frame_buffer.wait(12)
 
 
 def test_one_number_is_also_found_where_nobody_reads_along() -> None:
@@ -90,7 +93,7 @@ def test_latents_and_weights_that_are_not_finite_show_in_the_pixels(dtype: torch
     bad = latents().to(dtype)
     bad[0, 3, 2, 4, 20] = math.nan
     with pytest.raises(PixelsNotFinite, match=str(dtype).removeprefix("torch.")):
-        TiledDecoder([small(fast=False).to(dtype)], most_bytes=1).decode(bad)
+        TiledDecoder([small(fast=False).to(dtype)], max_tile_bytes=1).decode(bad)
     vae = small(fast=False).to(dtype)
     vae.decoder.conv_out.bias.data[1] = math.nan
     with pytest.raises(PixelsNotFinite):
@@ -98,16 +101,16 @@ def test_latents_and_weights_that_are_not_finite_show_in_the_pixels(dtype: torch
 
 
 @LAYOUTS
-def test_batch_mates_of_a_video_that_is_not_finite_have_their_frames(devices: int, most_bytes: float) -> None:
-    expected = decoder_of(devices, most_bytes).decode(latents(3)).numpy()
-    decoder, arrivals = decoder_of(devices, most_bytes), [FrameBuffer() for _ in range(3)]
+def test_batch_mates_of_a_video_that_is_not_finite_have_their_frames(devices: int, max_tile_bytes: float) -> None:
+    expected = decoder_of(devices, max_tile_bytes).decode(latents(3)).numpy()
+    decoder, frame_buffers = decoder_of(devices, max_tile_bytes), [FrameBuffer() for _ in range(3)]
     Chunks(decoder, tile=0, chunk=1, sample=1)
     with pytest.raises(PixelsNotFinite):
-        decoder.decode(latents(3), arrivals=arrivals)
-    assert [type(arrival.error) for arrival in arrivals] == [type(None), PixelsNotFinite, type(None)]
+        decoder.decode(latents(3), frame_buffers=frame_buffers)
+    assert [type(frame_buffer.error) for frame_buffer in frame_buffers] == [type(None), PixelsNotFinite, type(None)]
     for index in (0, 2):
-        arrivals[index].wait(12)
-        assert np.array_equal(arrivals[index].frames(), expected[index])
+        frame_buffers[index].wait(12)
+        assert np.array_equal(frame_buffers[index].frames(), expected[index])
 
 
 def test_black_is_a_colour() -> None:
@@ -118,7 +121,7 @@ def test_black_is_a_colour() -> None:
 
 
 class Leaving(FrameBuffer):
-    """Its reader leaves as soon as the first frames are there."""
+    """Frames whose reader leaves as soon as the first ones are there."""
 
     def advance(self, whole: int) -> None:
         super().advance(whole)
@@ -126,23 +129,23 @@ class Leaving(FrameBuffer):
 
 
 @LAYOUTS
-def test_a_decode_that_nobody_wants_stops_between_chunks_on_every_device(devices: int, most_bytes: float) -> None:
-    decoder = decoder_of(devices, most_bytes)
+def test_a_decode_that_nobody_wants_stops_between_chunks_on_every_device(devices: int, max_tile_bytes: float) -> None:
+    decoder = decoder_of(devices, max_tile_bytes)
     chunks = Chunks(decoder)
     with pytest.raises(Abandoned):
-        decoder.decode(latents(), arrivals=[Leaving()])
-    # The chunk that was told of, the one that was under way, and one that the other device may have begun.
+        decoder.decode(latents(), frame_buffers=[Leaving()])
+    # On each device the chunk that was announced and the one under way; another device may have begun one more.
     assert chunks.count <= 2 * devices + (devices - 1)
     assert not decoder.tiles
     assert decoder.decode(latents()).any()
 
 
 def test_a_decode_that_was_given_up_before_it_began_does_nothing() -> None:
-    decoder, arrival = decoder_of(1, math.inf), FrameBuffer()
+    decoder, frame_buffer = decoder_of(1, math.inf), FrameBuffer()
     chunks = Chunks(decoder)
-    arrival.fail(Abandoned())
+    frame_buffer.fail(Abandoned())
     with pytest.raises(Abandoned):
-        decoder.decode(latents(), arrivals=[arrival])
+        decoder.decode(latents(), frame_buffers=[frame_buffer])
     assert chunks.count == 0
 
 
@@ -150,13 +153,13 @@ def test_batch_mates_of_a_video_that_nobody_wants_go_on() -> None:
     expected = decoder_of(1, 1).decode(latents(2)).numpy()
     staying = FrameBuffer()
     with pytest.raises(Abandoned):
-        decoder_of(1, 1).decode(latents(2), arrivals=[Leaving(), staying])
+        decoder_of(1, 1).decode(latents(2), frame_buffers=[Leaving(), staying])
     staying.wait(12)
     assert staying.error is None and np.array_equal(staying.frames(), expected[1])
 
 
 def test_the_first_reason_stands() -> None:
-    arrival = FrameBuffer()
-    arrival.fail(Abandoned())
-    arrival.fail(PixelsNotFinite("later"))
-    assert isinstance(arrival.error, Abandoned)
+    frame_buffer = FrameBuffer()
+    frame_buffer.fail(Abandoned())
+    frame_buffer.fail(PixelsNotFinite("later"))
+    assert isinstance(frame_buffer.error, Abandoned)

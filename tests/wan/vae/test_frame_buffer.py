@@ -1,4 +1,4 @@
-"""Frames are told when they are whole, whatever tiles they are made of, and readers wait for them."""
+"""A frame buffer announces frames when all tiles have them, and its readers wait for them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from serve_app.wan.vae.decode import TiledDecoder
 from serve_app.wan.vae.frame_buffer import FrameBuffer
+from serve_app.wan.vae.tiled_decoder import TiledDecoder
 from serve_app.wan.video import write_mp4
 from tests.wan.vae.test_tiles import noise, small
 
 
 class Watched(FrameBuffer):
-    """Keeps what the told frames looked like at that moment."""
+    """A frame buffer that keeps copies of the frames at the moment when they were announced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,20 +33,22 @@ def latents() -> torch.Tensor:
     return noise(1, 16, 3, 8, 34)
 
 
-@pytest.mark.parametrize(("devices", "most_bytes"), [(1, float("inf")), (1, 1), (2, 1)], ids=["whole", "tiles", "two"])
-def test_what_is_told_to_be_there_is_there(devices: int, most_bytes: float) -> None:
+@pytest.mark.parametrize(
+    ("devices", "max_tile_bytes"), [(1, float("inf")), (1, 1), (2, 1)], ids=["whole", "tiles", "two"]
+)
+def test_announced_frames_are_there(devices: int, max_tile_bytes: float) -> None:
     one = small()
-    decoder = TiledDecoder([one, *(copy.deepcopy(one) for _ in range(devices - 1))], most_bytes)
+    decoder = TiledDecoder([one, *(copy.deepcopy(one) for _ in range(devices - 1))], max_tile_bytes)
     watched = Watched()
-    frames = decoder.decode(latents(), arrivals=[watched]).numpy()
+    frames = decoder.decode(latents(), frame_buffers=[watched]).numpy()
     counts = [len(seen) for seen in watched.seen]
-    assert max(counts) == 9 and {1, 5} <= set(counts), "frames of the last tile are told as they come"
+    assert max(counts) == 9 and {1, 5} <= set(counts), "frames of the last tile are announced as they come"
     assert all(np.array_equal(seen, frames[0, : len(seen)]) for seen in watched.seen)
 
 
 def test_a_tile_that_did_not_fit_is_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, watched, tries = TiledDecoder([small()]), Watched(), []
-    whole = decoder._streams[0].frames
+    whole = decoder._decoders[0].frames
 
     def short(features: object, spans: object) -> object:
         tries.append(1)
@@ -55,8 +57,8 @@ def test_a_tile_that_did_not_fit_is_waited_for_again(monkeypatch: pytest.MonkeyP
                 raise torch.OutOfMemoryError("out of memory")
             yield chunk
 
-    monkeypatch.setattr(decoder._streams[0], "frames", short)
-    frames = decoder.decode(latents(), arrivals=[watched]).numpy()
+    monkeypatch.setattr(decoder._decoders[0], "frames", short)
+    frames = decoder.decode(latents(), frame_buffers=[watched]).numpy()
     assert len(decoder.tiles) > 1
     assert np.array_equal(watched.seen[-1], frames[0])
 
@@ -64,29 +66,29 @@ def test_a_tile_that_did_not_fit_is_waited_for_again(monkeypatch: pytest.MonkeyP
 def test_an_mp4_that_is_written_while_frames_come_is_the_same(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (9, 64, 96, 3), np.uint8)
     write_mp4(frames, tmp_path / "after.mp4", 16, {})
-    arrival, coming = FrameBuffer(), np.zeros_like(frames)
+    frame_buffer, coming = FrameBuffer(), np.zeros_like(frames)
 
     def make() -> None:
-        arrival.begin(coming)
+        frame_buffer.begin(coming)
         for index in range(len(frames)):
             time.sleep(0.01)
             coming[index] = frames[index]
-            arrival.advance(index + 1)
+            frame_buffer.advance(index + 1)
 
     maker = threading.Thread(target=make)
     maker.start()
-    write_mp4(arrival.frames(), tmp_path / "meanwhile.mp4", 16, {}, arrival.wait)
+    write_mp4(frame_buffer.frames(), tmp_path / "meanwhile.mp4", 16, {}, frame_buffer.wait)
     maker.join()
     assert (tmp_path / "meanwhile.mp4").read_bytes() == (tmp_path / "after.mp4").read_bytes()
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_who_waits_for_frames_that_never_come_hears_why(begun: bool, tmp_path: Path) -> None:
-    arrival = FrameBuffer()
+def test_a_reader_of_frames_that_never_come_gets_the_error(begun: bool, tmp_path: Path) -> None:
+    frame_buffer = FrameBuffer()
     if begun:
-        arrival.begin(np.zeros((5, 32, 32, 3), np.uint8))
-        arrival.advance(2)
-    threading.Timer(0.05, arrival.fail, [MemoryError("no room")]).start()
+        frame_buffer.begin(np.zeros((5, 32, 32, 3), np.uint8))
+        frame_buffer.advance(2)
+    threading.Timer(0.05, frame_buffer.fail, [MemoryError("no room")]).start()
     with pytest.raises(MemoryError, match="no room"):
-        write_mp4(arrival.frames(), tmp_path / "video.mp4", 16, {}, arrival.wait)
+        write_mp4(frame_buffer.frames(), tmp_path / "video.mp4", 16, {}, frame_buffer.wait)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""A decode that does not fit goes on in smaller tiles."""
+"""A decode that does not fit into memory goes on in smaller tiles."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ pytestmark = pytest.mark.skipif(
 
 
 def decode(mib: float) -> dict[str, Any]:
-    """What a process says that may take so much more memory; a whole picture takes about 106 MiB of it."""
-    # Freed memory goes back at once, and oneDNN keeps nothing of the shapes it has seen (of a tile's shape it may keep
-    # 20 MiB), so that the limit is what counts and not the habits of allocators and caches.
+    """Return the report of a process that may take `mib` MiB more; a whole picture takes about 106 MiB."""
+    # Freed memory goes back at once, and oneDNN caches nothing by shape (up to 20 MiB for a tile's), so that the limit
+    # counts and not the habits of allocators and caches.
     habits = {"MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **habits}
     ran = subprocess.run(
         [sys.executable, "-m", "tests.support.short_memory", str(mib)], capture_output=True, text=True, env=environment
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    told: dict[str, Any] = json.loads(ran.stdout)
-    return told
+    report: dict[str, Any] = json.loads(ran.stdout)
+    return report
 
 
 def test_what_does_not_fit_is_cut_and_the_next_decode_begins_with_what_did() -> None:
-    told = decode(85)
-    first, second = told["decodes"]
+    report = decode(85)
+    first, second = report["decodes"]
     assert first["failed"] > 0, "memory was not short"
     assert first["tiles"] > 1
-    assert 0 < told["whole"] <= 100, "larger tiles were not tried again"
+    assert 0 < report["whole"] <= 100, "larger tiles were not tried again"
     assert (second["failed"], second["tiles"]) == (0, first["tiles"])
-    assert max(first["off"], second["off"]) <= 1 and told["levels"] > 100
+    assert max(first["off"], second["off"]) <= 1 and report["levels"] > 100
 
 
 def test_what_fits_is_not_cut() -> None:
@@ -48,9 +48,9 @@ def test_what_fits_is_not_cut() -> None:
 
 
 def test_where_not_even_the_smallest_tile_fits_the_decode_fails_and_says_so() -> None:
-    for mib in (17, 14, 20):  # enough for what comes before the tiles, which is not the same on all CPUs
-        told = decode(mib)
-        assert told.get("out_of_memory", "decodes" in told)
-        if "not even a tile of" in told.get("error", ""):
+    for mib in (17, 14, 20):  # enough for the steps before the tiles, which differ by CPU
+        report = decode(mib)
+        assert report.get("out_of_memory", "decodes" in report)
+        if "not even a tile of" in report.get("error", ""):
             return
-    pytest.fail(f"it did not say so: {told}")
+    pytest.fail(f"it did not say so: {report}")

@@ -185,7 +185,7 @@ def test_weights_of_another_model(copy: Path, alone: ProcessGroups) -> None:
         load(copy, alone)
 
 
-def load(folder: Path, world: ProcessGroups) -> None:
+def load(folder: Path, groups: ProcessGroups) -> None:
     import torch
 
-    load_expert(Checkpoint(folder), "transformer", world, torch.float32, world.device)
+    load_expert(Checkpoint(folder), "transformer", groups, torch.float32, groups.device)

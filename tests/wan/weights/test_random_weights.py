@@ -1,4 +1,4 @@
-"""Drawn weights of real shapes: what benchmarks at A14B's size stand on."""
+"""Random weights of real shapes, which benchmarks at A14B's size use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 24, "f
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return dummy_checkpoint.write(
-        tmp_path_factory.mktemp("hollow") / "model",
+        tmp_path_factory.mktemp("dummy") / "model",
         SMALL,
         {"vocab_size": 1024, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
         {"base_dim": 8, "num_res_blocks": 1},
@@ -55,16 +55,16 @@ def test_every_rank_draws_its_part_of_the_same(folder: Path, tmp_path: Path) -> 
     shards = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, dim in (("blocks.1.attn1.to_q.weight", 0), ("blocks.0.ffn.net.2.weight", 1)):
         assert torch.equal(torch.cat([shard[name] for shard in shards], dim), whole.get_parameter(name))
-    # The patch embedding is all there.
+    # The patch embedding is not cut.
     assert torch.equal(shards[1]["patch_embedding.weight"], whole.get_parameter("patch_embedding.weight"))
 
 
 def _save_shard(rank: int, mesh: Mesh, port: int, folder: Path, output: Path) -> None:
     torch.set_num_threads(1)
-    world = init_process_groups(rank, mesh, "127.0.0.1", port, CPU, timeout_s=120)
-    expert = load_expert(Checkpoint(folder, random=True), "transformer", world, torch.bfloat16, CPU)
+    groups = init_process_groups(rank, mesh, "127.0.0.1", port, CPU, timeout_s=120)
+    expert = load_expert(Checkpoint(folder, random=True), "transformer", groups, torch.bfloat16, CPU)
     torch.save(dict(expert.named_parameters()), output / f"{rank}.pt")
-    world.close()
+    groups.close()
 
 
 def test_nobody_is_served_noise(monkeypatch: pytest.MonkeyPatch) -> None:

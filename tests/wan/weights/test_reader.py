@@ -109,7 +109,7 @@ def test_the_checkpoint_as_safetensors_reads_it(checkpoint: Path) -> None:
         assert all(torch.equal(weights.read(name), tensor) for name, tensor in expected.items())
 
 
-def test_what_is_read_into_given_memory(weights: Weights, tensors: dict[str, torch.Tensor]) -> None:
+def test_reading_into_given_memory(weights: Weights, tensors: dict[str, torch.Tensor]) -> None:
     for name, dtype in (("matrix", torch.float32), ("matrix", torch.bfloat16), ("half", torch.bfloat16)):
         out = torch.full((2, tensors[name].shape[1]), 7.0, dtype=dtype)
         assert weights.read(name, 0, 1, 3, dtype, out=out).data_ptr() == out.data_ptr()
@@ -144,6 +144,6 @@ def test_a_header_that_is_no_json(tmp_path: Path) -> None:
 
 
 def bytes_read() -> int:
-    """What this process has read from files so far."""
+    """Return the number of bytes that this process has read from files so far."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(fields["rchar"])

@@ -28,7 +28,7 @@ STEM = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def alone_bf16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards for a group of one, bfloat16."""
+    """A sharded checkpoint for one rank, bfloat16."""
     out = tmp_path_factory.mktemp("alone")
     prepare(Checkpoint(checkpoint), out, 1, "bfloat16")
     return out
@@ -36,7 +36,7 @@ def alone_bf16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture
 def out(alone_bf16: Path, tmp_path: Path) -> Path:
-    """A copy of them to hurt."""
+    """A copy of `alone_bf16` that a test may damage."""
     return Path(shutil.copytree(alone_bf16, tmp_path / "out"))
 
 
@@ -115,7 +115,7 @@ def test_every_changed_byte_is_noticed(checkpoint: Path, out: Path, alone: Proce
 
 
 def test_a_file_of_another_rank(checkpoint: Path, tmp_path: Path) -> None:
-    """Its header and size are the same."""
+    """The files of two ranks have the same header and size; only the checksums of their tensors tell them apart."""
     prepare(Checkpoint(checkpoint), tmp_path, 2, "bfloat16")
     folder = tmp_path / "transformer"
     shutil.copy(folder / "rank-0-of-2.safetensors", folder / "rank-1-of-2.safetensors")
@@ -146,12 +146,12 @@ def test_one_expert_only(checkpoint: Path, tmp_path: Path) -> None:
     folder = Checkpoint(checkpoint)
     assert prepare(folder, tmp_path, 1, "bfloat16", experts=("transformer_2",)).written == 1
     sharded = ShardedCheckpoint(tmp_path, folder, 1, "bfloat16")
-    sharded.check("transformer_2", 0)
+    sharded.check_shard("transformer_2", 0)
     with pytest.raises(CheckpointError, match=r"transformer/rank-0-of-1\.safetensors: is not in manifest\.json"):
-        sharded.check("transformer", 0)
+        sharded.check_shard("transformer", 0)
     done = prepare(folder, tmp_path, 1, "bfloat16")
     assert (done.written, done.kept) == (1, 1)
-    ShardedCheckpoint(tmp_path, folder, 1, "bfloat16").check("transformer", 0)
+    ShardedCheckpoint(tmp_path, folder, 1, "bfloat16").check_shard("transformer", 0)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_manifest_of_something_else(
 ) -> None:
     edit(out / MANIFEST, **changes)
     refused(checkpoint, out, alone, rf"out/manifest\.json: {message}")
-    with pytest.raises(CheckpointError, match=message):  # nor does it write anything among what is there
+    with pytest.raises(CheckpointError, match=message):  # nor does `prepare` write into the folder
         prepare(Checkpoint(checkpoint), out, 1, "bfloat16")
 
 
@@ -189,7 +189,7 @@ def test_checksums_cannot_be_left_out(checkpoint: Path, out: Path, alone: Proces
 
 
 def test_weights_that_were_trained_on(checkpoint: Path, out: Path, alone: ProcessGroups, tmp_path: Path) -> None:
-    """Same names, shapes and sizes: the revision is the same."""
+    """Weights of the same names, shapes and sizes have the same revision; the sample tells them apart."""
     copy = Path(shutil.copytree(checkpoint, tmp_path / "tuned"))
     path = copy / "transformer" / STEM
     save_file({name: tensor * 1.001 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
@@ -226,7 +226,7 @@ def test_another_model_with_the_same_sizes(checkpoint: Path, out: Path, alone: P
 
 
 def test_a_manifest_of_an_older_version(checkpoint: Path, out: Path) -> None:
-    """It has the revision of the whole folder."""
+    """The manifest of an older version has the revision of the whole folder."""
     edit(out / MANIFEST, revision=Checkpoint(checkpoint).revision)
     ShardedCheckpoint(out, Checkpoint(checkpoint), 1, "bfloat16")
 
@@ -234,7 +234,7 @@ def test_a_manifest_of_an_older_version(checkpoint: Path, out: Path) -> None:
 def test_other_modules_in_float32(
     checkpoint: Path, out: Path, alone: ProcessGroups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As another version of diffusers may have them."""
+    """Another version of diffusers may keep other modules in float32."""
     monkeypatch.setattr(WanTransformer3DModel, "_keep_in_fp32_modules", ["time_embedder", "norm1", "norm2", "norm3"])
     refused(
         checkpoint,
@@ -260,13 +260,13 @@ def test_the_deployment_is_refused_before_it_starts(checkpoint: Path, out: Path)
         wan(picked)
 
 
-def test_who_checks_needs_no_torch(checkpoint: Path, alone_bf16: Path) -> None:
+def test_checking_needs_no_torch(checkpoint: Path, alone_bf16: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
         "from serve_app.wan.weights.checkpoint import Checkpoint\n"
-        "from serve_app.wan.weights.sharded import Prepared\n"
+        "from serve_app.wan.weights.sharded import ShardedCheckpoint\n"
         f"checkpoint = Checkpoint(Path({str(checkpoint)!r}))\n"
-        f"Prepared(Path({str(alone_bf16)!r}), checkpoint, 1, 'bfloat16').check('transformer', 0)\n"
+        f"ShardedCheckpoint(Path({str(alone_bf16)!r}), checkpoint, 1, 'bfloat16').check_shard('transformer', 0)\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""What configurations ask for, against the libraries' classes."""
+"""Tensors computed from configurations equal the parameters of the libraries' classes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CONFIGS = {ExpertConfig: "transformer", TextConfig: "text_encoder", VaeConfig: 
 
 
 def built(kind: type[Weighted], config: dict[str, Any]) -> nn.Module:
-    """The library's model, without memory for its parameters."""
+    """Return the library's model, without memory for its parameters."""
     known = {name: value for name, value in config.items() if name in kind.model_fields}
     with torch.device("meta"):
         if kind is TextConfig:

@@ -1,4 +1,4 @@
-"""The tokenizer against SentencePiece, which made the file it reads."""
+"""The tokenizer gives the same ids as SentencePiece, which made its file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TEXTS = [
 
 
 def train(folder: Path, fallback: bool) -> Path:
-    """A tokenizer's folder as T5's are published, with a vocabulary of few words."""
+    """Write a tokenizer's folder as T5's are published, with a vocabulary of few words."""
     folder.mkdir()
     text = folder.parent / "text.txt"
     draw = random.Random(0)
@@ -85,7 +85,7 @@ def test_texts_are_read_as_by_sentencepiece(folder: Path) -> None:
 
 def test_what_the_library_drops_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     library = AutoTokenizer.from_pretrained(folder)
-    drops = vocabulary_size(folder / "spiece.model") > 256  # it has bytes
+    drops = vocabulary_size(folder / "spiece.model") > 256  # it has the byte fallback
     unknown = library.unk_token_id
     assert unknown in library("뷁").input_ids
     with caplog.at_level(logging.INFO, "serve_app"):
@@ -109,7 +109,7 @@ def test_without_the_model_file_its_own_json_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [1, 511, 512, 513, 2000])
 def test_as_many_as_an_expert_reads(count: int) -> None:
-    """The same as the library's truncation."""
+    """Truncation gives the same ids as the library's."""
     text, folder = "red " * count, CHECKPOINT / "tokenizer"
     library, ours = AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
     assert ours.cut(ours.ids(text)) == library(text, truncation=True, max_length=MAX_TOKENS).input_ids
@@ -131,6 +131,6 @@ def test_the_file_cannot_be_of_another_kind(checkpoint: Path, tmp_path: Path) ->
     path = copy / "tokenizer" / "tokenizer.json"
     saved = json.loads(path.read_text())
     path.write_text(json.dumps({**saved, "pre_tokenizer": {"type": "Unheard"}}))
-    Checkpoint(copy)  # which a loader knows better
+    Checkpoint(copy)  # passes here; only loading the tokenizer finds it
     with pytest.raises(CheckpointError, match="tokenizer: cannot be loaded as a tokenizer"):
         Tokenizer(copy / "tokenizer")

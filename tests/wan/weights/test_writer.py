@@ -45,44 +45,44 @@ def inodes(out: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], int]:
-    """What is in a folder for two ranks, and how many bytes were told of on the way."""
-    out, told = tmp_path_factory.mktemp("undisturbed"), [0]
+    """Contents of a folder for two ranks, and the number of bytes that the progress callback was given."""
+    out, counted = tmp_path_factory.mktemp("undisturbed"), [0]
 
     def watch(what: str, count: int, total: int) -> None:
-        told[0] += count
-        assert told[0] <= total
+        counted[0] += count
+        assert counted[0] <= total
 
     done = prepare(Checkpoint(checkpoint), out, 2, "bfloat16", watch=watch)
     found = contents(out)
     assert done.written == 4 == len(found) - 1
     assert done.bytes == sum(len(content) for name, content in found.items() if name != MANIFEST)
-    return found, told[0]
+    return found, counted[0]
 
 
 @pytest.mark.parametrize(
     "part", [0.6, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.1, 0.65, 0.75, 0.9, 0.999))]
 )
 def test_killed(checkpoint: Path, undisturbed: tuple[dict[str, bytes], int], tmp_path: Path, part: float) -> None:
-    """In the hashing, in each of the files, and before the last one has its name."""
+    """Kill it while it hashes, in each of the files, and before the last file is renamed."""
     expected, total = undisturbed
     command = (sys.executable, "-c", KILLED, str(checkpoint), str(tmp_path), str(int(part * total)))
     assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
     left = contents(tmp_path)
     complete = {name for name in left if Path(name).name.startswith("rank-")}
     assert len(complete) < 4
-    assert all(left[name] == expected[name] for name in complete)  # nothing looks complete without being so
+    assert all(left[name] == expected[name] for name in complete)  # nothing incomplete looks complete
     assert set(json.loads(left.get(MANIFEST, b'{"files": {}}'))["files"]) <= complete
     before = inodes(tmp_path)
     done = prepare(Checkpoint(checkpoint), tmp_path, 2, "bfloat16")
     assert (done.written, done.kept) == (4 - len(complete), len(complete))
     assert contents(tmp_path) == expected
-    assert before.items() <= inodes(tmp_path).items()  # what was complete was not written again
+    assert before.items() <= inodes(tmp_path).items()  # complete files were not written again
 
 
 def test_a_file_that_the_manifest_does_not_name(
     checkpoint: Path, undisturbed: tuple[dict[str, bytes], int], tmp_path: Path
 ) -> None:
-    """Left by a process that was killed after the renaming, or by somebody else."""
+    """Such a file was left by a process that was killed after the renaming, or by somebody else."""
     expected, _ = undisturbed
     prepare(Checkpoint(checkpoint), tmp_path, 2, "bfloat16", experts=("transformer",))
     path = tmp_path / "transformer_2" / "rank-0-of-2.safetensors"
@@ -135,7 +135,7 @@ def test_verify_writes_damaged_files_again(
 
 
 def test_verify_reads_the_model_again(checkpoint: Path, tmp_path: Path) -> None:
-    """A change that the sample misses."""
+    """Only `verify` notices a change that the sample misses."""
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     prepare(Checkpoint(copy), tmp_path / "out", 2, "bfloat16")
     path = copy / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -218,7 +218,7 @@ def test_memory_holds_one_tensor(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=240, capture_output=True)
     wrote = [list(map(int, line.split())) for line in ended.stdout.decode().splitlines() if line[:1].isdigit()]
     whole = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
-    largest = 6 * 1024 * 1024 * 4  # the projection of the timestep, which no rank shares
+    largest = 6 * 1024 * 1024 * 4  # the projection of the timestep, which is not cut
     for (growth, size), itemsize in zip(wrote, (4, 2), strict=True):
         assert size > whole * itemsize / 4 > 6 * largest
         assert growth <= largest + 40 * MB
