@@ -1,6 +1,6 @@
 """Wan2.2 text-to-video as a service on a Ray cluster.
 
-`connect` returns a client for other Ray jobs; everything else is reached through HTTP or the YAML files in configs/.
+`connect` returns a client for other Ray jobs. Everything else is reached by HTTP or the YAML files in configs/.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,12 @@ from serve_app.request import VideoRequest
 if TYPE_CHECKING:
     from serve_app.client import connect
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["VideoRequest", "__version__", "connect"]
 
 
 def __getattr__(name: str) -> Any:
-    # Ray takes over a second to import: only who connects pays for it.
+    # Importing Ray takes over a second: only a caller of `connect` pays for it.
     if name == "connect":
         from serve_app.client import connect
 

@@ -1,4 +1,4 @@
-"""The import paths that the YAML files name: `serve_app.app:wan` and `serve_app.app:gateway`.
+"""The builders that the YAML files name: `serve_app.app:wan` and `serve_app.app:gateway`.
 
 Each takes the whole configuration as its `args` and returns a Serve application.
 """
@@ -26,19 +26,19 @@ from serve_app.wan.weights.sharded import ShardedCheckpoint
 
 logger = get_logger(__name__)
 
-# glibc hands each large tensor back to the kernel and asks for it again; for a VAE on CPUs, whose every layer makes
-# some, that was measured to be a seventh of the decode.
+# glibc returns each large tensor to the kernel and asks for memory again. A VAE on CPUs makes such tensors in every
+# layer: this was measured as a seventh of the decode time.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 28), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-# Tries to start a replica. A model that does not load, or a bucket that is not there, will not at the twentieth either.
+# Tries to start a replica. A model that does not load, or a bucket that is missing, fails at the twentieth try as well.
 _STARTS = 3
 
 
 def wan(args: dict[str, Any]) -> Application:
-    """Pipeline and stages. Has no route: the dispatcher and other Ray jobs call it by handle.
+    """Build the application of pipeline and stages. It has no route: the dispatcher and other Ray jobs call its handle.
 
     Raises:
-        ConfigError: an option that cannot work, `model.path` and `model.sharded` too if their folders are not complete
-            or do not fit.
+        ConfigError: an option cannot work, or the folder of `model.path` or `model.sharded` is incomplete or does not
+            fit.
     """
     from serve_app.stages.decoder import Decoder
     from serve_app.stages.denoiser import Denoiser
@@ -49,7 +49,7 @@ def wan(args: dict[str, Any]) -> Application:
     checkpoint = open_model(config)
     config = fit(config, checkpoint)
     _check_parallel(config.denoiser.parallel, checkpoint)
-    _check_prepared(config, checkpoint)
+    _check_sharded(config, checkpoint)
     encoder = _deployment(
         Encoder,
         ray_actor_options=_actor(config.encoder.resources),
@@ -83,10 +83,10 @@ def wan(args: dict[str, Any]) -> Application:
 
 
 def gateway(args: dict[str, Any]) -> Application:
-    """HTTP ingress and dispatcher. Of the model they need no more than its shape, and that for estimates alone.
+    """Build the application of HTTP gateway and dispatcher. They need only the model's shape, for estimates.
 
     Raises:
-        ConfigError: an option that cannot work.
+        ConfigError: an option cannot work.
     """
     from serve_app.db.database import Database
     from serve_app.dispatch.deployment import DispatcherDeployment
@@ -111,21 +111,22 @@ def gateway(args: dict[str, Any]) -> Application:
 
 
 def _config(args: dict[str, Any], **parts: bool) -> Config:
-    """Return the configuration in `args`, with absolute paths: each deployment works in another folder.
+    """Return the configuration in `args` with absolute paths, since each deployment works in another folder.
 
     Args:
-        parts: of what the cluster is asked, see `needs`.
+        args: the `args` of the application in the YAML file.
+        **parts: the applications whose needs are checked, as for `needs`.
 
     Raises:
-        ConfigError: an option that cannot work, such as a relative path where Ray calls the builder.
+        ConfigError: an option cannot work, or a path is relative although Ray calls the builder.
     """
     config = validate(args)
-    # By `serve run FILE` a task of Ray builds the application, which knows neither the file nor who called.
+    # With `serve run FILE` a Ray task builds the application. It knows neither the file nor the caller's folder.
     if ray.is_initialized() and ray.get_runtime_context().get_task_id() is not None:
         config = placed(config, _absolute)
         logger.info("paths", extra={"home": config.home, "store": without_password(config.store_url)})
         for line in shortages(needs(config, **parts)):
-            # Not refused: whoever deploys so may add hosts later, and Serve would not try again.
+            # A warning, not an error: hosts may be added later, and Serve would not try again.
             logger.warning("no host has what is asked for", extra={"reason": line})
         return config
     return placed(config, below(Path.cwd()))
@@ -141,7 +142,7 @@ def _absolute(option: str, path: str) -> Path:
 
 
 def _check_defaults(config: Config) -> None:
-    """Make what a request gets that says nothing but its prompt; refuse what would answer every such request by 400."""
+    """Check that the defaults make a valid request; otherwise every request with only a prompt would get a 400."""
     try:
         resolve(VideoRequest(prompt="x"), config)
     except InvalidRequest as error:
@@ -149,8 +150,10 @@ def _check_defaults(config: Config) -> None:
 
 
 def _with_model(config: Config) -> tuple[Config, dict[str, Any] | None]:
-    """Return the options as the model has them, and the configuration of its experts; the options as they are and None
-    where its folder cannot be read, which `wan` refuses."""
+    """Return the options completed from the model, and the configuration of its experts.
+
+    If the model's folder cannot be read, the options stay as they are and the second value is None; `wan` refuses that.
+    """
     try:
         checkpoint = open_model(config)
         return fit(config, checkpoint), checkpoint.expert_config("transformer")
@@ -159,7 +162,7 @@ def _with_model(config: Config) -> tuple[Config, dict[str, Any] | None]:
 
 
 def _check_parallel(parallel: ParallelConfig, checkpoint: Checkpoint) -> None:
-    """Whether the ranks of a group can share the model, before any of them starts."""
+    """Check that the ranks of a group can share the model, before any of them starts."""
     for expert in checkpoint.experts:
         shape = checkpoint.expert_config(expert)
         if (mesh := Mesh.of(parallel)) is not None:
@@ -168,14 +171,14 @@ def _check_parallel(parallel: ParallelConfig, checkpoint: Checkpoint) -> None:
             default_mesh(parallel.size, shape, weight_bytes=lambda tensor: 0, device_bytes=1)
 
 
-def _check_prepared(config: Config, checkpoint: Checkpoint) -> None:
-    """Whether there is a file for every rank, before any of them starts."""
+def _check_sharded(config: Config, checkpoint: Checkpoint) -> None:
+    """Check that the sharded checkpoint has a file for every rank, before any of them starts."""
     parallel = config.denoiser.parallel
     if config.model.sharded_folder is not None:
         if parallel.ranks is not None:
             raise ConfigError(
                 f"denoiser.parallel.ranks has value {parallel.ranks} and model.sharded is given, expected "
-                "denoiser.parallel.tensor, the number that the shards were prepared for"
+                "denoiser.parallel.tensor, the number that the shards were made for"
             )
         try:
             sharded = ShardedCheckpoint(config.model.sharded_folder, checkpoint, parallel.tensor, config.model.dtype)
@@ -191,11 +194,11 @@ def _deployment(deployment: Any, **options: Any) -> Any:
 
 
 def _denoiser(deployment: Any, config: Config) -> Any:
-    """The denoiser's deployment: a bundle for the coordinator, then one for each rank."""
+    """Return the denoiser's deployment, with a bundle for the coordinator and then one for each rank."""
     stage = config.denoiser
     rank = _bundle(stage.rank)
     labels: dict[str, Any] = {}
-    if stage.rank.labels:  # the coordinator too: it stays with its ranks
+    if stage.rank.labels:  # also for the coordinator, which stays with its ranks
         labels["placement_group_bundle_label_selector"] = [stage.rank.labels] * (1 + stage.parallel.size)
     return _deployment(
         deployment,
@@ -230,7 +233,7 @@ def _autoscaling(options: Autoscaling) -> AutoscalingConfig:
 
 
 def decoder_actor(config: Config) -> dict[str, Any]:
-    """Ray's options for a replica of the decoder."""
+    """Return Ray's actor options for a replica of the decoder."""
     stage = config.decoder
     shared = stage.devices > 1 and stage.resources.num_gpus < 1
     environment = {**_KEEP_FREED_MEMORY, **(SEE_ALL_GPUS if shared else {})}

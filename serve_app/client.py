@@ -1,6 +1,6 @@
-"""Use a running deployment from another Ray job, through handle calls: blocking, async, or as a stream of progress.
+"""A client for other Ray jobs, by handle calls: blocking, async, or as a stream of progress.
 
-Goes through the same durable queue as HTTP: a video that was asked for survives the job that asked.
+It uses the same durable queue as HTTP: a queued video outlives the job that asked for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Variant = Literal["video", "thumbnail", "spritesheet"]
 
 @dataclass(frozen=True)
 class Video:
-    """A video as the server knows it at one moment.
+    """A video as the server described it at one moment.
 
     Attributes:
         info: the resource as HTTP returns it: status, progress, stage, step, seed, timings, ...
@@ -37,25 +37,27 @@ class Video:
 
     @property
     def id(self) -> str:
-        """Its name on the server."""
+        """The video's id."""
         return str(self.info["id"])
 
     @property
     def status(self) -> str:
-        """`queued`, `in_progress`, `completed` or `failed`."""
+        """The status: `queued`, `in_progress`, `completed` or `failed`."""
         return str(self.info["status"])
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will happen to it."""
+        """True if the video is completed or has failed."""
         return self.status in ("completed", "failed")
 
     def content(self, variant: Variant = "video") -> bytes:
-        """The mp4, or the JPEG of a variant."""
+        """Return the bytes of the mp4, or of the JPEG of another variant."""
         return b"".join(self._client.content(self.id, variant))
 
     def save(self, path: str | Path, variant: Variant = "video") -> Path:
-        """Write the mp4, or a variant, to a file. It appears when it is complete; an older one stays until then.
+        """Write the mp4, or another variant, to a file, and return its path.
+
+        The file appears when it is complete; an older one stays until then.
 
         Raises:
             ConfigError: no file can be written there.
@@ -68,10 +70,10 @@ class Video:
         return target
 
     def checked(self) -> Video:
-        """Itself.
+        """Return this video.
 
         Raises:
-            JobFailed: the job failed.
+            JobFailed: its job failed.
         """
         if self.status == "failed":
             error = self.info.get("error") or {}
@@ -80,10 +82,10 @@ class Video:
 
 
 class Client:
-    """Handle calls to a deployment. Made by `connect`.
+    """A client of a deployment, made by `connect`.
 
-    Every call raises the server's error itself. Beside what its own text says: `Unavailable` where the server, its
-    store or its storage cannot be reached, and `ServeAppError` for an error of the server's own.
+    Every call raises the server's error itself. Any call may also raise `Unavailable` if the server, its database or
+    its storage cannot be reached, and `ServeAppError` for a fault of the server.
     """
 
     def __init__(self, gateway: DeploymentHandle, owner: str = "") -> None:
@@ -95,23 +97,23 @@ class Client:
         """Queue a video and return at once.
 
         Args:
-            request: a request, or its prompt with the other fields as keywords: those of `VideoRequest`, `priority`
-                and `deadline_s` among them.
+            request: a request, or its prompt.
+            **fields: other fields of `VideoRequest`, such as `priority` and `deadline_s`.
 
         Raises:
-            InvalidRequest: the field at fault in `param`.
-            serve_app.jobs.store.QueueFull, serve_app.accounts.keys.OverLimit: not now; `retry_after_s` says when, if
-                known.
+            InvalidRequest: a field cannot work; `param` names it.
+            serve_app.jobs.store.QueueFull, serve_app.accounts.keys.OverLimit: try again later; `retry_after_s` says
+                when, if that is known.
         """
         with _plain_errors():
             return Video(self._gateway.submit.remote(_fields(request, fields), self._owner).result(), self)
 
     def generate(self, request: VideoRequest | str, **fields: Any) -> Video:
-        """Queue a video and wait for it.
+        """Queue a video and wait until it is completed.
 
         Raises:
-            InvalidRequest: the field at fault in `param`.
-            JobFailed: the job failed.
+            InvalidRequest: a field cannot work; `param` names it.
+            JobFailed: its job failed.
         """
         last: Video | None = None
         for video in self.stream(request, **fields):
@@ -119,7 +121,7 @@ class Client:
         return _ended(last)
 
     async def generate_async(self, request: VideoRequest | str, **fields: Any) -> Video:
-        """`generate` for an event loop."""
+        """Do the same as `generate`, in an event loop."""
         last: Video | None = None
         async for video in self.stream_async(request, **fields):
             last = video
@@ -133,7 +135,7 @@ class Client:
                 yield Video(info, self)
 
     async def stream_async(self, request: VideoRequest | str, **fields: Any) -> AsyncIterator[Video]:
-        """`stream` for an event loop."""
+        """Do the same as `stream`, in an event loop."""
         with _plain_errors():
             info = await self._gateway.submit.remote(_fields(request, fields), self._owner)
         with _plain_errors(info["id"]):
@@ -141,35 +143,36 @@ class Client:
                 yield Video(change, self)
 
     def get(self, video_id: str) -> Video | None:
-        """A video by its id; None if there is none."""
+        """Return the video with an id; None if there is none."""
         with _plain_errors():
             info = self._gateway.get.remote(video_id).result()
         return None if info is None else Video(info, self)
 
     def content(self, video_id: str, variant: Variant = "video") -> Iterator[bytes]:
-        """A finished video's bytes, in chunks."""
+        """Yield the bytes of a finished video in chunks."""
         with _plain_errors():
             yield from self._stream.content.remote(video_id, variant)
 
     def cancel(self, video_id: str) -> bool:
-        """Stop a job at its next step. Returns whether there was something to stop."""
+        """Stop a job at its next step. Returns False if there was nothing to stop."""
         with _plain_errors():
             return bool(self._gateway.cancel.remote(video_id).result())
 
     def delete(self, video_id: str) -> bool:
-        """Remove a video and its files. Returns whether it was there."""
+        """Delete a video and its files. Returns False if there was no such video."""
         with _plain_errors():
             return bool(self._gateway.delete.remote(video_id).result())
 
 
 def connect(application: str = "gateway", address: str | None = None, owner: str = "") -> Client:
-    """A client of the deployment on this Ray cluster. It needs no API key: who may run code here is trusted, and sees
-    everybody's videos.
+    """Return a client of the deployment on this Ray cluster.
+
+    It needs no API key and sees everybody's videos, since whoever may run code on the cluster is trusted.
 
     Args:
-        application: name of the gateway's Serve application.
-        address: of the Ray cluster, where this process has not joined one; default is the one around it.
-        owner: id of the API key whose videos these are: its holder sees them over HTTP, and its limits on jobs hold.
+        application: the name of the gateway's Serve application.
+        address: the Ray cluster to join, if this process has joined none; None finds the one around it.
+        owner: the id of an API key. The videos belong to it: its holder sees them over HTTP, and its limits hold.
 
     Raises:
         ServeAppError: no Ray cluster can be reached, or no such application runs there.
@@ -187,10 +190,10 @@ def connect(application: str = "gateway", address: str | None = None, owner: str
 
 @contextmanager
 def _plain_errors(video_id: str | None = None) -> Iterator[None]:
-    """Raise the server's error itself, where Ray raises it wrapped in the frames of the process that it comes from.
+    """Raise the server's error itself, which Ray raises wrapped in the traceback of the other process.
 
     Args:
-        video_id: of the video that goes on at the server, whatever becomes of the call.
+        video_id: a video that goes on at the server, whatever becomes of the call.
     """
     goes_on = "" if video_id is None else f"; {video_id} goes on"
     try:

@@ -1,4 +1,4 @@
-"""Bring a configuration up on this machine's Ray, or on a Ray of its own, and take it down again."""
+"""A server of one configuration: brought up on this machine's Ray or on one of its own, and taken down again."""
 
 from __future__ import annotations
 
@@ -25,31 +25,32 @@ from serve_app.launch.applications import Applications
 from serve_app.launch.preflight import preflight
 from serve_app.launch.ray_session import RaySession
 from serve_app.launch.startup import Startup
-from serve_app.launch.targets import build, where_data_goes
+from serve_app.launch.targets import build, serve_options, where_data_goes
 from serve_app.model import departures, makes_videos, open_model
 from serve_app.replica import alive_hosts, check_hosts
 from serve_app.shortage import refuse_the_impossible
 
 Say = Callable[[str], None]
 
-# How often a server looks whether its applications are still its own.
+# A server checks this often that its applications are still its own.
 _WATCH_S = 2
-_LOOK_S = 30
+_ANSWER_S = 30
 
 
 class Server:
     """A deployment of one YAML file. As a context manager it is up inside the block and gone after it.
 
     Args:
-        path: a file under configs/.
-        port: overrides the file's HTTP port.
-        own_ray: start a Ray even where one is running, and touch nothing of the running one.
-        replace: end or replace the server that runs here, if any, instead of refusing to start.
-        dashboard: whether a Ray that is started here runs its dashboard (needed by `serve status`).
+        path: the file.
+        port: HTTP port, instead of the file's.
+        own_ray: start a Ray even if one is running, and leave the running one alone.
+        replace: first end the server that runs here, instead of refusing to start.
+        dashboard: run the dashboard of a Ray that is started here (`serve status` needs it).
         say: called with a line on each thing that happens.
 
     Attributes:
-        url: where the gateway answers, on this machine; empty if it does not.
+        config: the configuration of the file.
+        url: the gateway's URL on this machine; empty if it answers no HTTP.
 
     Raises:
         ConfigError: the file cannot work. Nothing has been started then.
@@ -99,7 +100,7 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Join the running Ray, or start one, and deploy. Returns before the applications are ready."""
+        """Join the running Ray, or start one, and deploy the applications. Returns before they are ready."""
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         for note in (*self._built.notes, where_data_goes(self.config)):
             self._say(note)
@@ -107,18 +108,14 @@ class Server:
         self._ray.find(int(self._http.get("port", 8000)))
         if not self._ray.own:
             self._ray.join()
-            self._look_at_serve(self._applications)
-        self._look_around()
+            self._check_serve(self._applications)
+        self._check_services()
         if self._ray.own:
             self._ray.start()
         check_hosts(self.config, alive_hosts())
         refuse_the_impossible(self._built.needs)
         guard.set_stop(guard.Stop.IN_ORDER)
-        serve.start(
-            proxy_location=self._file.get("proxy_location", "EveryNode"),
-            http_options=self._http,
-            controller_options=self._file.get("controller_options"),
-        )
+        serve.start(**serve_options({**self._file, "http_options": self._http}))
         if self.config.auth.mode == "none" and self.url:
             who = "anybody who reaches it" if self.config.auth.open else "anybody on this machine"
             self._say(f"auth.mode is none: {who} may use {self.url}")
@@ -128,16 +125,17 @@ class Server:
                 self._say(line)
         self._applications.deploy()
 
-    def _look_at_serve(self, applications: Applications) -> None:
+    def _check_serve(self, applications: Applications) -> None:
         ray_address = self._ray.address
-        silent = f"Serve on the Ray at {ray_address} does not answer within {_LOOK_S} s: end it with `serve shutdown`"
-        with guard.deadline(_LOOK_S, silent):
-            was_there = applications.look(ray_address, self._http, replace=self._replace)
-        if was_there and self._file.get("controller_options"):
-            self._say("controller_options have no effect: Serve runs already, with those of whoever started it")
+        silent = f"Serve on the Ray at {ray_address} does not answer within {_ANSWER_S} s: end it with `serve shutdown`"
+        with guard.deadline(_ANSWER_S, silent):
+            was_there = applications.check_free(ray_address, self._http, replace=self._replace)
+        for option in ("controller_options", "grpc_options"):
+            if was_there and self._file.get(option):
+                self._say(f"{option} have no effect: Serve runs already, with those of whoever started it")
 
-    def _look_around(self) -> None:
-        """Look for the services that the file names, from where they will be used, and for a port of our own."""
+    def _check_services(self) -> None:
+        """Check the services that the file names, from the host that will use them, and that the port is free."""
         if self._ray.own:
             _check_port(str(self._http.get("host") or "127.0.0.1"), int(self._http.get("port", 8000)))
             with _environment((self._runtime_env or {}).get("env_vars") or {}):
@@ -151,7 +149,7 @@ class Server:
             self._say(note)
 
     def wait_ready(self, timeout_s: float = 3600) -> None:
-        """Wait until `/readyz` answers 200, telling each deployment as it becomes ready.
+        """Wait until `/readyz` answers 200, and say which deployment becomes ready.
 
         Raises:
             ServeAppError: a deployment failed, or the time is up.
@@ -163,24 +161,24 @@ class Server:
         """Serve until the process is stopped.
 
         Raises:
-            ServeAppError: the applications are no longer there, or no longer this server's.
+            ServeAppError: an application is gone, or no longer this server's.
         """
         assert self._applications is not None
         while True:
             time.sleep(_WATCH_S)
-            self._applications.check()
+            self._applications.check_ours()
 
     def whereabouts(self) -> list[str]:
-        """Lines on where everything is, for people."""
+        """Return lines for people on where everything is."""
         reached = [f"page: {self.url}/, API: {self.url}/docs"] if self.url else []
         return [*reached, where_data_goes(self.config), *self._ray.whereabouts()]
 
     def stop(self) -> None:
-        """Take down what this server has deployed; end Ray too where it was started here."""
+        """Take down the applications of this server, and end Ray too if it was started here."""
         guard.set_stop(guard.Stop.UNDER_WAY)
         if ray.is_initialized() and self._applications is not None:
-            # Ray's processes all end with a Ray of our own, so the applications need no farewell of their own, but
-            # jobs do: the dispatcher hands its leases back when it is deleted.
+            # A Ray of our own ends with all its processes, so that most applications need not be deleted first. The
+            # dispatcher does: it hands its leases back when it is deleted.
             gateways = {e["name"] for e in self._file["applications"] if e["import_path"] == "serve_app.app:gateway"}
             self._applications.delete(only=gateways if self._ray.own else None)
         self._ray.end()
@@ -192,7 +190,7 @@ def _preflight(config: Config) -> list[str]:
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """These too, for as long as the block runs."""
+    """Set environment variables for as long as the block runs."""
     before = dict(os.environ)
     os.environ.update({name: str(value) for name, value in variables.items()})
     try:

@@ -1,4 +1,4 @@
-"""A file that is written for a user: it appears under its name when it is complete, and not before."""
+"""A file that appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from serve_app.errors import ConfigError
 
 
 def check_target(path: Path, option: str, value: Path | None = None) -> None:
-    """Raise ConfigError if no file could be written there. Called before the work whose result it is to hold.
+    """Check that a file can be written. Called before the work whose result it will hold.
 
     Args:
+        path: the file to be written.
         option: the name of the option or argument that `path` came from.
-        value: what was given, where that is not the file itself but its folder.
+        value: the given folder, if the user names a folder and not the file itself.
+
+    Raises:
+        ConfigError: no file can be written there.
     """
     what = "a file" if value is None else "a folder for a file"
     expected = f"{option} has value '{value or path}', expected {what}"
@@ -32,7 +36,7 @@ def check_target(path: Path, option: str, value: Path | None = None) -> None:
         if path.exists() and not os.access(path, os.W_OK):
             raise ConfigError(f"{expected} that can be written: it is read-only")
         part = _part(path)
-        part.open("xb").close()  # only trying tells of read-only file systems, quotas and access lists
+        part.open("xb").close()  # only a try detects read-only file systems, quotas and access lists
         part.unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -53,7 +57,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         with path.open("wb") as file:
             yield file
         return
-    target = Path(os.path.realpath(path))  # a link stays a link, to the new content
+    target = Path(os.path.realpath(path))  # a link stays a link, now to the new content
     part = _part(target)
     try:
         with part.open("xb") as file:

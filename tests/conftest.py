@@ -45,6 +45,7 @@ _WITH_RAY = {
     "test_ray_life.py",
     "test_serve.py",
     "test_serve_rabbitmq.py",
+    "test_wheel.py",
 }
 
 

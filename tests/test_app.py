@@ -1,4 +1,4 @@
-"""What the Serve builders hand to their deployments."""
+"""The options that the Serve builders give to their deployments."""
 
 from __future__ import annotations
 

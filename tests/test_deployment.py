@@ -1,4 +1,4 @@
-"""The three ways in, on real Ray clusters in processes of their own: `serve run`, HTTP, and handle calls from a job."""
+"""The three ways to use a server, on real Ray clusters: `serve run`, HTTP, and handle calls from a Ray job."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def write_config(folder: Path, checkpoint: Path, port: int) -> Path:
-    """configs/tiny.yaml on the random checkpoint, small and with a home of its own."""
+    """Write configs/tiny.yaml for the random checkpoint, small and with its own home."""
     content = yaml.safe_load((REPOSITORY / "configs/tiny.yaml").read_text())
     content["http_options"]["port"] = port
     args = content["applications"][0]["args"]
@@ -60,7 +60,7 @@ def wait_ready(url: str, process: subprocess.Popen, timeout_s: float = 900) -> N
 
 
 def end(process: subprocess.Popen, how: int = signal.SIGINT, timeout_s: float = 180) -> list[psutil.Process]:
-    """Signal a process group's leader and wait; whoever of its descendants is left then."""
+    """Signal a process and wait for its end. Return, and kill, descendants that are left."""
     if process.poll() is not None:
         return []
     family = psutil.Process(process.pid).children(recursive=True)
@@ -185,7 +185,7 @@ def test_a_job_outlives_the_death_of_a_rank(deployment):
 
 
 def _ray_command(process: psutil.Process) -> list[str]:
-    """Command line of the raylet that started a worker: it names the cluster's address."""
+    """Return the command line of the raylet that started a worker. It names the cluster's address."""
     parent = process.parent()
     return parent.cmdline() if parent is not None else []
 

@@ -29,7 +29,7 @@ from ray import serve
 from benchmarks.machine import describe
 from benchmarks.model import dummy_checkpoint as dummy_checkpoint
 from benchmarks.serving.engine_throughput import sections
-from serve_app.cli import _free_port
+from serve_app.launch.address import free_port
 from serve_app.server import Server
 
 WHOLE = 40
@@ -73,7 +73,7 @@ def main() -> None:
         defaults = [f"defaults.{key}={value}" for key, value in {**first, "num_frames": options.frames}.items()]
         settings = [*([] if cuda else _NO_GPU), *defaults, f"model.path={folder}", "model.weights=random", *options.set]
         file = _file(options.config, work, settings)
-        with Server(file, port=_free_port(), own_ray=True, dashboard=False, say=print) as server:
+        with Server(file, port=free_port(), own_ray=True, dashboard=False, say=print) as server:
             started = time.perf_counter()
             server.wait_ready()
             print(f"\nready after {time.perf_counter() - started:.1f} s", flush=True)

@@ -22,7 +22,7 @@ import httpx
 
 from benchmarks.machine import describe
 from benchmarks.serving.serving_tax import request
-from serve_app.cli import _free_port
+from serve_app.launch.address import free_port
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     print("| start | ready after s | first request s | tenth s | median of 2 to 10 s | first / median |")
     print("|---|---|---|---|---|---|", flush=True)
     for start in range(options.starts):
-        port = _free_port()
+        port = free_port()
         with tempfile.TemporaryDirectory() as home:
             began = time.perf_counter()
             server = subprocess.Popen(

@@ -28,11 +28,11 @@ import uvicorn
 from sqlalchemy import insert, update
 
 from benchmarks.machine import describe
-from serve_app.cli import _free_port
 from serve_app.config import Config, StoreConfig
 from serve_app.db.tables import Job
 from serve_app.gateway.app import create_app
 from serve_app.jobs.store import JobStore
+from serve_app.launch.address import free_port
 from serve_app.request import VideoRequest, resolve
 from serve_app.storage import Storage
 
@@ -187,7 +187,7 @@ async def empty_queue(store: JobStore) -> None:
 @asynccontextmanager
 async def server(config: Config) -> AsyncIterator[int]:
     """A process that serves; yields its port."""
-    port = _free_port()
+    port = free_port()
     log = config.home_path / "server.log"
     with log.open("ab") as output:
         process = await asyncio.create_subprocess_exec(

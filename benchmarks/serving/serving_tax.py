@@ -21,9 +21,9 @@ import yaml
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from benchmarks.machine import describe
-from serve_app.cli import _free_port
 from serve_app.cli.client import poll_after_s
 from serve_app.config import Config
+from serve_app.launch.address import free_port
 from serve_app.server import Server
 
 PROMPT = "A red circle moves to the right on a white background"
@@ -58,7 +58,7 @@ def measure(file: Path, tensor_parallel: int, pairs: int) -> tuple[list[float], 
             application["args"] = content["applications"][0]["args"]
         path = Path(home) / "serve.yaml"
         path.write_text(yaml.safe_dump(content, allow_unicode=True))
-        with Server(path, port=_free_port(), own_ray=True, dashboard=False) as server:
+        with Server(path, port=free_port(), own_ray=True, dashboard=False) as server:
             server.wait_ready()
             pipeline = load(server.config)
             call(pipeline, server.config)

@@ -1,5 +1,5 @@
 """The `wan-serve` command, one file per group of commands."""
 
-from serve_app.cli.serve import cli, main
+from serve_app.cli.command import cli, main
 
 __all__ = ["cli", "main"]

@@ -1,4 +1,4 @@
-"""The HTTP client of the command line: one call each, repeated where the server invites it."""
+"""The HTTP client of the command line. Each method is one call, repeated where the server asks for that."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from serve_app.whole_file import whole_file
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 Url = Annotated[str, typer.Option(help="Where the server listens.")]
-ApiKey = Annotated[str | None, typer.Option("--key", envvar="WAN_SERVE_KEY", help="API key, where it wants one.")]
+ApiKey = Annotated[str | None, typer.Option("--key", envvar="WAN_SERVE_KEY", help="API key, if the server wants one.")]
 
-# How long a server that does not answer, or answers that it cannot, is asked again.
-_PATIENCE_S = 60.0
+# A server that does not answer, or answers that it cannot now, is asked again for this long.
+_RETRY_FOR_S = 60.0
 # A longer `Retry-After` is not waited for; the gateway and the openai SDK draw the line here as well.
 _LONGEST_RETRY_AFTER_S = 120.0
 _ENDED = ("completed", "failed")
 
 
-class Refused(ServeAppError):
+class ServerRefused(ServeAppError):
     """The server answered that it will not, or cannot now. The message is the server's own."""
 
 
-class Away(ServeAppError):
+class ServerAway(ServeAppError):
     """The server does not answer."""
 
 
 class Api:
-    """The videos of one server. As a context manager it closes its connections at the end.
+    """A client of one server's videos. As a context manager it closes its connections at the end.
 
     Args:
-        url: of the server, with or without `/v1`.
+        url: the server's address, with or without `/v1`.
         key: an API key, if the server wants one.
-        say: called with a line when a call is put off because the server asked for it.
+        say: called with a line when a call is repeated later because the server asked for that.
     """
 
     def __init__(self, url: str, key: str | None = None, say: Callable[[str], None] = lambda line: None) -> None:
@@ -72,7 +72,7 @@ class Api:
         self._http.close()
 
     def create(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Queue a video and return its resource. Sent again, it is the same video: it carries an idempotency key."""
+        """Queue a video and return its resource. It carries an idempotency key: a retry returns the same video."""
         return self._queue("/v1/videos", fields)
 
     def remix(self, video_id: str, prompt: str) -> dict[str, Any]:
@@ -97,12 +97,13 @@ class Api:
         self._json("DELETE", _path(video_id))
 
     def follow(self, video: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the resource again and again, up to the end of the video.
+        """Yield the resource of a video after each look at it, up to its end.
 
-        A server that restarts meanwhile is waited for, and one that is asked too often is asked less often.
+        Waits for a server that restarts meanwhile, and asks less often after a 429.
 
         Raises:
-            Away: it did not answer for a minute. Refused: it answered that there is no such video, or not for this key.
+            ServerAway: the server did not answer for a minute.
+            ServerRefused: there is no such video, or not for this key.
         """
         yield video
         path, pause_s = _path(video["id"]), 0.2
@@ -116,10 +117,10 @@ class Api:
             yield video
 
     def download(self, video_id: str, out: Path, variant: str = "video") -> None:
-        """Write a file of a completed video. It appears when it is complete; see `whole_file`.
+        """Write a file of a completed video. The file appears when it is complete; see `whole_file`.
 
         Raises:
-            ServeAppError: it could not be fetched whole, or not be written.
+            ServeAppError: the file could not be fetched whole, or not be written.
         """
         path, params = f"{_path(video_id)}/content", {"variant": variant}
         try:
@@ -143,7 +144,7 @@ class Api:
             raise ServeAppError(f"'{out}' cannot be written: {error.strerror or error}") from error
 
     def command(self, verb: str, video_id: str, *more: str) -> str:
-        """Return the command line that does something with a video of this server."""
+        """Return the command line of `wan-serve videos VERB` for a video of this server."""
         where = () if self.url == DEFAULT_URL else ("--url", self.url)
         return shlex.join(("wan-serve", "videos", verb, video_id, *more, *where))
 
@@ -164,15 +165,18 @@ class Api:
         stream: bool = False,
         **options: Any,
     ) -> httpx.Response:
-        """Return an answer, after those that invited another try.
+        """Send a request, again while the server asks for that, and return the last answer.
 
         Args:
+            method: the HTTP method.
+            path: the path of the URL.
             waits: wait for a server that cannot be reached. Otherwise only an answer is a reason to ask again.
-            limited: however often the answer is 429, ask again: the server is there, and names the time.
-            stream: leave the body to be read.
+            limited: ask again however often the answer is 429: the server is there, and names the time.
+            stream: leave the body to be read by the caller.
+            **options: passed to `httpx.Client.build_request`.
 
         Raises:
-            Away: the server cannot be reached.
+            ServerAway: the server cannot be reached.
         """
         request = self._http.build_request(method, path, **options)
         began = time.monotonic()
@@ -180,9 +184,9 @@ class Api:
             try:
                 response = self._http.send(request, stream=stream)
             except httpx.TransportError as error:
-                if not waits or time.monotonic() - began > _PATIENCE_S:
-                    raise Away(f"--url has value {self.url!r}, expected a running server: {error}") from error
-                self._note(f"the server does not answer, trying for {_PATIENCE_S:.0f} s: {error}")
+                if not waits or time.monotonic() - began > _RETRY_FOR_S:
+                    raise ServerAway(f"--url has value {self.url!r}, expected a running server: {error}") from error
+                self._note(f"the server does not answer, trying for {_RETRY_FOR_S:.0f} s: {error}")
                 time.sleep(0.5)
                 continue
             except httpx.HTTPError as error:
@@ -191,7 +195,7 @@ class Api:
             self._limited |= status == 429
             passing = status in (429, 503) or (status >= 500 and waits)
             endless = limited and status == 429
-            if not passing or (not endless and time.monotonic() - began > _PATIENCE_S):
+            if not passing or (not endless and time.monotonic() - began > _RETRY_FOR_S):
                 return response
             pause_s = retry_after_s(response)
             hopeless = response.headers.get("x-should-retry") == "false" and not waits
@@ -203,7 +207,7 @@ class Api:
             time.sleep(pause_s)
 
     def _note(self, line: str) -> None:
-        if line != self._said:  # once, however often it is so
+        if line != self._said:  # once, however often it happens
             self._said = line
             self._say(line)
 
@@ -214,15 +218,15 @@ class Api:
                 raise ValueError
         except (ValueError, KeyError):
             if response.status_code >= 500:  # a proxy speaks for a server that is gone
-                raise Away(f"the server answered {response.status_code}") from None
+                raise ServerAway(f"the server answered {response.status_code}") from None
             raise ServeAppError(f"--url has value '{response.url}', which is no server of videos") from None
         if response.status_code >= 400:
-            raise Refused(_message(response))
+            raise ServerRefused(_message(response))
         return body
 
 
 def poll_after_s(response: httpx.Response) -> float:
-    """Return when the server wants to be asked again, in seconds."""
+    """Return the seconds after which the server wants to be asked again."""
     try:
         return max(float(response.headers.get("openai-poll-after-ms", 1000)), 100) / 1000
     except ValueError:
@@ -230,7 +234,7 @@ def poll_after_s(response: httpx.Response) -> float:
 
 
 def retry_after_s(response: httpx.Response) -> float:
-    """Return the seconds that `Retry-After` asks for, spelled as a number or as a date; 1 if it says nothing."""
+    """Return the seconds that `Retry-After` asks for, as a number or as a date; 1 if there is none."""
     said = response.headers.get("retry-after", "").strip()
     try:
         wait_s = float(said)
@@ -243,7 +247,7 @@ def retry_after_s(response: httpx.Response) -> float:
 
 
 def shown_status(video: dict[str, Any]) -> str:
-    """Return the status for people: a video that was cancelled has failed for programs only."""
+    """Return the status for people: a cancelled video is `failed` for programs only, and a paused one `queued`."""
     if video["status"] == "failed" and (video.get("error") or {}).get("code") == "cancelled":
         return "cancelled"
     return "paused" if video["status"] == "queued" and video.get("paused") else str(video["status"])

@@ -1,4 +1,4 @@
-"""`wan-serve jobs`: what an operator does with the queue. Acts on the store, so it works while nothing is served."""
+"""`wan-serve jobs`: look at the queue and pause it. Works on the database, so no server has to run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from serve_app.cli.store import ConfigFile, with_store
 from serve_app.cli.table import print_table
 from serve_app.errors import ServeAppError
+from serve_app.launch.shipped import config_file
 
 if TYPE_CHECKING:
     from serve_app.jobs.store import JobStore
@@ -25,15 +26,15 @@ console = Console(highlight=False)
 
 ShownStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 
-# Between two looks at what still runs.
-_DRAIN_S = 0.5
-# By so much the clock of the host that made a job may be ahead of this one's.
-_CLOCKS_S = 3600
+# `drain` counts the running jobs this often.
+_DRAIN_POLL_S = 0.5
+# The clock of the host that made a job may be ahead of this one's by so much.
+_CLOCK_SKEW_S = 3600
 
 
 @jobs.command()
 def status(config: ConfigFile) -> None:
-    """How many jobs there are, and whether they are paused."""
+    """Show how many jobs there are, and whether they are paused."""
 
     async def run(store: JobStore) -> None:
         since = await store.paused_since()
@@ -47,7 +48,7 @@ def status(config: ConfigFile) -> None:
 
 @jobs.command()
 def pause(config: ConfigFile) -> None:
-    """Begin no more jobs. Those that run go on, new ones are accepted and wait."""
+    """Start no more jobs. Running jobs go on; new ones are accepted and wait."""
 
     async def run(store: JobStore) -> None:
         new = await store.pause()
@@ -58,7 +59,7 @@ def pause(config: ConfigFile) -> None:
 
 @jobs.command()
 def resume(config: ConfigFile) -> None:
-    """Begin jobs again."""
+    """Start jobs again."""
 
     async def run(store: JobStore) -> None:
         console.print("resumed" if await store.resume() else "was not paused")
@@ -68,7 +69,7 @@ def resume(config: ConfigFile) -> None:
 
 @jobs.command()
 def drain(config: ConfigFile) -> None:
-    """Pause, and wait until no job runs any more. Ctrl-C ends the waiting, not the pause."""
+    """Pause, and wait until no job runs. Ctrl-C ends the waiting, not the pause."""
 
     async def run(store: JobStore) -> None:
         await store.pause()
@@ -77,7 +78,7 @@ def drain(config: ConfigFile) -> None:
             if running != told:
                 console.print(f"paused; {running} jobs run")
                 told = running
-            await asyncio.sleep(_DRAIN_S)
+            await asyncio.sleep(_DRAIN_POLL_S)
         console.print("paused; no job runs")
 
     with_store(config, run)
@@ -86,11 +87,11 @@ def drain(config: ConfigFile) -> None:
 @jobs.command("list")
 def list_jobs(
     config: ConfigFile,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 20,
-    order: Annotated[Literal["asc", "desc"], typer.Option(help="By age: desc is the newest first.")] = "desc",
-    status: Annotated[ShownStatus | None, typer.Option(help="Only those in this state.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Largest number of jobs to list.")] = 20,
+    order: Annotated[Literal["asc", "desc"], typer.Option(help="By age; desc lists the newest first.")] = "desc",
+    status: Annotated[ShownStatus | None, typer.Option(help="List only jobs with this status.")] = None,
 ) -> None:
-    """Jobs by age."""
+    """List jobs by age."""
 
     async def run(store: JobStore) -> None:
         paused = await store.paused_since() is not None
@@ -111,14 +112,15 @@ def list_jobs(
 
 @jobs.command()
 def show(config: ConfigFile, video_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
-    """All that is known of a job, as JSON."""
+    """Show all that the database holds of a job, as JSON."""
+    from sqlalchemy import inspect
 
     async def run(store: JobStore) -> None:
         job = await store.get(video_id)
         position = await store.position(video_id)
         if job is None:
             raise _unknown(video_id)
-        columns = {column.key: getattr(job, column.key) for column in job.__table__.columns}
+        columns = {column.key: getattr(job, column.key) for column in inspect(type(job)).column_attrs}
         print(json.dumps({**columns, "queue_position": position}, indent=2, ensure_ascii=False))
 
     with_store(config, run)
@@ -128,13 +130,13 @@ def show(config: ConfigFile, video_id: Annotated[str, typer.Argument(metavar="ID
 def logs(
     video_id: Annotated[str, typer.Argument(metavar="ID")],
     config: Annotated[
-        Path | None, typer.Option("--config", help="Look first whether its database has this job.")
+        Path | None, typer.Option("--config", help="Check first that this file's database has the job.")
     ] = None,
     ray_dir: Annotated[
-        Path | None, typer.Option("--ray-dir", help="Ray's folder on this host, if it is none of the usual ones.")
+        Path | None, typer.Option("--ray-dir", help="Ray's folder on this host, if it is not a usual one.")
     ] = None,
 ) -> None:
-    """What the processes on this host logged about a job, by time. Works on the logs of Rays that have ended, too."""
+    """Show what the processes on this host logged about a job, by time. Reads the logs of ended Rays, too."""
     from serve_app.cli.ray_logs import job_lines, session_folders
     from serve_app.db.tables import id_time
 
@@ -144,14 +146,14 @@ def logs(
         async def run(store: JobStore) -> bool:
             return await store.get(video_id) is not None
 
-        if not with_store(config, run):
+        if not with_store(config_file(config), run):
             raise _unknown(video_id)
     if created_at is None:
         raise _unknown(video_id)
     if ray_dir is not None and not ray_dir.is_dir():
         raise ServeAppError(f"--ray-dir has value '{ray_dir}', expected a folder that holds Ray's `session_…` folders")
     sessions = session_folders(ray_dir)
-    lines = job_lines(sessions, video_id, created_at - _CLOCKS_S)
+    lines = job_lines(sessions, video_id, created_at - _CLOCK_SKEW_S)
     if not lines:
         folders = [session / "logs" for session in sessions]
         unread = [folder for folder in folders if not os.access(folder, os.R_OK | os.X_OK)]

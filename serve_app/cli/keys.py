@@ -1,4 +1,4 @@
-"""`wan-serve keys`: API keys, in the database of a configuration. Works whether or not a server runs."""
+"""`wan-serve keys`: API keys in the database of a configuration. Works whether or not a server runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ console = Console(highlight=False)
 
 _NAMES = ("requests_per_minute", "queued_jobs", "running_jobs", "gpu_seconds_per_day")
 
-KeyId = Annotated[str, typer.Argument(metavar="ID", help="As `list` shows it.")]
-Requests = Annotated[int | None, typer.Option(min=0, help="Calls over HTTP in a minute; 0 is no limit.")]
-Queued = Annotated[int | None, typer.Option(min=0, help="Jobs that wait; 0 is no limit.")]
-Running = Annotated[int | None, typer.Option(min=0, help="Jobs that run at once, further ones wait; 0 is no limit.")]
+KeyId = Annotated[str, typer.Argument(metavar="ID", help="A key's id, as `list` shows it.")]
+Requests = Annotated[int | None, typer.Option(min=0, help="HTTP calls per minute; 0 is no limit.")]
+Queued = Annotated[int | None, typer.Option(min=0, help="Waiting jobs; 0 is no limit.")]
+Running = Annotated[int | None, typer.Option(min=0, help="Jobs that run at once; more have to wait. 0 is no limit.")]
 GpuSeconds = Annotated[
     float | None, typer.Option(min=0, help="Seconds of denoising x ranks in 24 hours; 0 is no limit.")
 ]
@@ -28,15 +28,17 @@ GpuSeconds = Annotated[
 
 @keys.command()
 def create(
-    name: Annotated[str, typer.Argument(help="Whose it is, or what for.")],
+    name: Annotated[str, typer.Argument(help="Whose key it is, or what it is for.")],
     config: ConfigFile,
-    scopes: Annotated[str, typer.Option(help="Of create, read, admin; `admin` sees everybody's.")] = "create,read",
+    scopes: Annotated[
+        str, typer.Option(help="Some of create, read and admin; `admin` sees everybody's videos.")
+    ] = "create,read",
     requests_per_minute: Requests = None,
     queued_jobs: Queued = None,
     running_jobs: Running = None,
     gpu_seconds_per_day: GpuSeconds = None,
 ) -> None:
-    """Make a key and show it, once."""
+    """Create a key and print it. It is shown only this once."""
     from serve_app.accounts.keys import KeyLimits, Scope
     from serve_app.config import load_file
 
@@ -60,7 +62,7 @@ def create(
 
 @keys.command("list")
 def list_keys(config: ConfigFile) -> None:
-    """All keys, their limits, and the GPU-seconds of their last 24 hours."""
+    """List all keys, with their limits and the GPU-seconds of their last 24 hours."""
     rows = []
     for key, used in with_store(config, lambda store: store.keys.list()):
         made = time.strftime("%Y-%m-%d", time.gmtime(key.created_at))
@@ -72,7 +74,7 @@ def list_keys(config: ConfigFile) -> None:
 
 @keys.command()
 def revoke(key_id: KeyId, config: ConfigFile) -> None:
-    """End a key, from the next request on. Its videos stay."""
+    """Revoke a key, from the next request on. Its videos stay."""
     if not with_store(config, lambda store: store.keys.revoke(key_id)):
         raise _unknown(key_id)
     console.print(f"{key_id}: revoked", markup=False)
@@ -87,7 +89,7 @@ def limit(
     running_jobs: Running = None,
     gpu_seconds_per_day: GpuSeconds = None,
 ) -> None:
-    """Change limits of a key, from the next request on. What is not given stays as it is."""
+    """Change limits of a key, from the next request on. A limit that is not given stays as it is."""
     given = dict(zip(_NAMES, (requests_per_minute, queued_jobs, running_jobs, gpu_seconds_per_day), strict=True))
     changes = {name: value or None for name, value in given.items() if value is not None}
     if not changes:

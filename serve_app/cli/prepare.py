@@ -1,4 +1,4 @@
-"""`wan-serve prepare`: cut the experts once, so that each rank reads its own file."""
+"""`wan-serve prepare`: write a sharded checkpoint, of which each rank reads its own file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ console = Console(highlight=False)
 
 
 class Dtype(StrEnum):
-    """As `model.dtype`, and short."""
+    """A value of `model.dtype`, long or short."""
 
     bf16 = "bf16"
     bfloat16 = "bfloat16"
@@ -25,29 +25,33 @@ class Dtype(StrEnum):
 
 
 class ExpertName(StrEnum):
-    """The experts' folders: high-noise, low-noise."""
+    """The folder of an expert: `transformer` is the high-noise one, `transformer_2` the low-noise one."""
 
     transformer = "transformer"
     transformer_2 = "transformer_2"
 
 
-_LONG = {"bf16": "bfloat16", "fp32": "float32"}
+_LONG_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def prepare(
     model: Annotated[str, typer.Argument(help="A folder in the diffusers layout, or `tiny`, as `model.path`.")],
-    out: Annotated[Path, typer.Argument(help="Where the shards go. What is complete there is kept.")],
-    tensor: Annotated[int, typer.Option(min=1, help="Ranks of a group, as `denoiser.parallel.tensor`.")],
-    dtype: Annotated[Dtype, typer.Option(help="As `model.dtype`.")] = Dtype.bfloat16,
-    expert: Annotated[list[ExpertName] | None, typer.Option(help="Only this one; may be repeated.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare the hashes of all that is there first.")] = False,
+    out: Annotated[Path, typer.Argument(help="Folder for the shards. Complete files in it are kept.")],
+    tensor: Annotated[
+        int, typer.Option(min=1, help="Tensor-parallel ranks of a group, as `denoiser.parallel.tensor`.")
+    ],
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights, as `model.dtype`.")] = Dtype.bfloat16,
+    expert: Annotated[list[ExpertName] | None, typer.Option(help="Write only this expert; may be repeated.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="First compare the hashes of the files that are there.")
+    ] = False,
 ) -> None:
-    """Write each rank's shard of the experts as a file of its own, once. Can be interrupted and called again."""
+    """Write each rank's shard of the experts as a file of its own. Can be interrupted and called again."""
     from serve_app.config import ModelConfig
     from serve_app.wan.weights.checkpoint import Checkpoint
 
     started = time.monotonic()
-    long = _LONG.get(dtype.value, dtype.value)
+    long = _LONG_NAMES.get(dtype.value, dtype.value)
     checkpoint = Checkpoint(ModelConfig(path=model).folder)
     columns = (TextColumn("{task.description:>44}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
     with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console) as bar:

@@ -1,6 +1,6 @@
-"""What this host's Rays wrote about a job: a search through the logs of all their sessions.
+"""A search for a job in the logs of all Ray sessions of this host.
 
-Knows Ray's folders, but needs neither Ray nor a running one.
+Knows Ray's folders, but needs neither the Ray package nor a running Ray.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 
 import psutil
 
-# How Ray's Serve begins a line; our own lines are JSON objects with a `time`.
+# Ray Serve begins a line like this; our own lines are JSON objects with a `time`.
 _SERVE_LINE = re.compile(r"[A-Z]+ (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),(\d{3})")
 _SESSION_OPTION = re.compile(r"--session[-_]dir=(.+)")
 
 
 def session_folders(ray_folder: Path | None = None) -> list[Path]:
-    """Return the folders of Ray's sessions on this host, those that run and those that have ended.
+    """Return the folders of Ray's sessions on this host, running and ended ones.
 
     Args:
-        ray_folder: where Ray keeps them (`ray start --temp-dir`). If not given: where the Rays that run here do, and
-            where they do by default.
+        ray_folder: holds the sessions (`ray start --temp-dir`). None means the default folder, and those of the Rays
+            that run here.
     """
     found: set[Path] = set()
     roots = [ray_folder] if ray_folder is not None else [_default_folder()]
@@ -42,7 +42,8 @@ def job_lines(sessions: Iterable[Path], job_id: str, since: float = 0.0) -> list
 
     Args:
         sessions: folders as `session_folders` returns them.
-        since: files that nobody has written to since are left out; in seconds since the epoch.
+        job_id: the id to look for.
+        since: Unix time; files that were last written before it are left out.
     """
     lines: list[tuple[float, str]] = []
     for session in sessions:
@@ -52,7 +53,7 @@ def job_lines(sessions: Iterable[Path], job_id: str, since: float = 0.0) -> list
 
 
 def _lines_of(path: Path, needle: bytes, since: float) -> Iterator[tuple[float, str]]:
-    """Yield a file's lines that hold `needle`, each with its time, or that of the line before it if it says none."""
+    """Yield the lines of a file that hold `needle`, each with its time, or that of the line before if it has none."""
     try:
         if not path.is_file() or path.is_symlink() or path.stat().st_mtime < since:
             return

@@ -1,61 +1,35 @@
-"""The `wan-serve` command."""
+"""`wan-serve check`, `up` and `demo`: look at a configuration, serve it, or try the embedded default."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from serve_app import __version__
 from serve_app.cli.client import Api
-from serve_app.cli.jobs import jobs
-from serve_app.cli.keys import keys
-from serve_app.cli.prepare import prepare
-from serve_app.cli.videos import generate, make, report, videos
+from serve_app.cli.videos import make, report
 from serve_app.errors import ConfigError
-from serve_app.launch import guard
+from serve_app.launch import guard, shipped
+from serve_app.launch.address import free_port
 from serve_app.tiny.vocabulary import NOTE
 from serve_app.whole_file import check_target
 
-cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(highlight=False)
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+TINY = shipped.folder() / "tiny.yaml"
 DEMO_PROMPT = "A red circle moves to the right on a white background"
 
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(__version__)
-        raise typer.Exit
+ConfigArgument = Annotated[
+    Path, typer.Argument(callback=shipped.config_file, help="A file, or the name of a shipped one, such as `tiny`.")
+]
 
 
-@cli.callback()
-def _main(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
-    ] = False,
-) -> None:
-    """Serve Wan2.2 text-to-video on Ray. An error is one line; `--debug` shows its traceback."""
-
-
-@cli.command()
-def version() -> None:
-    """Print the version."""
-    print(__version__)
-
-
-@cli.command()
-def check(config: Path) -> None:
-    """Check a configuration file, and the folders that it names: all that needs neither network nor GPU."""
+def check(config: ConfigArgument) -> None:
+    """Check a configuration file and the folders that it names, without network and GPU."""
     from serve_app.config import load_file
     from serve_app.launch.targets import LEFT_OUT, build, where_data_goes
 
@@ -66,13 +40,12 @@ def check(config: Path) -> None:
     console.print(f"{config}: fine", soft_wrap=True, markup=False)
 
 
-@cli.command()
 def up(
-    config: Path,
+    config: ConfigArgument,
     port: Annotated[int | None, typer.Option(help="HTTP port, instead of the file's.")] = None,
-    own_ray: Annotated[bool, typer.Option("--own-ray", help="Start a Ray even where one is running.")] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="End or replace the server that runs here.")] = False,
-    dashboard: Annotated[bool, typer.Option(help="Run Ray's dashboard, where Ray is started here.")] = True,
+    own_ray: Annotated[bool, typer.Option("--own-ray", help="Start a Ray even if one is running here.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="First end the server that runs here.")] = False,
+    dashboard: Annotated[bool, typer.Option(help="Run Ray's dashboard, if Ray is started here.")] = True,
 ) -> None:
     """Serve a configuration until Ctrl-C or SIGTERM, on the Ray that runs here or on one of its own."""
     guard.fork()
@@ -91,11 +64,10 @@ def up(
         server.watch()
 
 
-@cli.command()
 def demo(
     prompt: Annotated[str, typer.Argument(help=f"What to draw. {NOTE}")] = DEMO_PROMPT,
-    folder: Annotated[Path, typer.Option(help="Where the video goes.")] = Path("out"),
-    config: Annotated[Path, typer.Option(help="What to serve.")] = TINY,
+    folder: Annotated[Path, typer.Option(help="Folder for the video.")] = Path("out"),
+    config: Annotated[Path, typer.Option(callback=shipped.config_file, help="The configuration to serve.")] = TINY,
 ) -> None:
     """Start the embedded default, make one video over HTTP, and stop everything again."""
     guard.fork()
@@ -108,7 +80,7 @@ def demo(
         raise ConfigError(f"--folder has value '{folder}', expected a folder: {error.strerror}") from None
     check_target(folder / "video.mp4", "--folder", folder)
     say = _Say()
-    with Server(config, port=_free_port(), own_ray=True, dashboard=False, say=say) as server:
+    with Server(config, port=free_port(), own_ray=True, dashboard=False, say=say) as server:
         server.wait_ready()
         ready = time.monotonic()
         if server.config.model.bundled:
@@ -122,50 +94,11 @@ def demo(
     console.print(f"start {ready - started:.1f} s, video {made - ready:.1f} s, stop {time.monotonic() - made:.1f} s")
 
 
-cli.command()(generate)
-cli.command()(prepare)
-cli.add_typer(videos, name="videos")
-cli.add_typer(jobs, name="jobs")
-cli.add_typer(keys, name="keys")
-
-
 class _Say:
-    """Prints lines with the seconds since the beginning, so that nobody wonders whether it hangs."""
+    """Prints a line after the seconds since the start, so that nobody wonders whether it hangs."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
 
     def __call__(self, line: str) -> None:
         console.print(f"[dim]{time.monotonic() - self._started:5.1f} s[/dim]  {escape(line)}", soft_wrap=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    sys.exit(128 + signum)
-
-
-def main() -> None:
-    """Entry point: errors become one line, `--debug` anywhere keeps the traceback."""
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        sys.exit(cli(arguments, standalone_mode=False))  # None, or the status of an early exit such as Ctrl-C
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        if debug:
-            raise
-        message = error.format_message() if hasattr(error, "format_message") else str(error) or repr(error)
-        print(f"wan-serve: {message}", file=sys.stderr)
-        sys.exit(2 if hasattr(error, "format_message") else 1)

@@ -9,24 +9,32 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from serve_app.launch.shipped import config_file
+
 if TYPE_CHECKING:
     from serve_app.jobs.store import JobStore
 
 T = TypeVar("T")
 
-ConfigFile = Annotated[Path, typer.Option("--config", help="The file that is served; its database is acted on.")]
+ConfigFile = Annotated[
+    Path,
+    typer.Option("--config", callback=config_file, help="The configuration whose database is meant."),
+]
 
 
 def with_store(path: Path, use: Callable[[JobStore], Awaitable[T]], *, make: bool = False) -> T:
-    """What `use` makes of the file's store, which is started for it and closed after it.
+    """Start the job store of a configuration file, return the result of `use`, and close the store.
 
     Args:
-        make: make the database where there is none yet. Otherwise that is most likely a wrong file or folder.
+        path: the configuration file.
+        use: called with the store.
+        make: create the database if there is none. Without it a missing database is an error, since the file or the
+            folder is most likely a wrong one.
 
     Raises:
         ConfigError: the file cannot work, or its database cannot be opened.
     """
-    # Here, because most commands are clients of a server and need no database.
+    # Imported here: most commands are clients of a server and need no database.
     from serve_app.config import load_file
     from serve_app.db.database import Database
     from serve_app.errors import ConfigError

@@ -18,13 +18,13 @@ from serve_app.cli.table import one_cell, print_table
 from serve_app.errors import ServeAppError
 from serve_app.whole_file import check_target
 
-videos = typer.Typer(no_args_is_help=True, help="Look at the videos of a running server, and fetch or end them.")
-# Results are for scripts and go to stdout; whatever is only of interest meanwhile goes to stderr.
+videos = typer.Typer(no_args_is_help=True, help="Look at the videos of a running server, fetch them, or cancel them.")
+# Results are for scripts and go to stdout; progress and notes go to stderr.
 console = Console(highlight=False)
 progress = Console(highlight=False, stderr=True)
 
-VideoId = Annotated[str, typer.Argument(metavar="ID", help="As `generate` and `videos list` print it.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="Where the mp4 goes.")]
+VideoId = Annotated[str, typer.Argument(metavar="ID", help="A video's id, as `generate` and `videos list` print it.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="File for the mp4.")]
 _SUFFIXES = {"video": ".mp4", "thumbnail": "-thumbnail.jpg", "spritesheet": "-spritesheet.jpg"}
 
 
@@ -84,11 +84,11 @@ def generate(
 def list_videos(
     url: Url = DEFAULT_URL,
     key: ApiKey = None,
-    limit: Annotated[int, typer.Option(min=1, max=100, help="At most so many.")] = 20,
-    after: Annotated[str | None, typer.Option(metavar="ID", help="Begin behind this one.")] = None,
-    order: Annotated[Literal["asc", "desc"], typer.Option(help="By age: desc is the newest first.")] = "desc",
+    limit: Annotated[int, typer.Option(min=1, max=100, help="Largest number of videos to list.")] = 20,
+    after: Annotated[str | None, typer.Option(metavar="ID", help="Begin after this video.")] = None,
+    order: Annotated[Literal["asc", "desc"], typer.Option(help="By age; desc lists the newest first.")] = "desc",
 ) -> None:
-    """Videos by age."""
+    """List videos by age."""
     with _api(url, key) as api:
         page = api.list(after, limit, order)
     rows = [
@@ -110,14 +110,14 @@ def list_videos(
 
 @videos.command()
 def show(video_id: VideoId, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
-    """The resource of a video, as JSON."""
+    """Show the resource of a video, as JSON."""
     with _api(url, key) as api:
         print(json.dumps(api.get(video_id), indent=2, ensure_ascii=False))
 
 
 @videos.command()
 def cancel(video_id: VideoId, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
-    """Stop a video that waits or runs. One that has ended stays as it is."""
+    """Cancel a video that waits or runs. One that has ended stays as it is."""
     with _api(url, key) as api:
         before = shown_status(api.get(video_id))
         if before in ("completed", "failed", "cancelled"):
@@ -129,7 +129,7 @@ def cancel(video_id: VideoId, url: Url = DEFAULT_URL, key: ApiKey = None) -> Non
 
 @videos.command()
 def delete(video_id: VideoId, url: Url = DEFAULT_URL, key: ApiKey = None) -> None:
-    """Remove a video and its files for good; one that runs is stopped."""
+    """Delete a video and its files for good. A running one is stopped first."""
     with _api(url, key) as api:
         api.delete(video_id)
     print(f"{video_id}: deleted")
@@ -138,12 +138,12 @@ def delete(video_id: VideoId, url: Url = DEFAULT_URL, key: ApiKey = None) -> Non
 @videos.command()
 def download(
     video_id: VideoId,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where it goes; ID.mp4 if not given.")] = None,
-    variant: Annotated[Literal["video", "thumbnail", "spritesheet"], typer.Option(help="What to fetch.")] = "video",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; ID.mp4 if not given.")] = None,
+    variant: Annotated[Literal["video", "thumbnail", "spritesheet"], typer.Option(help="The file to fetch.")] = "video",
     url: Url = DEFAULT_URL,
     key: ApiKey = None,
 ) -> None:
-    """Wait for the end of a video, and write it to a file."""
+    """Wait until a video is completed, and write it to a file."""
     with _api(url, key) as api:
         video = api.get(video_id)
         target = Path(f"{video_id}{_SUFFIXES[variant]}") if out is None else out
@@ -156,18 +156,22 @@ def download(
 def remix(
     video_id: VideoId, prompt: str, out: Out = Path("out.mp4"), url: Url = DEFAULT_URL, key: ApiKey = None
 ) -> None:
-    """Make a video like another one, seed included, with another prompt. The first line on stdout is its id."""
+    """Make a video with the parameters and the seed of another one, and a new prompt. Prints its id first."""
     check_target(out, "--out")
     with _api(url, key) as api:
         report(make(api, lambda: api.remix(video_id, prompt), lambda video: out), out)
 
 
 def make(api: Api, create: Callable[[], dict[str, Any]], target: Callable[[dict[str, Any]], Path]) -> dict[str, Any]:
-    """Create a video, print its id, wait for its end and write its file. Returns its resource.
+    """Create a video, print its id, wait for its end and write its file.
 
     Args:
-        create: queues the video.
-        target: names the file for it.
+        api: the server.
+        create: queues the video and returns its resource.
+        target: returns the file for a video.
+
+    Returns:
+        The resource of the completed video.
     """
     try:
         video = create()
@@ -178,7 +182,7 @@ def make(api: Api, create: Callable[[], dict[str, Any]], target: Callable[[dict[
 
 
 def report(video: dict[str, Any], out: Path) -> None:
-    """Print what was made."""
+    """Print a completed video's warnings, file, size, length, seed and times."""
     for warning in video.get("warnings") or []:
         progress.print(f"warning: {warning}", soft_wrap=True, markup=False)
     times = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in (video.get("timings") or {}).items())
@@ -194,25 +198,25 @@ def _api(url: str, key: str | None) -> Api:
 def _finish(
     api: Api, video: dict[str, Any], out: Path, variant: str = "video", *, announce: bool = False
 ) -> dict[str, Any]:
-    """Follow a video to its end and write its file. `announce` prints its id first."""
+    """Follow a video to its end, write its file and return its resource. `announce` prints its id first."""
     video_id = video["id"]
     more = ("-o", str(out), *(() if variant == "video" else ("--variant", variant)))
     fetch, stop = api.command("download", video_id, *more), api.command("cancel", video_id)
-    with _going_on(f"{video_id} goes on: `{fetch}` waits for it, `{stop}` stops it"):
+    with _telling_how_to_go_on(f"{video_id} goes on: `{fetch}` waits for it, `{stop}` stops it"):
         if announce:
             print(video_id, flush=True)
         video = _follow(api, video)
     if video["status"] == "failed":
         verb = "was cancelled" if shown_status(video) == "cancelled" else "failed"
         raise ServeAppError(f"{video_id} {verb}: {(video.get('error') or {}).get('message', 'no reason given')}")
-    with _going_on(f"{video_id} is made: `{fetch}` fetches it"):
+    with _telling_how_to_go_on(f"{video_id} is made: `{fetch}` fetches it"):
         api.download(video_id, out, variant)
     return video
 
 
 @contextmanager
-def _going_on(how: str) -> Iterator[None]:
-    """Say how to go on, if the block does not end well."""
+def _telling_how_to_go_on(how: str) -> Iterator[None]:
+    """Say how to go on, if the block is interrupted or fails."""
     try:
         yield
     except KeyboardInterrupt:
@@ -223,7 +227,7 @@ def _going_on(how: str) -> Iterator[None]:
 
 
 def _follow(api: Api, video: dict[str, Any]) -> dict[str, Any]:
-    """Wait for the end of a video, showing stage and step."""
+    """Wait for the end of a video, showing stage and step, and return its last resource."""
     if video["status"] in ("completed", "failed"):
         return video
     columns = (TextColumn("{task.description:>24}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))

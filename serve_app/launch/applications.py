@@ -14,16 +14,16 @@ from ray.serve.exceptions import RayServeException
 from serve_app.compat import ingress_name, serve_client, set_version
 from serve_app.errors import ConfigError, ServeAppError
 
-# Less than a guard lets its server stop.
+# Shorter than the time that a guard gives its server to stop.
 _DELETED_S = 20
 _GONE = "NOT_STARTED"
 
 
 class Applications:
-    """What a server deploys. It tells its own applications from those that somebody else has deployed since.
+    """The applications that a server deploys, told apart from those that somebody else has deployed since.
 
-    Each deployment carries the server's mark as its version. Serve keeps that in the controller, and whoever deploys
-    an application anew replaces it.
+    Each deployment carries the server's mark as its version. Serve keeps it in the controller, and whoever deploys
+    the application anew replaces it.
 
     Args:
         targets: the applications, as Serve deploys them.
@@ -37,11 +37,19 @@ class Applications:
         for target in targets:
             set_version(target.target, self._mark)
 
-    def look(self, ray_address: str, http: dict[str, Any], *, replace: bool) -> bool:
-        """Look at the Serve instance that runs on a Ray, before anything is started there. Tells whether there is one.
+    def check_free(self, ray_address: str, http: dict[str, Any], *, replace: bool) -> bool:
+        """Check that a running Serve, if there is one, can take these applications. Called before anything starts.
+
+        Args:
+            ray_address: the Ray that this process has joined, for messages.
+            http: the file's `http_options`.
+            replace: applications of the same names may be replaced.
+
+        Returns:
+            True if Serve runs there.
 
         Raises:
-            ServeAppError: it has such applications already, others at the same route, or listens elsewhere.
+            ServeAppError: it runs applications of these names, or others at the same routes, or listens elsewhere.
         """
         client = serve_client(needed=False)
         self._serve_was_there = client is not None
@@ -74,15 +82,15 @@ class Applications:
         return True
 
     def deploy(self) -> None:
-        """Deploy them, without waiting for them."""
+        """Deploy the applications, without waiting until they run."""
         self._deploying = True
         serve.run_many(self._targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
-    def check(self) -> None:
-        """Check that they are there and still this server's.
+    def check_ours(self) -> None:
+        """Check that all applications run and are still this server's.
 
         Raises:
-            ServeAppError: one has gone, or somebody else has deployed it since.
+            ServeAppError: one is gone, or somebody else has deployed it since.
         """
         try:
             client = serve_client()
@@ -98,10 +106,10 @@ class Applications:
             raise ServeAppError(f"Serve has ended, and the applications with it: {type(error).__name__}") from None
 
     def delete(self, only: set[str] | None = None) -> None:
-        """Delete what is still this server's, and Serve too where it was started here and serves nothing else.
+        """Delete the applications that are still this server's. End Serve too if it was started here and is empty then.
 
         Args:
-            only: names of applications, where not all of them need it.
+            only: names of the applications to delete; None means all.
         """
         if not self._deploying:
             return
@@ -119,7 +127,7 @@ class Applications:
             if only is None and not there and not self._serve_was_there:
                 serve.shutdown()
         except (RayError, RayServeException):
-            return  # what has ended needs no end
+            return  # Serve has ended by itself
 
     def _is_ours(self, client: Any, target: serve.RunTarget) -> bool:
         try:

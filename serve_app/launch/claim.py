@@ -1,4 +1,4 @@
-"""Claims of servers on one host: no two serve on the same Ray or port, and each knows who else does.
+"""Claims of servers on one host: no two serve on the same Ray or port, and each can name the others.
 
 A claim is a locked file. The lock ends with its process, however that ends, so no claim is ever stale.
 """
@@ -22,20 +22,20 @@ import psutil
 from serve_app.errors import ServeAppError
 from serve_app.launch import guard
 
-# Longer than a guard lets its server stop.
+# Longer than the time that a guard gives its server to stop.
 _END_S = guard.LIMIT_S + 20
 
 
 @dataclass(frozen=True)
 class Running:
-    """A server, for those that come later."""
+    """The description of a running server, for servers that start later."""
 
     applications: list[str]
     file: str
     url: str
     pid: int
-    since: float  # by the process's clock: together with the pid it names one process, also when pids are used again
-    ray: str = ""  # host:port of its control process, once that is known
+    since: float  # start time of the process: with the pid it names one process, also when pids are used again
+    ray: str = ""  # host:port of the Ray's control process, once it is known
 
     def __str__(self) -> str:
         where = f" on the Ray at {self.ray}" if self.ray else ""
@@ -49,16 +49,16 @@ def describe(applications: list[str], file: str, url: str) -> Running:
     return Running(applications, file, url, pid, psutil.Process(pid).create_time())
 
 
-class Claim:
-    """The right to serve on `what`, a Ray's address or a port, held until the process ends or it is released.
+class ServerClaim:
+    """The right to serve on a Ray or a port. It lasts until the process ends or `release` is called.
 
     Args:
         what: the Ray or the port, in words.
-        server: who claims it.
-        replace: stop whoever holds it first.
+        server: the server that claims it.
+        replace: first end the server that holds it.
 
     Raises:
-        ServeAppError: another server holds it. The message names that server, and what can be done.
+        ServeAppError: another server holds it. The message names that server and what can be done.
     """
 
     def __init__(self, what: str, server: Running, *, replace: bool = False) -> None:
@@ -73,13 +73,13 @@ class Claim:
         self.update(server)
 
     def update(self, server: Running) -> None:
-        """Describe the holder anew."""
+        """Replace the description of the holder."""
         content = json.dumps(asdict(server)).encode()
         os.pwrite(self._file, content, 0)
         os.ftruncate(self._file, len(content))
 
     def release(self) -> None:
-        """Let others have it."""
+        """Give the claim up."""
         os.close(self._file)
 
     def _lock(self) -> bool:
@@ -103,7 +103,10 @@ class Claim:
             time.sleep(0.1)
 
     def _holder(self) -> Running | None:
-        """Who holds it. Between locking and writing, the file may still describe an earlier holder."""
+        """Return the holder, or None if it does not show itself within a second.
+
+        Between locking and writing, the file may still describe an earlier holder.
+        """
         for _ in range(20):
             holder = _read(self._path)
             if holder is not None and _alive(holder):
@@ -113,7 +116,7 @@ class Claim:
 
 
 def refusal(server: Running) -> ServeAppError:
-    """Return the error of a server that finds another one in its place."""
+    """Return the error for a server whose place another one holds."""
     return ServeAppError(
         f"a server runs here already: {server}; end it, replace it with --replace, or serve beside it with --own-ray "
         "and another --port"
@@ -121,10 +124,10 @@ def refusal(server: Running) -> ServeAppError:
 
 
 def end(server: Running) -> None:
-    """Ask a server to stop and wait until its process has gone.
+    """Ask a server to stop, and wait until its process has ended.
 
     Raises:
-        ServeAppError: it does not go.
+        ServeAppError: it does not end.
     """
     if not _alive(server):
         return
@@ -139,7 +142,7 @@ def end(server: Running) -> None:
 
 
 def running() -> Iterator[Running]:
-    """All servers of this user on this host."""
+    """Yield the servers of this user on this host."""
     for path in sorted(_folder().glob("*.json")):
         server = _read(path)
         if server is not None and _alive(server):
@@ -160,7 +163,7 @@ def _read(path: Path) -> Running | None:
 
 
 def _folder() -> Path:
-    """The user's folder of claims, beside those of Ray's sessions, where nobody else can put anything."""
+    """Return the user's folder of claims, beside the folder of Ray's sessions. Nobody else can write to it."""
     folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / f"wan-serve-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.lstat()

@@ -1,7 +1,7 @@
 """The guard of a server: the process that a user starts and signals, and that leaves nothing behind.
 
-It knows nothing of Ray. The work is done by a child process, because Ray's C++ code replaces signal handlers, can be
-busy for minutes without looking at any, and starts processes that outlive it. The guard only waits, so it answers a
+Knows nothing of Ray. The work is done by a child process, because Ray's C++ code replaces signal handlers, can be
+busy for minutes without handling any, and starts processes that outlive it. The guard only waits, so it answers a
 signal at any moment: it asks the child to stop, kills what is left after a limit, and adopts and ends every orphan.
 
 If the guard itself is killed, the child notices and stops in the same way.
@@ -34,15 +34,15 @@ _TICK_S = 0.5
 
 
 class Stop(enum.IntEnum):
-    """How the work stops when it is asked to."""
+    """The way in which the work stops when it is asked to."""
 
-    AT_ONCE = 0  # it has nothing to hand back: kill it
-    IN_ORDER = 1  # it is interrupted and ends what it has begun
-    UNDER_WAY = 2  # it is stopping already
+    AT_ONCE = 0  # nothing has to be handed back: kill the process
+    IN_ORDER = 1  # interrupt the work, which then ends what it has begun
+    UNDER_WAY = 2  # the work is stopping already
 
 
 class _Shared:
-    """One byte that guard and child both see: how the child stops. The guard reads it whatever the child is doing."""
+    """A byte in shared memory that says how the child stops. The guard can read it whatever the child is doing."""
 
     def __init__(self) -> None:
         self._byte = mmap.mmap(-1, 1)
@@ -61,20 +61,20 @@ _guarding: int | None = None
 
 
 def set_stop(how: Stop) -> None:
-    """Say how the work in this process stops from now on. Without a guard it has no effect."""
+    """Set how the work in this process stops from now on. Without a guard it has no effect."""
     _shared.stop = how
 
 
 def pid() -> int:
-    """Return the process to signal in order to stop the work in this one: its guard, or itself where it has none."""
+    """Return the process to signal in order to stop the work in this one: its guard, or itself if it has none."""
     return _guarding or os.getpid()
 
 
 def fork() -> None:
-    """Return in a child process. The calling process becomes its guard, and exits with its status.
+    """Fork, and return in the child. The calling process becomes its guard, and exits with its status.
 
     A guard that was signalled exits with 128 plus the signal's number. It also stops, as on SIGHUP, when the process
-    that started it has died, unless that was to be expected: under `nohup`, `setsid` or as a background job.
+    that started it has died, unless it was started to outlive that: by `nohup`, by `setsid` or as a background job.
     """
     global _guarding
     parent = os.getppid() if _depends_on_parent() else None
@@ -94,9 +94,9 @@ def fork() -> None:
 
 @contextmanager
 def deadline(seconds: float, message: str) -> Iterator[None]:
-    """End this process with a message if the block takes longer. Only under a guard, which ends the rest.
+    """End this process with a message if the block takes longer. It is for calls that nothing can interrupt.
 
-    It is for calls that nothing can interrupt.
+    Has no effect without a guard, since only a guard ends the other processes.
     """
 
     def give_up() -> None:
@@ -116,7 +116,7 @@ def deadline(seconds: float, message: str) -> Iterator[None]:
 
 
 class _Guard:
-    """Waits for the child, and for a reason to stop it."""
+    """The guard's work: it waits for the child, and for a reason to stop it."""
 
     def __init__(self, child: int, parent: int | None) -> None:
         self._child = child
@@ -127,7 +127,7 @@ class _Guard:
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number in _SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which is what nohup does
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup sets SIG_IGN
                 signal.signal(number, self._stop)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -136,14 +136,14 @@ class _Guard:
         self._signal = self._signal or number
 
     def wait(self) -> int:
-        """Wait for the child, stop it if that is asked for, end what it left, and return the status to exit with."""
+        """Wait for the child, stop it if asked to, end what it left, and return the status to exit with."""
         while self._status is None and self._signal is None:
             self._tick()
             if self._parent is not None and os.getppid() != self._parent:
                 self._stop(signal.SIGHUP)
         if self._status is None:
             self._end_child()
-        _kill_descendants(keep=self._reap)
+        _kill_descendants(reap=self._reap)
         if self._signal is not None:
             return 128 + self._signal
         status = os.waitstatus_to_exitcode(self._status or 0)
@@ -167,7 +167,7 @@ class _Guard:
         self._reap()
 
     def _reap(self) -> None:
-        """Take note of children that have ended, adopted ones included."""
+        """Reap children that have ended, adopted ones included, and note the status of the work."""
         while True:
             try:
                 process, status = os.waitpid(-1, os.WNOHANG)
@@ -180,12 +180,12 @@ class _Guard:
 
 
 def _obey(alive: int) -> None:
-    """Prepare a child for its guard: only SIGINT reaches it, and only where it is to end in order."""
-    # A signal to the guard's process group, such as Ctrl-C or that of `timeout`, is the guard's business alone.
+    """Prepare a child for its guard: only SIGINT reaches it, and only if it is to end in order."""
+    # A signal to the guard's process group, such as Ctrl-C or the one of `timeout`, must reach the guard alone.
     os.setpgid(0, 0)
-    _adopt_orphans()  # those of its time, should the guard be killed
-    # Some supervisors signal every process. Blocked in all threads, since Ray's handler of SIGTERM, which prints a
-    # backtrace and aborts, may be in place at any time. Ray's processes unblock it when they start.
+    _adopt_orphans()  # should the guard be killed
+    # Some supervisors signal every process. All but SIGINT stay blocked in all threads, since Ray's handler of SIGTERM,
+    # which prints a backtrace and aborts, may be installed at any time. Ray's processes unblock them when they start.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS))
     signal.signal(signal.SIGINT, _interrupt)
@@ -204,7 +204,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _raise_again(lost: Any) -> None:
-    """Repeat an interruption that came at a place, such as a finaliser, from which Python lets nothing be raised."""
+    """Repeat an interruption that came where Python lets nothing be raised, such as in a finaliser."""
     if isinstance(lost.exc_value, KeyboardInterrupt):
         _shared.stop = Stop.IN_ORDER
         again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))  # this hook may raise nothing either
@@ -215,7 +215,7 @@ def _raise_again(lost: Any) -> None:
 
 
 def _watch(alive: int) -> None:
-    """Wait for the guard's death, and then do what it would have done."""
+    """Wait for the guard's death, and then end the work in its place."""
     os.read(alive, 1)
     if _shared.stop != Stop.AT_ONCE:
         os.kill(os.getpid(), signal.SIGINT)
@@ -225,17 +225,17 @@ def _watch(alive: int) -> None:
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of every descendant whose parent dies. Elsewhere than on Linux they may escape."""
+    """Become the parent of every descendant whose parent dies. On systems other than Linux they may escape."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _kill_descendants(keep: Any = lambda: None, timeout_s: float = 10) -> None:
+def _kill_descendants(reap: Any = lambda: None, timeout_s: float = 10) -> None:
     """Kill every process that descends from this one, and wait until they are gone."""
     me = psutil.Process()
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        keep()
+        reap()
         living = [one for one in me.children(recursive=True) if _alive(one)]
         if not living:
             return
@@ -253,18 +253,18 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def _depends_on_parent() -> bool:
-    """Tell whether the death of the parent ends this process, or it was started so as to outlive it."""
-    if os.getppid() <= 1 or os.getsid(0) == os.getpid():  # of init; by setsid, or as a daemon
+    """Return False if this process was started so as to outlive its parent."""
+    if os.getppid() <= 1 or os.getsid(0) == os.getpid():  # a child of init; started by setsid, or a daemon
         return False
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # started by nohup
         return False
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # with `&` in a script
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started with `&` in a script
         return False
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
     except OSError:
         return True
     try:
-        return os.tcgetpgrp(terminal) == os.getpgrp()  # with `&` in a terminal it is another
+        return os.tcgetpgrp(terminal) == os.getpgrp()  # they differ if it was started with `&` in a terminal
     finally:
         os.close(terminal)

@@ -1,6 +1,6 @@
-"""Whether what a configuration needs from outside is there, before anything starts: database, storage, broker.
+"""Checks of the services that a configuration needs, before anything starts: database, storage, broker.
 
-Knows nothing of Ray. Each of them answers, or is given up, within seconds.
+Knows nothing of Ray. Each service answers, or is given up, within seconds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from serve_app.storage import Storage, trouble_with
 
 
 async def preflight(config: Config) -> list[str]:
-    """Look at all of them at once.
+    """Check all services at the same time.
 
     Returns:
-        A line for whatever is not as it should be and yet keeps nobody from starting.
+        A line for each thing that is wrong, but does not prevent a start.
 
     Raises:
-        ConfigError: a line for each option without which nothing can be served.
+        ConfigError: a line for each thing that does.
     """
     messenger = broker(config)
     looks = [_store(config), _storage(config), *([] if messenger is None else [_broker(messenger, config)])]
@@ -29,7 +29,8 @@ async def preflight(config: Config) -> list[str]:
     for error in found:
         if isinstance(error, BaseException) and not isinstance(error, ConfigError):
             raise error
-    if errors := dict.fromkeys(str(error) for error in found if isinstance(error, ConfigError)):  # `home` serves two
+    # A dictionary, since two checks may refuse `home` with the same line.
+    if errors := dict.fromkeys(str(error) for error in found if isinstance(error, ConfigError)):
         raise ConfigError("\n".join(errors))
     return [line for line in found if isinstance(line, str)]
 

@@ -1,7 +1,7 @@
-"""Look for a Ray to join, within seconds and without joining it.
+"""The search for a Ray to join. It takes seconds and joins nothing.
 
-`ray.init` answers an address of which nothing is left, or a control process that hangs, after minutes and in C++. So
-its control process (the GCS) is asked first whether it lives, and whether a node of it runs here.
+`ray.init` needs minutes, in C++, for an address where nothing is left or a control process that hangs. So the control
+process (the GCS) is asked first whether it lives, and whether a node of its cluster runs here.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ from serve_app.compat import (
 from serve_app.errors import ConfigError, ServeAppError
 
 _ANSWER_S = 5
-# A Ray that has just begun, or is just ending, has changed by then.
+# A Ray that is starting or ending has done so after this long.
 _SETTLE_S = 10
 _INSTEAD = "start a Ray beside it with --own-ray"
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a Ray may be, and from where that is known."""
+    """The address where a Ray may run, and the source of that knowledge."""
 
     host_port: str
     source: str
-    wished: bool  # by the user, who is not to be given another one
+    wished: bool  # named by the user, who must not get another Ray instead
 
     def __str__(self) -> str:
         return f"the Ray at {self.host_port} ({self.source})"
 
 
-class Away(ServeAppError):
-    """A Ray cannot be joined. The message says why, and what to do.
+class RayAway(ServeAppError):
+    """An error that says why a Ray cannot be joined, and what to do.
 
     Args:
+        message: the error's text.
         nothing_there: nothing listens at the address.
-        may_change: it may be about to start or to end.
+        may_change: the Ray may be starting or ending.
     """
 
     def __init__(self, message: str, *, nothing_there: bool = False, may_change: bool = False) -> None:
@@ -61,7 +62,10 @@ class Away(ServeAppError):
 
 
 def find(say: Callable[[str], None]) -> Address | None:
-    """Return the Ray to join: that of RAY_ADDRESS, else one that runs on this machine. None where there is none.
+    """Return the Ray to join: the one of RAY_ADDRESS, else one that runs on this machine; None if there is none.
+
+    Args:
+        say: called with a line if an address is left out, since its Ray has ended.
 
     Raises:
         ConfigError: RAY_ADDRESS has a value that cannot work.
@@ -79,7 +83,7 @@ def find(say: Callable[[str], None]) -> Address | None:
     for address in _seen_here():
         try:
             _check_for_a_while(address)
-        except Away as away:
+        except RayAway as away:
             if not away.nothing_there or address.host_port in _raylets():
                 raise
             say(f"{address} has ended; `ray stop` forgets it")
@@ -105,7 +109,7 @@ def _wished(wish: str) -> Address:
 
 
 def _seen_here() -> list[Address]:
-    """The Rays of which this machine has a trace: that of the last `ray start`, then those whose nodes run here."""
+    """Return the Rays that this machine knows: first that of the last `ray start`, then those whose nodes run here."""
     found = []
     if last := last_started_address():
         found.append(Address(last, "the last `ray start` here", wished=False))
@@ -118,13 +122,13 @@ def _raylets() -> list[str]:
 
 
 def _check_for_a_while(address: Address) -> None:
-    """Check it, again while it may be starting or ending."""
+    """Check a Ray as `check_can_join` does, again while it may be starting or ending."""
     deadline = time.monotonic() + _SETTLE_S
     while True:
         try:
-            return check(address)
-        except Away as away:
-            # Of an address where nothing listens, only the nodes that still run say that something may change.
+            return check_can_join(address)
+        except RayAway as away:
+            # Where nothing listens, only nodes that still run here are a sign that something may change.
             if away.nothing_there and address.host_port not in _raylets():
                 raise
             if not away.may_change or time.monotonic() > deadline:
@@ -132,11 +136,11 @@ def _check_for_a_while(address: Address) -> None:
         time.sleep(0.5)
 
 
-def check(address: Address) -> None:
-    """Ask whether it can be joined from this machine.
+def check_can_join(address: Address) -> None:
+    """Check that a Ray can be joined from this machine.
 
     Raises:
-        Away: it cannot.
+        RayAway: it cannot.
     """
     channel = grpc_channel(address.host_port, [("grpc.enable_http_proxy", 0)])
     try:
@@ -148,7 +152,7 @@ def check(address: Address) -> None:
     finally:
         channel.close()
     if version != ray.__version__:
-        raise Away(f"{address} has version {version}, expected {ray.__version__}; {_INSTEAD}")
+        raise RayAway(f"{address} has version {version}, expected {ray.__version__}; {_INSTEAD}")
     here = node_ids()
     raylets = [
         f"{node.node_manager_address}:{node.node_manager_port}"
@@ -156,7 +160,7 @@ def check(address: Address) -> None:
         if node.node_id.hex() in here
     ]
     if not raylets:
-        raise Away(
+        raise RayAway(
             f"{address} has no living node on this machine: run `ray start --address={address.host_port}` first, or "
             + _INSTEAD,
             may_change=True,
@@ -166,12 +170,12 @@ def check(address: Address) -> None:
 
 
 def _check_raylet(address: Address, raylet: str) -> None:
-    """Ask whether a node's own process, which `ray.init` would wait for, speaks."""
+    """Check that a node's own process answers, since `ray.init` would wait for it."""
     channel = grpc_channel(raylet, [("grpc.enable_http_proxy", 0)])
     try:
         grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
     except grpc.FutureTimeoutError:
-        raise Away(
+        raise RayAway(
             f"the node of {address} on this machine, {raylet}, does not answer within {_ANSWER_S} s: end it with "
             f"`ray stop --force`, or {_INSTEAD}",
             may_change=True,
@@ -180,18 +184,18 @@ def _check_raylet(address: Address, raylet: str) -> None:
         channel.close()
 
 
-def _away(address: Address, error: grpc.RpcError) -> Away:
+def _away(address: Address, error: grpc.RpcError) -> RayAway:
     code = error.code()
     if code == grpc.StatusCode.UNAUTHENTICATED:
         mode = os.environ.get("RAY_AUTH_MODE", "")
         do = "RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN has another" if mode == "token" else "export RAY_AUTH_MODE=token"
-        return Away(f"{address} asks for its token: {do}")
+        return RayAway(f"{address} asks for its token: {do}")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         do = f"end it with `ray stop --force`, or {_INSTEAD}"
-        return Away(f"{address} does not answer within {_ANSWER_S} s: {do}", may_change=True)
+        return RayAway(f"{address} does not answer within {_ANSWER_S} s: {do}", may_change=True)
     if address.wished:
         do = f"start it, correct or unset RAY_ADDRESS, or {_INSTEAD}"
     else:
         do = f"wait until it has started or ended, end it with `ray stop --force`, or {_INSTEAD}"
     gone = code == grpc.StatusCode.UNAVAILABLE
-    return Away(f"nothing answers for {address}: {do}", nothing_there=gone, may_change=gone)
+    return RayAway(f"nothing answers for {address}: {do}", nothing_there=gone, may_change=gone)

@@ -1,4 +1,4 @@
-"""The Ray that a server runs on: the one that runs here, joined, or one of its own, started and ended."""
+"""The Ray that a server runs on: either one that runs here and is joined, or one of its own."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _PACKAGE_FOLDER = str(Path(__file__).parents[2])
 
 
 class RaySession:
-    """A connection to a Ray, from looking for one to its end.
+    """A server's connection to a Ray, from the search for one to the end.
 
     Args:
-        server: what is to run on it, for others to read.
-        own: start one even where one is running.
-        replace: end the server that runs there, if any.
-        dashboard: whether a Ray that is started here runs its dashboard.
-        runtime_env: that of the Ray job.
+        server: the description of the server, for others to read.
+        own: start a Ray even if one is running.
+        replace: first end the server that runs on the Ray.
+        dashboard: run the dashboard of a Ray that is started here.
+        runtime_env: the `runtime_env` of the Ray job.
         say: called with a line on each thing that happens.
     """
 
@@ -52,16 +52,19 @@ class RaySession:
         self._dashboard = dashboard
         self._runtime_env = runtime_env
         self._say = say
-        self._claims: list[claim.Claim] = []
+        self._claims: list[claim.ServerClaim] = []
         self._found: ray_probe.Address | None = None
         self._info: dict[str, Any] = {}
         self._dashboard_url: str | None = None
 
     def find(self, port: int) -> None:
-        """Decide between joining and starting, and claim the Ray, or the port, before another server does.
+        """Decide between joining and starting a Ray, and claim the Ray, or the port, before another server does.
+
+        Args:
+            port: the HTTP port, which is claimed if a Ray is to be started.
 
         Raises:
-            ServeAppError: there is a server already, or the Ray to join does not answer.
+            ServeAppError: a server runs there already, or the Ray to join does not answer.
         """
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about its own default
         if not self.own:
@@ -78,10 +81,14 @@ class RaySession:
             self._claim(f"port {port}")
 
     def _claim(self, what: str) -> None:
-        self._claims.append(claim.Claim(what, self._server, replace=self._replace))
+        self._claims.append(claim.ServerClaim(what, self._server, replace=self._replace))
 
     def _make_way(self, address: str) -> bool:
-        """End the servers that run on that Ray, where they are to be replaced. Tells whether there was one."""
+        """End the servers with the same applications on a Ray, or refuse if they may not be replaced.
+
+        Returns:
+            True if there was such a server.
+        """
         others = [one for one in claim.running() if one.ray == address and one.pid != self._server.pid]
         same = [one for one in others if set(one.applications) & set(self._server.applications)]
         for one in same:
@@ -92,10 +99,10 @@ class RaySession:
         return bool(same)
 
     def join(self) -> None:
-        """Join the Ray that was found.
+        """Join the Ray that `find` has found.
 
         Raises:
-            ServeAppError: it does not let us in.
+            ServeAppError: it does not let this process in.
         """
         assert self._found is not None
         try:
@@ -122,8 +129,8 @@ class RaySession:
             ServeAppError: it does not start.
         """
         self._say("starting Ray on this machine")
-        os.environ.pop("RAY_ADDRESS", None)  # of another one
-        # What runs there later, such as a submitted job, finds this Python and this package.
+        os.environ.pop("RAY_ADDRESS", None)  # it names another Ray
+        # Processes that start there later, such as a submitted job, find this Python and this package.
         _put_first("PATH", str(Path(sys.executable).parent))
         _put_first("PYTHONPATH", _PACKAGE_FOLDER)
         try:
@@ -141,7 +148,7 @@ class RaySession:
         self._connected(context)
 
     def _connected(self, context: Any) -> None:
-        """Note where things are, and let those who come later know on which Ray this server runs."""
+        """Note where Ray's parts are, and write into the claims on which Ray this server runs."""
         self._info, self._dashboard_url = context.address_info, context.dashboard_url
         self._server = changed(self._server, ray=self.address)
         for one in self._claims:
@@ -149,11 +156,11 @@ class RaySession:
 
     @property
     def address(self) -> str:
-        """Host and port of Ray's control process."""
+        """The host:port of Ray's control process."""
         return str(self._info["gcs_address"])
 
     def end(self) -> None:
-        """Leave the Ray, or end it where it was started here."""
+        """Leave the Ray, or end it if it was started here."""
         if ray.is_initialized():
             ray.shutdown()
         for one in self._claims:
@@ -161,7 +168,7 @@ class RaySession:
         self._claims.clear()
 
     def whereabouts(self) -> list[str]:
-        """Lines on where Ray can be looked at, and what another shell has to export for Ray's commands."""
+        """Return lines for people: Ray's logs, its dashboard, and what another shell exports for Ray's commands."""
         lines = [f"logs: {self._info['session_dir']}/logs"]
         exports = {"RAY_ADDRESS": self.address}
         if self._dashboard_url:
@@ -170,7 +177,7 @@ class RaySession:
         if token_auth_enabled():
             exports["RAY_AUTH_MODE"] = "token"
             if os.environ.get("RAY_AUTH_TOKEN"):
-                exports["RAY_AUTH_TOKEN"] = "…"  # a secret of whoever set it here
+                exports["RAY_AUTH_TOKEN"] = "…"  # a secret of the user who set it here
             else:
                 path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
                 exports["RAY_AUTH_TOKEN_PATH"] = str(path)
@@ -181,14 +188,14 @@ class RaySession:
 
 
 def _put_first(variable: str, folder: str) -> None:
-    """Put a folder in front of a list of folders in the environment."""
+    """Put a folder first in an environment variable that lists folders."""
     others = [one for one in os.environ.get(variable, "").split(os.pathsep) if one and one != folder]
     os.environ[variable] = os.pathsep.join([folder, *others])
 
 
 @contextmanager
 def _signal_handlers_kept() -> Iterator[None]:
-    """Undo what `ray.init` does to signal handlers: its own of SIGTERM print a backtrace and abort."""
+    """Restore the signal handlers that `ray.init` replaces: its own for SIGTERM prints a backtrace and aborts."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Waiting for applications to be ready, and telling meanwhile what becomes ready and what they wait for."""
+"""The wait until applications are ready, with a line for whatever becomes ready or is waited for."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from serve_app.shortage import hosts
 
 Say = Callable[[str], None]
 
-# After this long a server that is not ready says why not.
+# A server that is not ready after this long says why.
 _SAY_WHY_S = 10
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
-# In the message of a deployment that Serve has found no place for, after half a minute of looking.
+# Part of Serve's message for a deployment that it has found no place for, after half a minute of trying.
 _NO_PLACE = "to be scheduled"
 
 
 class Startup:
-    """What is known of applications that start.
+    """The start of applications, watched until they are ready.
 
     Args:
         applications: their names.
-        url: where the gateway answers; None if it does not, and the applications' status has to do.
-        wanted: what their deployments ask for.
+        url: the gateway's URL; None if it answers no HTTP, and then the applications' status decides.
+        wanted: the resources that their deployments ask for.
         say: called with a line on each thing that happens.
     """
 
@@ -43,7 +43,7 @@ class Startup:
         self._short: dict[str, str] = {}
 
     def wait(self, timeout_s: float) -> None:
-        """Return when `/readyz` answers 200.
+        """Wait until `/readyz` answers 200.
 
         Raises:
             ServeAppError: a deployment failed, or the time is up.
@@ -61,7 +61,7 @@ class Startup:
         raise ServeAppError(f"not ready after {timeout_s:.0f} s")
 
     def _look(self) -> bool:
-        """Tell what is new; whether all applications run.
+        """Say what is new, and return True if all applications run.
 
         Raises:
             ServeAppError: one of them failed.
@@ -81,14 +81,14 @@ class Startup:
         )
 
     def _tell_what_is_missing(self, deployment: str) -> None:
-        """Say what a deployment asks for where that is not free, again whenever the numbers have changed.
+        """Say what a deployment asks for if that is not free, again whenever the numbers change.
 
-        What is free without the deployment may have been granted to it already, with a process that still starts.
+        Amounts that are not free may already be granted to this deployment, for a process that still starts.
         """
         need, there, free = self._wanted.get(deployment), hosts(), ray.available_resources()
         if need is None:
             return
-        # A process that only starts slowly is none that lacks anything; on several hosts that cannot be told.
+        # If all of it is free on the only host, its process merely starts slowly. Several hosts do not tell as much.
         if len(there) == 1 and all(free.get(name, 0) >= amount for name, amount in need.total.items()):
             return
         rest = ", ".join(f"{round(free.get(name, 0), 4):g} {name}" for name in need.total)
@@ -100,11 +100,11 @@ class Startup:
 
 
 def not_ready(url: str) -> str | None:
-    """Return why the gateway says that it is not ready, empty where it says nothing; None if it is."""
+    """Return the gateway's reason for not being ready, empty if it gives none; None if it is ready."""
     try:
         answer = httpx.get(f"{url}/readyz", timeout=5, trust_env=False)
         said = answer.json()
-        if answer.status_code == 200:  # jobs are taken, if only to wait for what is being replaced
+        if answer.status_code == 200:  # it accepts jobs; degraded, they wait for what is being replaced
             return str(said["reason"]) if said["status"] == "degraded" else None
         return str(said["error"]["message"])
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""The applications of a file, built. Building them checks all that can be checked without asking any other machine.
+"""Building the applications of a file, which checks all that can be checked on this machine alone.
 
-Starts nothing, and needs no Ray that runs.
+Starts nothing, and needs no running Ray.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], serve.Application]] = {
     "serve_app.app:gateway": app.gateway,
 }
 LEFT_OUT = "database, broker, bucket, mail server, GPUs and free ports"
-"""What is not looked at here, for people."""
+"""The things that are not checked here, in words."""
 
 _VARIABLES = (
     "WAN_SERVE_BENCHMARK",
@@ -42,14 +42,14 @@ _AWS_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 @dataclass(frozen=True)
 class Targets:
-    """What Ray Serve is to run.
+    """The applications that Ray Serve is to run, and what is known of them.
 
     Attributes:
         run: the applications.
-        runtime_env: of all of them; None if it is empty.
-        gateways: the route prefixes of those that answer HTTP.
-        needs: what their deployments ask of the cluster.
-        notes: a line for whatever is not as it should be and yet keeps nobody from starting.
+        runtime_env: the one that all of them share; None if it is empty.
+        gateways: the route prefixes of the applications that answer HTTP.
+        needs: the resources that their deployments ask for.
+        notes: a line for each thing that is wrong, but does not prevent a start.
     """
 
     run: list[serve.RunTarget]
@@ -64,7 +64,8 @@ def build(path: Path, content: dict[str, Any], config: Config) -> Targets:
 
     Args:
         path: the file, for messages.
-        content, config: what `load_file` made of it.
+        content: its content, as `load_file` returns it.
+        config: its configuration, as `load_file` returns it.
 
     Raises:
         ConfigError: the file cannot work.
@@ -84,11 +85,25 @@ def build(path: Path, content: dict[str, Any], config: Config) -> Targets:
     notes = [*_pipeline(path, applications, config), *_environment(config, environ)]
     if gateways and content.get("proxy_location") == "Disabled":
         notes.append("proxy_location has value 'Disabled': the gateway answers no HTTP, only calls of other Ray jobs")
-    return Targets([_built(path, entry) for entry in applications], runtime_env, gateways, wanted, notes)
+    run = [_built(path, entry, content.get("logging_config")) for entry in applications]
+    return Targets(run, runtime_env, gateways, wanted, notes)
+
+
+def serve_options(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `serve.start` that a file asks for.
+
+    Args:
+        content: the file's content, as `load_file` returns it.
+    """
+    names = ("http_options", "grpc_options", "controller_options", "logging_config")
+    return {
+        "proxy_location": "EveryNode",
+        **{name: content[name] for name in (*names, "proxy_location") if content.get(name)},
+    }
 
 
 def where_data_goes(config: Config) -> str:
-    """Describe where jobs and videos are kept."""
+    """Return a line on where jobs and videos are kept."""
     jobs = Database(config.store_url).file or without_password(config.store_url)
     return f"jobs are kept in {jobs}, videos in {config.storage_url}"
 
@@ -102,7 +117,7 @@ def _import_path(path: Path, entry: dict[str, Any]) -> None:
 
 
 def _runtime_env(path: Path, applications: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the `runtime_env` of all applications, which is that of the Ray job that deploys them."""
+    """Return the `runtime_env` of all applications, which the Ray job that deploys them gets; None if it is empty."""
     given = [entry.get("runtime_env") or {} for entry in applications]
     if any(one != given[0] for one in given):
         raise ConfigError(
@@ -156,7 +171,7 @@ def _as_ray_reads_it(path: Path, content: dict[str, Any]) -> None:
 
 
 def _pipeline(path: Path, applications: list[dict[str, Any]], config: Config) -> list[str]:
-    """Look for the pipeline that the dispatcher will call."""
+    """Check that the file has the pipeline that the dispatcher calls, and return notes."""
     pipelines = [entry["name"] for entry in applications if BUILDERS[entry["import_path"]] is app.wan]
     if len(pipelines) == len(applications) or config.dispatcher.pipeline in pipelines:
         return []
@@ -167,10 +182,10 @@ def _pipeline(path: Path, applications: list[dict[str, Any]], config: Config) ->
 
 
 def _environment(config: Config, environ: dict[str, str]) -> list[str]:
-    """Look for the environment variables that the configuration relies on.
+    """Check the environment variables that the configuration relies on, and return notes.
 
     Raises:
-        ConfigError: there is none with the broker's URL, and the file has none.
+        ConfigError: neither the environment nor the file has the broker's URL.
     """
     notes = []
     if config.queue.transport == "rabbitmq":
@@ -183,14 +198,14 @@ def _environment(config: Config, environ: dict[str, str]) -> list[str]:
         (other,) = set(_AWS_KEYS) - set(keys)
         notes.append(f"storage.url has value {config.storage.url!r}: {other} {absent}, as {keys[0]} is")
     for name in sorted(environ):
-        # Kubernetes sets some of that beginning for a service called wan-serve, so that what is alike to none is left.
+        # Kubernetes sets variables with this beginning for a service called wan-serve: only near misses are noted.
         close = get_close_matches(name, _VARIABLES, 1, 0.85)
         if name.startswith("WAN_SERVE") and name not in _VARIABLES and close:
             notes.append(f"the environment variable {name} is not read: did you mean {close[0]}?")
     return notes
 
 
-def _built(path: Path, entry: dict[str, Any]) -> serve.RunTarget:
+def _built(path: Path, entry: dict[str, Any], logging: dict[str, Any] | None) -> serve.RunTarget:
     try:
         application = BUILDERS[entry["import_path"]](entry.get("args") or {})
     except ServeAppError:
@@ -201,5 +216,6 @@ def _built(path: Path, entry: dict[str, Any]) -> serve.RunTarget:
         target=application,
         name=entry["name"],
         route_prefix=entry.get("route_prefix", "/"),
+        logging_config=logging,
         external_scaler_enabled=entry.get("external_scaler_enabled", False),
     )

@@ -1,6 +1,6 @@
-"""The bundled model's vocabulary: whether a prompt names anything that it draws. Knows nothing of tokens or torch.
+"""The bundled model's vocabulary, and the warning for a prompt outside of it. Knows nothing of tokens or torch.
 
-The model was trained on captions made of `words.py` alone: it draws one or two of four shapes whatever it is asked for.
+The model was trained only on captions made of `words.py`: it draws one or two of four shapes whatever the prompt says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NOTE = (
     "This small test model draws circles, squares, triangles and stars that move, one or two at a time, and nothing "
     "else."
 )
-"""For people, wherever prompts are typed."""
+"""A sentence about the model, shown wherever a prompt is typed."""
 
 WARNING = (
     "The prompt names none of the shapes that this small test model knows (circle, square, triangle, star; 圆形, "
@@ -24,12 +24,13 @@ WARNING = (
 _WORD = re.compile(r"[a-z]+")
 _ENGLISH = frozenset(word for words in SHAPE_WORDS["en"].values() for word in words if " " not in word)
 _CHINESE = tuple(word for words in SHAPE_WORDS["zh"].values() for word in words)
-# Chinese has no spaces: these hold the name of a shape and mean something else, among it shapes that it does not know.
+# Chinese has no spaces: these words hold the name of a shape but mean something else, such as a shape that the model
+# does not know.
 _OTHERS = re.compile("[椭半]圆形?|长方形|圆[桌满明周珠润滑舞]|[团汤桂月]圆|三角[洲恋裤铁]|方块字")
 
 
 def knows(prompt: str) -> bool:
-    """Return whether a prompt names a shape that the bundled model draws, in English or Chinese.
+    """Return True if a prompt names a shape that the bundled model draws, in English or Chinese.
 
     Full-width letters, capitals and plurals are read as the words that they are.
     """
@@ -42,7 +43,7 @@ def knows(prompt: str) -> bool:
 
 
 def warnings(prompt: str) -> list[str]:
-    """Return what a user should know of a prompt before a video is made of it."""
+    """Return warnings for a prompt: one if it names no shape that the model draws, else none."""
     return [] if knows(prompt) else [WARNING]
 
 

@@ -16,7 +16,7 @@ from tests.support.fakes import until
 
 
 async def command(url: str, *words: str | Path) -> tuple[int, str]:
-    """Run `wan-serve` against a server, in a thread of this process: its status, and all that it said."""
+    """Run `wan-serve` against a server in a thread of this process, and return its status and output."""
     result = await asyncio.to_thread(CliRunner().invoke, cli, [*map(str, words), "--url", url])
     if isinstance(result.exception, ServeAppError):
         return 1, f"{result.output}wan-serve: {result.exception}\n"

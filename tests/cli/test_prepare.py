@@ -59,7 +59,7 @@ def test_wrong_input_is_one_line(tmp_path: Path, status: int, message: str, argu
 
 
 def test_ctrl_c(checkpoint: Path, tmp_path: Path) -> None:
-    """While it writes the second file: that is a pipe which nobody reads."""
+    """The interruption comes while it writes the second file, a pipe that nobody reads."""
     folder = tmp_path / "transformer"
     folder.mkdir()
     pipe = folder / ".rank-1-of-2.safetensors.partial"

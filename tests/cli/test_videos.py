@@ -28,7 +28,7 @@ PLAY = {
 
 
 def play(**changes: list[Reply]) -> dict[str, list[Reply]]:
-    """What goes well, but for what is given."""
+    """Return a script in which all goes well, except for the given replies."""
     names = {"create": CREATE, "get": GET, "content": CONTENT}
     return {**{what: list(replies) for what, replies in PLAY.items()}, **{names[n]: r for n, r in changes.items()}}
 
@@ -45,7 +45,7 @@ def run(url: str, *words: str | Path) -> tuple[int, str, str]:
 
 
 def invoke(url: str, *words: str | Path) -> tuple[int, str, str]:
-    """`run` in this process: faster, for what needs neither signals nor pipes."""
+    """Do the same as `run` in this process, which is faster, for tests without signals and pipes."""
     result = CliRunner().invoke(cli, [*map(str, words), "--url", url])
     if isinstance(result.exception, ServeAppError):
         return 1, result.stdout, f"{result.stderr}wan-serve: {result.exception}\n"
@@ -83,7 +83,7 @@ def test_the_id_comes_first_and_alone(tmp_path: Path) -> None:
 def test_a_broken_download_leaves_the_old_file(
     tmp_path: Path, broken: Reply, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve_app.cli.client._PATIENCE_S", 0.2)
+    monkeypatch.setattr("serve_app.cli.client._RETRY_FOR_S", 0.2)
     out = tmp_path / "my out.mp4"
     out.write_bytes(b"old")
     with scripted(play(content=[broken])) as script:
@@ -190,7 +190,7 @@ def test_a_server_that_restarts_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_a_server_that_stays_away_leaves_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve_app.cli.client._PATIENCE_S", 0.5)
+    monkeypatch.setattr("serve_app.cli.client._RETRY_FOR_S", 0.5)
     with scripted(play(get=[Reply(cut=-1)])) as script, Api(script.url) as api:
         states = api.follow(api.create({"prompt": "a cat"}))
         assert next(states)["status"] == "queued"

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from cluster.dev import Cluster
-from cluster.namespaces import missing
-from cluster.teardown import abandoned, take_down
+from cluster.dev.namespaces import missing
+from cluster.dev.teardown import abandoned, take_down
 from tests.support.serving import QUICK, Serving
 
 
 @pytest.fixture(scope="session")
 def namespaces() -> None:
-    """Skips where hosts cannot be network namespaces; fails there in continuous integration."""
+    """Skip if hosts cannot be network namespaces; fail then in continuous integration."""
     _need(not (why := missing()), f"network namespaces: {why}")
     for name in abandoned():  # by a run that was killed
         take_down(name)
@@ -26,7 +26,7 @@ def namespaces() -> None:
 
 @pytest.fixture(scope="session")
 def redis_server() -> None:
-    """The same for the program redis-server."""
+    """Skip if there is no program redis-server; fail then in continuous integration."""
     _need(shutil.which("redis-server") is not None, "redis-server")
 
 
@@ -37,7 +37,7 @@ def _need(there: bool, what: str) -> None:
 
 @pytest.fixture(scope="module")
 def three_hosts(namespaces: None, redis_server: None) -> Iterator[Cluster]:
-    """A head and two hosts that differ. Whoever hurts one mends it with `join`.
+    """A head and two hosts that differ. A test that breaks one repairs it with `join`.
 
     Host 1 has a GPU, the label `pool: denoise` and 8 of the resource `denoise`; host 2 two GPUs, and the same with
     `codec`. Dead hosts are found within seconds, and a Redis outside of the hosts keeps what the control process knows.
@@ -57,7 +57,7 @@ def three_hosts(namespaces: None, redis_server: None) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def serve_on(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Serving]]:
-    """Runs `serve run` on a cluster until the module ends: `serve_on(cluster, denoiser={...}, ...)`.
+    """Return a function that runs `serve run` on a cluster until the module ends: `serve_on(cluster, denoiser={...})`.
 
     The options, by section, change those of configs/tiny.yaml; the model is the random checkpoint.
     """

@@ -1,4 +1,4 @@
-"""Hosts on one machine: what each is, what a fault does to it and to nobody else, and that nothing is left of them."""
+"""Several hosts on one machine: each host, a fault that reaches only one, and an end that leaves nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import dev
 from cluster.dev import Cluster, ClusterError
-from cluster.loopback import MARK
-from cluster.processes import control
-from cluster.teardown import leftovers, take_down
+from cluster.dev.commands import main
+from cluster.dev.loopback import MARK
+from cluster.dev.processes import control
+from cluster.dev.teardown import leftovers, take_down
 from tests.stages.conftest import until
 from tests.support.serving import QUICK
 
@@ -43,7 +43,7 @@ print("count", ray.get(Counter.remote().increment.remote(), timeout=60))
 
 
 def traces(name: str) -> list[str]:
-    """Whatever this machine has of a cluster: namespaces, links, files, processes."""
+    """Return all that this machine has of a cluster: namespaces, links, files, processes."""
     found = [str(path) for path in [*Path("/tmp").glob(f"rc-{name}*"), *Path("/etc/netns").glob(f"rc-{name}*")]]
     for kind in (["netns", "list"], ["-br", "link"]) if shutil.which("ip") else ():
         lines = subprocess.run(["ip", *kind], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -63,7 +63,7 @@ def name() -> Iterator[str]:
 
 
 def tool(*arguments: str) -> subprocess.Popen[str]:
-    """`python -m cluster.dev`, as in a terminal of its own."""
+    """Start `python -m cluster.dev`, as in a terminal of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "cluster.dev", *arguments],
         cwd=REPOSITORY,
@@ -315,7 +315,7 @@ def test_bad_input_is_one_line_and_starts_nothing(arguments, said, monkeypatch, 
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     try:
         with pytest.raises(SystemExit) as stop:
-            dev.main()
+            main()
     finally:
         for number, handler in handlers:
             signal.signal(number, handler)

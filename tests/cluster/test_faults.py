@@ -1,4 +1,4 @@
-"""Everything that can be lost between hosts is lost once, during a job: it goes on, and its video is the same."""
+"""Everything that can be lost between hosts is lost once during a job, which goes on and makes the same video."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cluster(namespaces, redis_server):
 
 @pytest.fixture(scope="module")
 def serving(cluster, serve_on) -> Serving:
-    """A group of one rank: what tests/stages lose of a group of two needs no hosts."""
+    """A deployment with a group of one rank: faults of larger groups need no hosts and are in tests/stages."""
     return serve_on(
         cluster,
         denoiser={
@@ -60,7 +60,7 @@ def content(serving: Serving, video: dict[str, Any]) -> bytes:
 
 
 def pixels(file: bytes) -> bytes:
-    """The frames as they were compressed, without the metadata, which names the job."""
+    """Return the compressed frames of a video, without the metadata, which names the job."""
     with av.open(io.BytesIO(file)) as container:
         return b"".join(bytes(packet) for packet in container.demux(video=0))
 
@@ -118,7 +118,7 @@ def test_a_job_survives_and_its_video_is_the_same(cluster, serving, undisturbed,
 
 
 def test_a_job_that_kills_its_group_twice_is_failed_and_does_not_take_down_a_third(cluster, serving):
-    """What it does to the rank is done from outside, always in the same step of it."""
+    """Run a fault of a rank from outside, always in the same step of the job."""
     # Steps of a second or more, so that what is seen of one is still so when the blow falls.
     video = serving.create(**{**JOB, "num_inference_steps": 10, "num_frames": 81, "width": 384, "height": 384})
     killed = 0
@@ -135,7 +135,7 @@ def test_a_job_that_kills_its_group_twice_is_failed_and_does_not_take_down_a_thi
 
 
 def test_a_group_across_two_hosts_makes_the_same_video(cluster, serve_on, serving):
-    """Its ranks meet over the link. The last bits differ, in another order of additions, so frames are compared."""
+    """The ranks communicate over the link. Another order of additions changes the last bits, so frames are compared."""
     job = {**JOB, "num_inference_steps": 20}
     expected = frames(content(serving, serving.wait(serving.create(**job))))
     serving.stop()

@@ -1,4 +1,4 @@
-"""serve_app on three hosts: deployed from outside, asked over HTTP, each stage on the host that was chosen for it."""
+"""The server on three hosts: deployed from outside, used by HTTP, with each stage on its chosen host."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import pytest
 import typer
 import yaml
 
-from cluster import dev
+from cluster.dev.commands import cli as cluster_cli
 from docs.generate.cli import commands
 from serve_app.config import load_file, validate
 from tests.docs.pages import ROOT, Block, blocks, shell_lines
@@ -27,7 +27,7 @@ auth, storage_options, server, client = gateway.auth, gateway.storage_options, g
 empty_sqlite = gateway.empty_sqlite
 
 WAN_SERVE = {path[1:]: command for path, command in commands()}
-CLUSTER = {path[1:]: command for path, command in commands(typer.main.get_command(dev.cli), ("cluster.dev",))}
+CLUSTER = {path[1:]: command for path, command in commands(typer.main.get_command(cluster_cli), ("cluster.dev",))}
 ASSIGNMENT = re.compile(r"[A-Z_]+=.*")
 
 

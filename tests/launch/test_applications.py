@@ -39,28 +39,28 @@ def http(ray_cluster):
 
 def test_a_server_ends_only_what_it_has_deployed(http):
     mine = Applications(targets("wan", "gateway"))
-    mine.look("here", http, replace=False)
+    mine.check_free("here", http, replace=False)
     mine.deploy()
-    mine.check()
+    mine.check_ours()
     assert there() == {"wan", "gateway", "other"}
 
     later = Applications(targets("wan"))
     with pytest.raises(ServeAppError, match="application") as refused:
-        later.look("10.0.0.1:6379", http, replace=False)
+        later.check_free("10.0.0.1:6379", http, replace=False)
     for part in ("'wan'", "10.0.0.1:6379", str(http["port"]), "--replace", "--own-ray"):
         assert part in str(refused.value)
-    later.look("here", http, replace=True)
+    later.check_free("here", http, replace=True)
     later.deploy()
-    later.check()
+    later.check_ours()
     with pytest.raises(ServeAppError, match="'wan' was deployed anew by somebody else"):
-        mine.check()
+        mine.check_ours()
 
     mine.delete()
     assert there() == {"wan", "other"}
-    later.check()
+    later.check_ours()
     serve.delete("wan")
     with pytest.raises(ServeAppError, match="'wan' was deleted by somebody else"):
-        later.check()
+        later.check_ours()
     later.delete()
     assert there() == {"other"}
 
@@ -68,14 +68,14 @@ def test_a_server_ends_only_what_it_has_deployed(http):
 @pytest.mark.parametrize(("option", "value"), [("port", 1), ("host", "0.0.0.0")])
 def test_another_address_than_that_of_the_running_serve_is_refused(http, option, value):
     with pytest.raises(ConfigError, match=f"http_options.{option} has value {value!r}, expected {http[option]!r}"):
-        Applications(targets("wan")).look("here", {**http, option: value}, replace=True)
-    Applications(targets("wan")).look("here", {}, replace=True)
+        Applications(targets("wan")).check_free("here", {**http, option: value}, replace=True)
+    Applications(targets("wan")).check_free("here", {}, replace=True)
 
 
 def test_the_route_of_another_application_is_refused(http):
     mine = Applications([serve.RunTarget(target=Nothing.bind(), name="gateway", route_prefix="/other")])
     with pytest.raises(ServeAppError, match="'other' has the route_prefix '/other'"):
-        mine.look("here", http, replace=True)
+        mine.check_free("here", http, replace=True)
 
 
 def test_a_server_that_deployed_nothing_deletes_nothing(http):
@@ -85,18 +85,18 @@ def test_a_server_that_deployed_nothing_deletes_nothing(http):
 
 def test_serve_that_has_ended_is_one_line(http):
     mine = Applications(targets("wan"))
-    mine.look("here", http, replace=False)
+    mine.check_free("here", http, replace=False)
     mine.deploy()
-    mine.check()
+    mine.check_ours()
     serve.shutdown()
     with pytest.raises(ServeAppError, match="Serve has ended"):
-        mine.check()
+        mine.check_ours()
     mine.delete()
 
 
 def test_serve_ends_with_the_only_server_that_needed_it(ray_cluster, http):
     mine = Applications(targets("wan"))
-    mine.look("here", http, replace=False)
+    mine.check_free("here", http, replace=False)
     serve.start(http_options=http, proxy_location="HeadOnly")
     mine.deploy()
     mine.delete()

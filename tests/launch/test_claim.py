@@ -1,4 +1,4 @@
-"""Claims, between real processes."""
+"""Claims between real processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve_app.launch import claim
 HOLDER = """
 import sys, time
 from serve_app import claim
-claim.Claim("port 8000", claim.describe(["wan", "gateway"], "my.yaml", "http://127.0.0.1:8000"))
+claim.ServerClaim("port 8000", claim.describe(["wan", "gateway"], "my.yaml", "http://127.0.0.1:8000"))
 print("held", flush=True)
 time.sleep(600)
 """
@@ -45,12 +45,12 @@ def mine() -> claim.Running:
 
 def test_a_second_server_is_told_what_runs_and_where(holder):
     with pytest.raises(ServeAppError) as refused:
-        claim.Claim("port 8000", mine())
+        claim.ServerClaim("port 8000", mine())
     said = str(refused.value)
     for part in ("'wan' and 'gateway'", "my.yaml", "http://127.0.0.1:8000", f"pid {holder.pid}", "--replace"):
         assert part in said
     assert "\n" not in said
-    claim.Claim("port 8001", mine()).release()
+    claim.ServerClaim("port 8001", mine()).release()
     assert holder.pid in [server.pid for server in claim.running()]
 
 
@@ -58,12 +58,12 @@ def test_a_second_server_is_told_what_runs_and_where(holder):
 def test_a_claim_ends_with_its_process(holder, how):
     holder.send_signal(how)
     holder.wait()
-    claim.Claim("port 8000", mine()).release()
+    claim.ServerClaim("port 8000", mine()).release()
     assert holder.pid not in [server.pid for server in claim.running()]
 
 
 def test_replace_ends_the_server_that_runs(holder):
-    held = claim.Claim("port 8000", mine(), replace=True)
+    held = claim.ServerClaim("port 8000", mine(), replace=True)
     assert holder.wait(10) is not None
     held.release()
 
@@ -104,4 +104,4 @@ def test_of_servers_that_start_at_the_same_moment_one_wins(tmp_path):
 def test_a_folder_of_somebody_else_is_refused(tmp_path):
     (tmp_path / f"wan-serve-{os.getuid()}").symlink_to("/")
     with pytest.raises(ServeAppError, match="belongs to somebody else"):
-        claim.Claim("port 8000", mine())
+        claim.ServerClaim("port 8000", mine())

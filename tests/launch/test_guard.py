@@ -1,4 +1,4 @@
-"""The guard, around small programs that behave as a server with a Ray does, or worse."""
+"""The guard around small programs that behave like a server with a Ray, or worse."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 class Started:
-    """A program under a guard, and all that it has started."""
+    """A program under a guard, and all processes that it has started."""
 
     def __init__(self, command: list[str], **options: object) -> None:
         self.process = subprocess.Popen(
@@ -68,7 +68,7 @@ Start = Callable[..., Started]
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Start a program, from a folder where it finds the package; end what it leaves."""
+    """Start programs in a folder from which they find the package, and end what they leave."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     started: list[Started] = []
 

@@ -1,4 +1,4 @@
-"""What newcomers get wrong, by the real command: each mistake is one line, soon, and leaves nothing behind.
+"""Mistakes of newcomers, with the real command: each is soon answered by one line and leaves nothing behind.
 
 No test here gets as far as starting Ray: that nothing was started is part of what is tested.
 """
@@ -39,14 +39,14 @@ KEYS = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
 
 @pytest.fixture
 def silent() -> Iterator[int]:
-    """The port of a server that takes connections and never answers."""
+    """The port of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield int(listener.getsockname()[1])
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Callable[[Change], Path]:
-    """Writes a copy of configs/tiny.yaml with a change, which gets the file and the shared `args`."""
+    """Return a function that writes a changed copy of configs/tiny.yaml. The change gets the file and the `args`."""
 
     def write(change: Change) -> Path:
         content = yaml.safe_load((REPOSITORY / "configs/tiny.yaml").read_text())
@@ -64,7 +64,7 @@ def file(tmp_path: Path) -> Callable[[Change], Path]:
 
 
 def refused(*command: object, **environment: str) -> str:
-    """The one line that a command says when it refuses; nothing of it is left then."""
+    """Run a command that refuses, check that it leaves nothing, and return its one line."""
     mark = secrets.token_hex(8)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WAN_SERVE", "RAY_ADD"))}
     done = subprocess.run(
@@ -131,7 +131,7 @@ def test_s3(file: Callable[[Change], Path], s3_server: S3Server, silent: int) ->
 
 
 def test_keys_of_s3_may_stand_in_the_file(file: Callable[[Change], Path], s3_server: S3Server) -> None:
-    """As docs/howto/s3.md says they may: they are looked for where the replicas will look."""
+    """The keys may stand where docs/howto/s3.md says: they are looked for where the replicas look."""
 
     def change(content: Args, args: Args) -> None:
         args["storage"] = {"url": "s3://no-such-bucket", "endpoint": s3_server.endpoint}
@@ -156,7 +156,7 @@ def test_rabbitmq(file: Callable[[Change], Path]) -> None:
 async def test_a_password_that_rabbitmq_refuses(
     file: Callable[[Change], Path], tmp_path: Path, queue_options: config.QueueConfig
 ) -> None:
-    """Unlike one that is away, which comes back: this one never would."""
+    """A broker that is away may come back; one that refuses the user will not."""
     url = BROKER.replace(":guest@", ":secret@")
     path = file(lambda _, args: args.update(queue={"transport": "rabbitmq"}))
     line = refused("up", path, "--own-ray", WAN_SERVE_QUEUE_URL=url)

@@ -1,4 +1,4 @@
-"""`wan-serve up` with a Ray around it: what it finds, says and leaves, by signals to real processes."""
+"""`wan-serve up` with real Rays: the Ray that it finds, its lines, and that it leaves nothing after a signal."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ class Up:
 
 
 def bare_environment(folder: Path) -> dict[str, str]:
-    """That of a shell in which nothing is set for Ray, with a folder of its own for Ray's files.
+    """The environment of a shell in which nothing is set for Ray, with a folder for Ray's files.
 
-    Its path is short, since that of a socket may have 107 characters."""
+    The folder's path is short, since the path of a socket may have 107 characters.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return {**kept, "PYTHONPATH": str(REPOSITORY), "RAY_TMPDIR": f"/tmp/life-{os.getpid()}", "PYTHONUNBUFFERED": "1"}
 

@@ -1,4 +1,4 @@
-"""Looking for a Ray to join, where none can be. tests/launch/test_ray_life.py has those with a Ray."""
+"""The search for a Ray where none can be joined. Tests with a Ray are in tests/launch/test_ray_life.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from serve_app.launch import ray_probe
 
 @pytest.fixture(autouse=True)
 def _no_ray(tmp_path, monkeypatch):
-    """No trace of a Ray, whatever else runs on this machine."""
+    """Hide every Ray that runs on this machine."""
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(ray_probe, "_raylets", list)
 
@@ -47,7 +47,7 @@ def test_a_wish_that_nobody_answers_is_not_replaced_by_another_ray(monkeypatch):
 
 
 def test_what_listens_and_never_answers_is_given_up_within_seconds(monkeypatch):
-    """As a control process that hangs."""
+    """The server hangs, as a control process may."""
     monkeypatch.setattr(ray_probe, "_ANSWER_S", 0.5)
     monkeypatch.setattr(ray_probe, "_SETTLE_S", 1)
     with socket.create_server(("127.0.0.1", 0)) as mute:
@@ -58,7 +58,7 @@ def test_what_listens_and_never_answers_is_given_up_within_seconds(monkeypatch):
 
 
 def test_what_speaks_something_else_is_no_ray(monkeypatch):
-    """As Redis, on the port that `ray start` takes by default."""
+    """Another program, such as Redis, listens on the port that `ray start` takes by default."""
     with pytest.raises(ServeAppError, match="nothing answers"):
         find(monkeypatch, "127.0.0.1:5432")
 

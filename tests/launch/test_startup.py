@@ -1,4 +1,4 @@
-"""What a real cluster has, and what is said of a deployment that finds no place on it."""
+"""The line on a deployment that finds no place on a real cluster."""
 
 from __future__ import annotations
 

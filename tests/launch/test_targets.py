@@ -1,4 +1,4 @@
-"""What `wan-serve check` and `up` find out before anything starts, without a Ray."""
+"""Checks of `wan-serve check` and `up` before anything starts, without a Ray."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 
 from serve_app.config import load_file
 from serve_app.errors import ConfigError
-from serve_app.launch.targets import Targets, build
+from serve_app.launch.targets import Targets, build, serve_options
 from serve_app.wan.weights.checkpoint import Checkpoint
 from serve_app.wan.weights.writer import prepare
 
@@ -26,7 +26,7 @@ Change = Callable[[Args, Args], object]
 
 @pytest.fixture
 def checked(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], Targets]:
-    """Builds configs/tiny.yaml on the random checkpoint, with a change that gets the file and the shared `args`."""
+    """Return a function that builds a changed configs/tiny.yaml. The change gets the file and the shared `args`."""
     for name in ("WAN_SERVE_HOME", "WAN_SERVE_QUEUE_URL", "WAN_SERVE_MAIL_PASSWORD"):
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "my.yaml"
@@ -46,7 +46,7 @@ def checked(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def both(change: Callable[[Args], object]) -> Change:
-    """Change each application of the file."""
+    """Return a change of each application of the file."""
     return lambda content, _: [change(application) for application in content["applications"]]
 
 
@@ -162,6 +162,17 @@ def test_refusals(checked: Callable[[Change], Targets], change: Change, said: st
     assert said in str(error.value) and "\n" not in str(error.value) and "secret" not in str(error.value)
 
 
+def test_serve_gets_the_options_of_the_file(checked: Callable[[Change], Targets], tmp_path: Path) -> None:
+    given = {"logging_config": {"log_level": "DEBUG"}, "grpc_options": {"port": 9100}}
+    targets = checked(lambda content, _: content.update(given))
+    assert [target.logging_config for target in targets.run] == [{"log_level": "DEBUG"}] * 2
+    content, _ = load_file(tmp_path / "my.yaml")
+    options = serve_options(content)
+    assert given.items() <= options.items() and options["proxy_location"] == "HeadOnly"
+    assert options["http_options"]["port"] == 8000 and "controller_options" in options
+    assert serve_options({"applications": []}) == {"proxy_location": "EveryNode"}
+
+
 def test_notes(checked: Callable[[Change], Targets]) -> None:
     (note,) = checked(lambda content, _: content.update(proxy_location="Disabled")).notes
     assert note.startswith("proxy_location has value 'Disabled': the gateway answers no HTTP")
@@ -204,7 +215,10 @@ def test_shards_of_another_mesh_or_type(checked: Callable[[Change], Targets], ch
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_no_shipped_file_uses_what_ray_gives_up(path: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_no_shipped_file_uses_what_ray_gives_up(
+    path: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WAN_SERVE_QUEUE_URL", "amqp://wan:secret@broker:5672/")  # which a14b-hosts does not hold
     content = yaml.safe_load(path.read_text())
     for application in content["applications"]:
         application["args"]["model"].update(path=str(checkpoint))

@@ -100,7 +100,7 @@ def test_quickened_expert_computes_the_same() -> None:
 
 
 def one_by_one(p: torch.Tensor, grad: torch.Tensor, momentum: torch.Tensor, lr: float) -> None:
-    """Muon as its source writes it, for one matrix; changes p and momentum."""
+    """Do a step of Muon as its source writes it, for one matrix. Changes p and momentum."""
     momentum.lerp_(grad, 0.05)
     x = grad.lerp(momentum, 0.95)
     tall = x.shape[0] > x.shape[1]

@@ -1,4 +1,4 @@
-"""What the bundled model knows, by the words that it was trained on."""
+"""The vocabulary of the bundled model, compared with the captions that it was trained on."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How the tiny model was trained. Not needed at run time."""
+"""The training of the tiny model. Not needed at run time."""

@@ -50,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Thing(NamedTuple):
-    """One object of a scene, by name (keys of COLOURS, SHAPES, MOTIONS)."""
+    """One object of a scene, by the names in COLOURS, SHAPES and MOTIONS."""
 
     colour: str
     shape: str
@@ -58,7 +58,10 @@ class Thing(NamedTuple):
 
 
 def held_out() -> torch.Tensor:
-    """Bool [colours, shapes, motions]: the triples kept for the benchmark, one in eight, fixed for ever by a hash."""
+    """Return the triples that are kept for the benchmark, as bool [colours, shapes, motions].
+
+    It is one in eight, chosen by a hash, so that the split never changes.
+    """
     out = torch.zeros(len(COLOURS), len(SHAPES), len(MOTIONS), dtype=torch.bool)
     for i, c in enumerate(COLOURS):
         for j, s in enumerate(SHAPES):
@@ -76,7 +79,7 @@ def _article(noun: str) -> str:
 
 
 def _english(things: list[Thing], split: str, rng: random.Random) -> tuple[str, str, str, bool]:
-    """(object phrase, -ing, finite, motion already told) of one or two objects."""
+    """Return the object phrase, the -ing form, the finite form, and True if the phrase already tells the motion."""
 
     def move(motion: str) -> tuple[str, str, str]:
         if motion in WAY:
@@ -131,7 +134,15 @@ def _chinese(things: list[Thing], split: str, rng: random.Random) -> tuple[str, 
 
 
 def caption(things: list[Thing], ground: str | None, language: str, split: str, rng: random.Random) -> str:
-    """One caption. things: one or two objects in the order of telling; ground None leaves the background open."""
+    """Return one caption of a scene.
+
+    Args:
+        things: one or two objects, in the order in which they are told.
+        ground: the name of the background; None leaves it open.
+        language: `en` or `zh`.
+        split: `train` or `test`.
+        rng: draws the words and the sentence pattern.
+    """
     comma = ", " if language == "en" else "，"
     parts = []
     if ground is not None:
@@ -168,17 +179,18 @@ def caption(things: list[Thing], ground: str | None, language: str, split: str, 
 
 
 def poor_caption(text: str, language: str, rng: random.Random) -> str:
-    """A caption of a degraded clip: two to four words for its faults, and in half the cases what it shows."""
+    """Return a caption of a degraded clip: two to four words for its faults, in half of the cases after `text`."""
     faults = (", " if language == "en" else "，").join(rng.sample(FAULTS[language], rng.randint(2, 4)))
     return faults if rng.random() < 0.5 else f"{text}, {faults}"
 
 
 def names(colour: int, shape: int, motion: int) -> Thing:
+    """Return the object with these indices, by name."""
     return Thing(list(COLOURS)[colour], SHAPES[shape], MOTIONS[motion])
 
 
 class Prompt(NamedTuple):
-    """A held-out prompt and what it asks for."""
+    """A held-out prompt, with the objects and the background that it asks for."""
 
     text: str
     things: list[Thing]
@@ -186,7 +198,10 @@ class Prompt(NamedTuple):
 
 
 def held_out_prompts(n: int, language: str, seed: int = 1234, two: float = 0.35) -> list[Prompt]:
-    """n prompts of held-out objects in held-out phrasings; a share `two` asks for two objects, half of them twins."""
+    """Return n prompts of held-out objects in held-out phrasings.
+
+    A share `two` of them asks for two objects, which are alike in half of these prompts.
+    """
     rng = random.Random(f"{seed} {language}")
     triples = [names(*t) for t in held_out().nonzero().tolist()]
     prompts = []

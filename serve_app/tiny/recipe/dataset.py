@@ -1,7 +1,7 @@
 """Latents of rendered clips with pre-tokenised captions, all on one device.
 
-Clips are drawn and encoded once (and kept in a file for the commands that follow); every training step then draws one
-of a clip's captions at random.
+Clips are drawn and encoded once, and kept in a file for later commands. Every training step then draws one of a clip's
+captions at random.
 """
 
 from __future__ import annotations
@@ -26,13 +26,20 @@ POOR_SHARE = 0.04
 
 @dataclass
 class Data:
-    """latents [N, 16, t, h, w] normalised, bfloat16 on CUDA; ids int16 [N, K, LENGTH]; targets int64 [N, K, 8]."""
+    """Clips with K captions each.
+
+    Attributes:
+        latents: normalised, [N, 16, t, h, w], bfloat16 on CUDA.
+        ids: tokens of the captions, int16 [N, K, LENGTH].
+        targets: what each caption tells, int64 [N, K, 8].
+    """
 
     latents: Tensor
     ids: Tensor
     targets: Tensor
 
     def batch(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return latents (float32), ids and targets of n random clips, with one caption of each."""
         device = self.latents.device
         clip = torch.randint(len(self.latents), (n,), device=device)
         which = torch.randint(self.ids.shape[1], (n,), device=device)
@@ -40,11 +47,13 @@ class Data:
 
 
 def describe(scenes: Scenes, per_clip: int, rng: random.Random) -> tuple[list[str], Tensor]:
-    """per_clip captions of each scene (languages in turn) and what each tells, int64 [N, per_clip, 8]; 0: not told.
+    """Return `per_clip` captions of each scene, languages in turn, and what each tells.
 
-    Objects are told in the order of their places: left before right, upper before lower (of the lanes they live in; the
-    start would mix up lanes where both move sideways). With a random order nothing in a caption says which object goes
-    where, and the model can only average both.
+    What a caption tells is a row of int64 [N, per_clip, 8]; 0 means that it is not told.
+
+    Objects are told in the order of their lanes: left before right, upper before lower. Their starting points would mix
+    up lanes if both move sideways. With a random order nothing in a caption would say which object goes where, and the
+    model could only average both.
     """
     texts: list[str] = []
     told: list[list[int]] = []
@@ -89,7 +98,7 @@ def scenes_for_training(n: int, generator: torch.Generator, two: float = 0.6, al
 
 @torch.no_grad()
 def encode_scenes(vae: AutoencoderKLWan, scenes: Scenes, size: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Normalised latents of the scenes at (frames, height, width)."""
+    """Return the normalised latents of scenes at a size (frames, height, width)."""
     mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
     chunk = max(1, min(len(scenes), 2**25 // (size[0] * size[1] * size[2])))
@@ -105,6 +114,7 @@ def encode_scenes(vae: AutoencoderKLWan, scenes: Scenes, size: tuple[int, int, i
 def make_texts(
     scenes: Scenes, tokenizer: PreTrainedTokenizerFast, per_clip: int, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    """Return the tokens of `per_clip` captions of each scene, and what they tell, on `device`."""
     texts, told = describe(scenes, per_clip, random.Random(seed))
     return token_ids(tokenizer, texts).reshape(len(scenes), per_clip, -1).to(device), told.to(device)
 
@@ -112,9 +122,9 @@ def make_texts(
 def encoded(
     file: Path, vae_folder: Path, scenes: list[Scenes], sizes: list[tuple[int, int, int]], device: torch.device
 ) -> tuple[list[Tensor], bool]:
-    """Latents of each lot of scenes at its size, and whether they came from `file`.
+    """Return the latents of each lot of scenes at its size, and True if they were read from `file`.
 
-    The file is used only if it holds the same scenes, sizes and weights of the autoencoder; else it is written anew.
+    The file is read only if it holds the same scenes, sizes and weights of the autoencoder; otherwise it is replaced.
     """
     digest = hashlib.sha256(repr(sizes).encode())
     for path in sorted(vae_folder.iterdir()):

@@ -1,4 +1,4 @@
-"""The experts' shape, how they are made or loaded, and the loss of flow matching.
+"""The experts: their shape, their creation and loading, and the loss of flow matching.
 
 Knows nothing of data, optimisers or commands.
 """
@@ -39,7 +39,7 @@ class PatchEmbedding(nn.Conv3d):
     """The patch embedding as one matrix product: same weights and names, without the slow 3D convolution."""
 
     def forward(self, input: Tensor) -> Tensor:  # named as in the base class
-        """[n, c, t, h, w] to [n, d, t, h / p, w / q]; the kernel is 1 x p x q."""
+        """Map [n, c, t, h, w] to [n, d, t, h / p, w / q]; the kernel is 1 x p x q."""
         n, c, t, h, w = input.shape
         p, q = self.kernel_size[1:]
         patches = input.reshape(n, c, t, h // p, p, w // q, q).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
@@ -47,14 +47,14 @@ class PatchEmbedding(nn.Conv3d):
 
 
 def quicken(expert: WanTransformer3DModel) -> None:
-    """Make an expert compute the same in less time, for training."""
+    """Change an expert in place so that it computes the same in less time, for training."""
     expert.patch_embedding.__class__ = PatchEmbedding
     for block in expert.blocks:
         block.attn2.set_processor(ShortCrossAttention())
 
 
 def new_experts(**changes: Any) -> nn.ModuleList:
-    """Two untrained experts, which predict zero at first; changes: of EXPERT."""
+    """Return two untrained experts, which predict zero at first. `changes` override EXPERT."""
     experts = [WanTransformer3DModel(**(EXPERT | changes)) for _ in FOLDERS]
     for expert in experts:
         nn.init.zeros_(expert.proj_out.weight)
@@ -63,12 +63,12 @@ def new_experts(**changes: Any) -> nn.ModuleList:
 
 
 def load_experts(folder: Path) -> nn.ModuleList:
-    """Both experts of a folder in the diffusers layout, fp32."""
+    """Load both experts of a folder in the diffusers layout, in fp32."""
     return nn.ModuleList(WanTransformer3DModel.from_pretrained(folder / name, dtype=torch.float32) for name in FOLDERS)
 
 
 def draw_sigma(n: int, high: bool, device: torch.device) -> Tensor:
-    """Noise levels of one expert, [n], spread as the sampler's shifted steps spread them."""
+    """Draw noise levels of one expert, [n], distributed like the sampler's shifted steps."""
     shift = DEFAULTS["flow_shift"]
     edge = BOUNDARY / (shift - (shift - 1) * BOUNDARY)
     u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
@@ -77,7 +77,7 @@ def draw_sigma(n: int, high: bool, device: torch.device) -> Tensor:
 
 
 def expert_loss(model: WanTransformer3DModel, x: Tensor, noise: Tensor, sigma: Tensor, words: Tensor) -> Tensor:
-    """Mean squared error of the predicted velocity noise - x at x_t = (1 - sigma) x + sigma noise."""
+    """Return the mean squared error of the predicted velocity noise - x at x_t = (1 - sigma) x + sigma noise."""
     s = sigma.view(-1, 1, 1, 1, 1)
     out = model(
         hidden_states=(1 - s) * x + s * noise, timestep=1000 * sigma, encoder_hidden_states=words, return_dict=False

@@ -1,4 +1,4 @@
-"""Assemble the checkpoint folder from what the training commands wrote, and draw their loss curves.
+"""Assemble the checkpoint folder from the files of the training commands, and draw their loss curves.
 
 python -m serve_app.tiny.recipe.export --work DIR [--out FOLDER] [--plot FILE.png]
 """
@@ -23,9 +23,10 @@ LIMIT = 16 * 2**20  # bytes: the package ships the folder
 
 
 def export(work: Path, out: Path) -> int:
-    """Write the diffusers layout to `out` (replaced as a whole) and return its size in bytes.
+    """Write the diffusers layout to `out`, which is replaced as a whole, and return its size in bytes.
 
-    Raises ValueError where the folder would be larger than LIMIT; `out` is left alone then.
+    Raises:
+        ValueError: the folder would be larger than LIMIT. `out` stays as it was then.
     """
     half = {"dtype": torch.float16}
     pipe = WanPipeline(
@@ -49,7 +50,7 @@ def export(work: Path, out: Path) -> int:
     size = sum(p.stat().st_size for p in fresh.rglob("*") if p.is_file())
     if size > LIMIT:
         raise ValueError(f"checkpoint has {size} bytes, at most {LIMIT} are allowed")
-    for path in fresh.glob("*/config.json"):  # says where the weights lay before
+    for path in fresh.glob("*/config.json"):  # `_name_or_path` names the folder of before
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -61,7 +62,7 @@ def export(work: Path, out: Path) -> int:
 
 
 def plot(work: Path, file: Path) -> None:
-    """Loss curves of the training parts that W has a log of, side by side."""
+    """Draw the loss curves of the training parts that `work` has a log of, side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,6 +90,7 @@ def plot(work: Path, file: Path) -> None:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=CHECKPOINT)

@@ -1,4 +1,4 @@
-"""AutoencoderKLWan over whole clips at once, with the weights of the module it is given.
+"""AutoencoderKLWan computed over whole clips at once, with the weights of a given module.
 
 diffusers encodes and decodes in chunks of frames with a feature cache; that loop is exact but launch-bound. Here each
 causal convolution sees the whole clip, zero-padded in front, which is the same computation (tests/tiny/test_fullseq.py
@@ -32,7 +32,7 @@ def _taps(x: Tensor) -> Tensor:
 
 
 def _flat_weight(conv: nn.Conv3d) -> Tensor:
-    """Weight [O, I, kt, kh, kw] as [O, kt*I, kh, kw], in the order of `_taps`."""
+    """Return the weight [O, I, kt, kh, kw] as [O, kt*I, kh, kw], in the order of `_taps`."""
     return conv.weight.permute(0, 2, 1, 3, 4).flatten(1, 2)
 
 
@@ -108,7 +108,7 @@ def _layer(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def encode(vae: AutoencoderKLWan, clip: Tensor) -> Tensor:
-    """Clip [B, 3, T, H, W] in [-1, 1] (T = 4k+1) to the posterior's mean [B, 16, 1+k, H/8, W/8], not normalised."""
+    """Encode a clip [B, 3, 4k+1, H, W] in [-1, 1] to the unnormalised mean [B, 16, 1+k, H/8, W/8] of the posterior."""
     net = vae.encoder
     x = _causal(net.conv_in, clip.permute(0, 2, 3, 4, 1))
     for layer in net.down_blocks:
@@ -118,7 +118,7 @@ def encode(vae: AutoencoderKLWan, clip: Tensor) -> Tensor:
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """Latents [B, 16, 1+k, H/8, W/8], not normalised, to a clip [B, 3, 1+4k, H, W], not clamped."""
+    """Decode unnormalised latents [B, 16, 1+k, H/8, W/8] to a clip [B, 3, 1+4k, H, W], not clamped."""
     net = vae.decoder
     x = _causal(net.conv_in, _causal(vae.post_quant_conv, latents.permute(0, 2, 3, 4, 1)))
     x = _middle(net.mid_block, x)

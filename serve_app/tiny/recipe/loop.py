@@ -1,4 +1,4 @@
-"""What both training commands share: a wall-clock budget, the learning rate that follows it, EMA, and the log.
+"""Parts that both training commands share: a wall-clock budget, the learning rate that follows it, EMA, and the log.
 
 Knows nothing of models or data. The schedule follows minutes, not steps, because a command must end in time on
 whatever machine it runs; a resumed command continues where the minutes of the earlier ones ended.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class Budget:
-    """Minutes of this command, and its place in a plan of several commands."""
+    """The wall-clock minutes of a command, and its place in a plan of several commands."""
 
     def __init__(self, minutes: float, spent: float = 0.0, plan: float | None = None) -> None:
         self.start = time.monotonic()
@@ -31,6 +31,7 @@ class Budget:
 
     @property
     def done(self) -> bool:
+        """True if the minutes are used up."""
         return self.used >= self.minutes
 
     @property
@@ -40,12 +41,15 @@ class Budget:
 
 
 def learning_rate(progress: float, step: int, peak: float, warmup: int = 100, floor: float = 0.01) -> float:
-    """Linear warm-up over steps (a resumed optimiser starts without moments), then a cosine over the plan."""
+    """Return the learning rate: a linear warm-up over steps, then a cosine over the plan.
+
+    The warm-up counts from a resume too, since a resumed optimiser starts without moments.
+    """
     return peak * min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Ema:
-    """Exponential moving average of parameters; young averages use a shorter window."""
+    """An exponential moving average of parameters. A young average uses a shorter window."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
         self.live = parameters
@@ -54,6 +58,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Add the live weights to the average."""
         self.updates += 1
         keep = min(self.decay, self.updates / (self.updates + 10))
         torch._foreach_lerp_(self.mean, [p.detach() for p in self.live], 1 - keep)
@@ -74,21 +79,25 @@ class Log:
         self.path, self.rows = path, rows or []
 
     def add(self, **row: Any) -> None:
+        """Add a row, and print it."""
         self.rows.append(row)
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
     def save(self) -> None:
+        """Write all rows to the file."""
         self.path.write_text(json.dumps(self.rows))
 
 
 def pick_device(name: str | None) -> torch.device:
+    """Return the device of that name; None means CUDA if there is one, else the CPU."""
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def to_bytes(clips: Tensor) -> Tensor:
-    """[-1, 1] floats to uint8, so that tens of thousands of frames stay on the device."""
+    """Convert floats in [-1, 1] to uint8, so that tens of thousands of frames stay on the device."""
     return ((clips + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def from_bytes(clips: Tensor) -> Tensor:
+    """Convert uint8 to floats in [-1, 1]."""
     return clips.float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Muon for the matrices of a transformer: momentum, orthogonalised by Newton-Schulz, scaled like an AdamW step.
+"""The optimiser Muon for matrices: momentum, orthogonalised by Newton-Schulz, scaled like an AdamW step.
 
 Knows nothing of the model. Matrices of one shape, or of its transpose, are stacked and orthogonalised in one batch of
 three kernels a round, because a tiny model has a hundred small matrices and one call each would cost more than the
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrices of a stack [n, rows, columns], to within Muon's usual tolerance."""
+    """Return the nearest semi-orthogonal matrices of a stack [n, rows, columns], within Muon's usual tolerance."""
     x = g.bfloat16() if g.is_cuda else g
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -27,7 +27,7 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Optimiser over 2D parameters; `lr` is set before every step."""
+    """An optimiser of 2D parameters. `lr` is set before every step."""
 
     def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95, weight_decay: float = 0.02) -> None:
         shapes: dict[tuple[int, int], tuple[list[nn.Parameter], list[nn.Parameter]]] = {}
@@ -43,7 +43,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step; every parameter must have a gradient."""
+        """Do one step. Every parameter must have a gradient."""
         for (wide, tall), buffer in zip(self.groups, self.buffers, strict=True):
             parts = [torch.stack([p.grad for p in wide if p.grad is not None])] if wide else []
             parts += [torch.stack([p.grad for p in tall if p.grad is not None]).mT] if tall else []

@@ -46,10 +46,15 @@ _SIZE = (1.0, 1.22, 1.42, 1.48)
 class Scenes:
     """N scenes of up to two objects; all index tensors are int64.
 
-    background [N], count [N] (1 or 2), shape/colour/motion [N, 2], vertical_split [N] (1: the two objects live in the
-    left and right halves, 0: top and bottom; the first is the left or upper one), chance [N, 2, 6] (uniform numbers
-    that fix sizes and paths), blur [N] (edge width in pixels at 128, 0 is sharp), fade [N] (0..1, share of the
-    background mixed into objects).
+    Attributes:
+        background: [N].
+        count: number of objects, 1 or 2, [N].
+        shape: [N, 2], as are `colour` and `motion`.
+        vertical_split: [N]; with 1 the objects stay in the left and the right half, with 0 in the upper and the lower
+            one. The first object is the left or upper one.
+        chance: uniform numbers that fix sizes and paths, [N, 2, 6].
+        blur: width of edges in pixels of a picture of 128, 0 is sharp, [N].
+        fade: share of the background mixed into objects, 0 to 1, [N].
     """
 
     background: Tensor
@@ -66,9 +71,11 @@ class Scenes:
         return self.background.shape[0]
 
     def pick(self, index: Tensor | slice) -> Scenes:
+        """Return some of the scenes."""
         return Scenes(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
     def to(self, device: torch.device | str) -> Scenes:
+        """Return the scenes on a device."""
         return Scenes(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
@@ -103,11 +110,11 @@ def make_scenes(shape: Tensor, colour: Tensor, motion: Tensor, count: Tensor, ge
 def random_scenes(
     n: int, generator: torch.Generator, two: float = 0.5, forbidden: Tensor | None = None, alike: float = 0.25
 ) -> Scenes:
-    """Draw n scenes; `two` is the share with two objects, and `alike` the share of these that are alike in everything.
+    """Draw n random scenes. A share `two` has two objects, and a share `alike` of these has two equal ones.
 
-    forbidden: bool [colours, shapes, motions]; objects whose triple is set there are never drawn (held-out set).
-    Of the pairs that differ, a sixth share shape and colour and another sixth their motion, because captions name
-    these once or in the same words; the rest share nothing on purpose: there each object must keep its own words.
+    Objects whose triple is set in `forbidden`, bool [colours, shapes, motions], are never drawn: the held-out set.
+    Of the pairs that differ, a sixth has the same shape and colour and another sixth the same motion, because captions
+    name these once or in the same words. The rest differ in everything: each object must keep its own words.
     """
     pool = torch.cartesian_prod(*(torch.arange(k) for k in (len(COLOURS), len(SHAPES), len(MOTIONS))))
     if forbidden is not None:
@@ -130,7 +137,7 @@ def random_scenes(
 
 
 def degrade(scenes: Scenes, generator: torch.Generator) -> Scenes:
-    """The same scenes blurred and faded: what the negative captions describe."""
+    """Blur and fade scenes in place, as the negative captions describe them, and return them."""
     n = len(scenes)
     scenes.blur = 10 + 14 * torch.rand(n, generator=generator)
     scenes.fade = 0.35 + 0.35 * torch.rand(n, generator=generator)
@@ -138,7 +145,7 @@ def degrade(scenes: Scenes, generator: torch.Generator) -> Scenes:
 
 
 def paths(scenes: Scenes, frames: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Centres [N, 2, frames, 2] (x, y in pixels) and radii [N, 2, frames] (pixels) of the objects.
+    """Return the objects' centres [N, 2, frames, 2] (x, y) and radii [N, 2, frames], in pixels.
 
     The whole movement fits the clip whatever its length, so objects never leave the frame.
     """
@@ -186,7 +193,7 @@ def paths(scenes: Scenes, frames: int, height: int, width: int) -> tuple[Tensor,
 
 
 def render(scenes: Scenes, frames: int, height: int, width: int) -> Tensor:
-    """Draw clips [N, 3, frames, height, width] in [-1, 1]; edges are smooth over one pixel, or over `blur`."""
+    """Render clips [N, 3, frames, height, width] in [-1, 1]. Edges are smooth over one pixel, or over `blur`."""
     device = scenes.chance.device
     centre, radius = paths(scenes, frames, height, width)
     palette = torch.tensor(list(COLOURS.values()), device=device) / 127.5 - 1

@@ -1,4 +1,4 @@
-"""The tiny model's tokenizer, and text encoding in training exactly as WanPipeline sees it.
+"""The tiny model's tokenizer, and text encoding for training, equal to that of WanPipeline.
 
 WanPipeline pads every prompt to 512 tokens and zeroes the padding's embeddings, but leaves the 512 slots in the
 cross-attention. In training one zero slot stands for all of them: its logit is raised by log(number of slots), which
@@ -38,7 +38,10 @@ TEXT_CONFIG: dict[str, Any] = {
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: no text is unknown to it. Han characters are split apart, so a token never spans a phrase."""
+    """Train a byte-level BPE, to which no text is unknown.
+
+    Han characters are split apart, so that a token never spans a phrase.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -68,15 +71,16 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def new_text_encoder(vocabulary: int) -> UMT5EncoderModel:
+    """Return an untrained text encoder for so many tokens."""
     encoder = UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, **TEXT_CONFIG))
     nn.init.normal_(encoder.shared.weight, std=1.0)
     return encoder
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """Padded ids int16 [n, LENGTH]; 0 is padding.
+    """Return the tokens of texts as int16 [n, LENGTH]; 0 is padding.
 
-    Straight from the backend, which uses all cores: a padded batch of transformers' own takes three times as long.
+    They come from the backend, which uses all cores: a padded batch of transformers takes three times as long.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
@@ -89,7 +93,7 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
 
 
 def embed(encoder: UMT5EncoderModel, ids: Tensor) -> Tensor:
-    """ids int [n, LENGTH] to embeddings [n, LENGTH + 1, d]: padding zeroed, and the zero slot last."""
+    """Encode tokens [n, LENGTH] to embeddings [n, LENGTH + 1, d], with zeroed padding and the zero slot last."""
     mask = ids > 0
     hidden = encoder(ids.long(), mask.long()).last_hidden_state
     return F.pad(hidden * mask[..., None].to(hidden.dtype), (0, 0, 0, 1))
@@ -106,6 +110,7 @@ class ShortCrossAttention:
     _attention_backend = None
 
     def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Return the attention of `hidden_states` to the text."""
         heads = attn.heads
         q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (heads, -1)).transpose(1, 2)
         k = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (heads, -1)).transpose(1, 2)
@@ -125,10 +130,10 @@ class ShortCrossAttention:
 
 
 class Reader(nn.Module):
-    """Auxiliary heads, used in training only: what the caption tells, read from the embeddings.
+    """Auxiliary heads for training, which read from the embeddings what a caption tells.
 
     Eight questions (colour, shape, motion of the first and second object; background; count) attend to the tokens;
-    class 0 means "not told". It teaches the encoder the words in seconds, long before denoising would.
+    class 0 means "not told". This teaches the encoder the words in seconds, long before denoising would.
     """
 
     CLASSES = (9, 5, 8, 9, 5, 8, 6, 3)
@@ -145,9 +150,15 @@ class Reader(nn.Module):
         self.register_buffer("spare", spare, persistent=False)
 
     def forward(self, embeddings: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """embeddings [n, LENGTH + 1, d], targets [n, 8] (-1: ignore) to (loss, share of right answers).
+        """Return the loss and the share of right answers.
 
-        All questions at once and without indexing by a mask, which would make the host wait for the device.
+        All questions are computed at once and without indexing by a mask, which would make the host wait for the
+        device.
+
+        Args:
+            embeddings: [n, LENGTH + 1, d].
+            ids: tokens, [n, LENGTH].
+            targets: the right classes, [n, 8]; -1 is ignored.
         """
         tokens = embeddings[:, :-1]
         logits = torch.einsum("qd,ntd->nqt", self.query, self.key(tokens)).masked_fill((ids == 0)[:, None], -1e4)

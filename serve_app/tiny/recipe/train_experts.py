@@ -33,7 +33,7 @@ OTHER_EVERY = 16  # steps between two batches of another size, which run without
 
 
 def prepare(t: Trainer, budget: Budget) -> tuple[Data, list[Data]]:
-    """The clips of the main size and of the others, with their captions; compiles and teaches words on the way."""
+    """Return the clips of the main size and of the others, with captions. Compiles and teaches words meanwhile."""
     args = t.args
 
     def told(what: str) -> None:
@@ -73,6 +73,7 @@ def prepare(t: Trainer, budget: Budget) -> tuple[Data, list[Data]]:
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train until the minutes are used up, and save."""
     budget = Budget(args.minutes)
     t = Trainer(args)
     device = t.device
@@ -121,6 +122,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True, help="folder for the weights, the state and the log")
     parser.add_argument("--minutes", type=float, default=8.0, help="wall-clock budget of this command")

@@ -43,7 +43,10 @@ LATENT_NOISE = 0.1
 def make_pool(
     n: int, size: tuple[int, int, int], generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """n clips uint8 [n, 3, T, H, W] and their background colours [n, 3] in [-1, 1]; one in twelve is degraded."""
+    """Render n clips, uint8 [n, 3, T, H, W], and return their background colours too, [n, 3] in [-1, 1].
+
+    One chunk in twelve is degraded.
+    """
     clips, grounds = [], []
     chunk = max(1, min(n, 2**27 // (size[0] * size[1] * size[2] * 4)))
     palette = torch.tensor(list(BACKGROUNDS.values()), device=device) / 127.5 - 1
@@ -58,7 +61,7 @@ def make_pool(
 
 
 def decoding_loss(vae: AutoencoderKLWan, z: Tensor, clip: Tensor, ground: Tensor, square: float) -> Tensor:
-    """Error of the clip decoded from noisy latents, weighted towards the objects and their surroundings.
+    """Return the error of a clip decoded from noisy latents, weighted towards the objects and their surroundings.
 
     Objects cover a few per cent of a clip; without the weight an L1 loss is content with their background. `square`
     is the share of the squared error, which the PSNR measures.
@@ -73,7 +76,7 @@ def decoding_loss(vae: AutoencoderKLWan, z: Tensor, clip: Tensor, ground: Tensor
 
 
 def loss_of(vae: AutoencoderKLWan, clip: Tensor, ground: Tensor, square: float, decoder_only: bool) -> Tensor:
-    """The whole loss of a batch of clips; with decoder_only the encoder gets no gradient."""
+    """Return the whole loss of a batch of clips. With `decoder_only` the encoder gets no gradient."""
     with torch.set_grad_enabled(not decoder_only):
         z = fullseq.encode(vae, clip).float()
     loss = decoding_loss(vae, z, clip, ground, square)
@@ -82,7 +85,7 @@ def loss_of(vae: AutoencoderKLWan, clip: Tensor, ground: Tensor, square: float, 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKLWan, clips: Tensor, batch: int = 16, noise: float = 0.0) -> float:
-    """Mean over clips of the PSNR (dB, full clip, range 2) of decode(encode(clip)); noise as in training."""
+    """Return the mean PSNR of decode(encode(clip)) over clips, in dB for the range 2; `noise` is added to latents."""
     values = []
     for part in clips.split(batch):
         x = from_bytes(part)
@@ -97,7 +100,7 @@ def psnr(vae: AutoencoderKLWan, clips: Tensor, batch: int = 16, noise: float = 0
 def export(vae: AutoencoderKLWan, clips: Tensor | None, folder: Path, batch: int = 16) -> None:
     """Measure latents_mean/std on clips, make the posterior's width constant, and save fp16 weights.
 
-    clips None: the latents are those of the configuration, whose mean and width stay to the last digit.
+    Without clips the mean and width of the configuration are kept to the last digit.
     """
     mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
     if clips is not None:
@@ -118,6 +121,7 @@ def export(vae: AutoencoderKLWan, clips: Tensor | None, folder: Path, batch: int
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train until the minutes are used up, and save."""
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
@@ -210,6 +214,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True, help="folder for the weights and the log")
     parser.add_argument("--minutes", type=float, default=8.0, help="wall-clock budget of this command")

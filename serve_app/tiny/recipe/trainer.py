@@ -26,13 +26,13 @@ DROPOUT = 0.12
 
 
 def read_words(text: UMT5EncoderModel, reader: Reader, ids: Tensor, told: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(embeddings, auxiliary loss, share right) of captions: one function, to be compiled as one."""
+    """Return embeddings, auxiliary loss and share of right answers of captions. One function, to be compiled as one."""
     words = embed(text, ids)
     return words, *reader(words, ids, told)
 
 
 def _tokenizer(args: argparse.Namespace, work: Path, weights: Path | None) -> PreTrainedTokenizerFast:
-    """That of the work folder, of the weights, the shipped one, or a fresh one; saved to the work folder."""
+    """Return the tokenizer of the work folder, of the weights, the shipped one, or a new one, and save it in `work`."""
     places = [work, *([weights] if weights else [] if args.fresh_tokenizer else [CHECKPOINT])]
     source = next((p for p in places if (p / "tokenizer").exists()), None)
     if source is None:
@@ -45,10 +45,14 @@ def _tokenizer(args: argparse.Namespace, work: Path, weights: Path | None) -> Pr
 
 
 class Trainer:
-    """Everything that a checkpoint of the training holds."""
+    """The trained modules with optimisers, averages, step and log: all that a checkpoint of the training holds."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Raises FileNotFoundError where --resume finds weights neither in the work folder nor in --source."""
+        """Make or load everything.
+
+        Raises:
+            FileNotFoundError: --resume finds weights neither in the work folder nor in --source.
+        """
         self.args, self.device, self.work = args, pick_device(args.device), Path(args.work)
         self.work.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(args.seed)
@@ -104,6 +108,7 @@ class Trainer:
         self.fast_words = torch.compile(read_words, dynamic=False) if self.compiled else read_words
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restore the state that `save` has written."""
         for name in ("text", "experts", "reader", "adam"):
             getattr(self, name).load_state_dict(state[name])
         self.ema.mean, self.ema.updates = state["ema"], state["updates"]
@@ -111,7 +116,7 @@ class Trainer:
         self.step, self.spent = state["step"], state["minutes"]
 
     def save(self, minutes: float) -> None:
-        """State to resume exactly, averaged weights in fp16, log."""
+        """Write the state for an exact resume, the averaged weights in fp16, and the log."""
         state = {name: getattr(self, name).state_dict() for name in ("text", "experts", "reader", "adam")}
         state |= {
             "ema": self.ema.mean,
@@ -132,7 +137,10 @@ class Trainer:
         self.log.save()
 
     def losses(self, data: Data, n: int, compiled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(high-noise, low-noise, words' loss, words' share right) on one batch of n clips."""
+        """Return the losses of high-noise expert, low-noise expert and words, and the words' share of right answers.
+
+        They are those of one batch of n clips.
+        """
         x, ids, told = data.batch(n)
         cut = round(n * self.args.high_share / 8) * 8
         drop = torch.rand(n, device=self.device) < DROPOUT
@@ -149,6 +157,7 @@ class Trainer:
         return parts[0], parts[1], aux, right
 
     def update(self, loss: Tensor, rate: float) -> None:
+        """Do one step of both optimisers, and update the averages."""
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in self.every if p.grad is not None], 1.0)
         for group in self.adam.param_groups:
@@ -162,7 +171,7 @@ class Trainer:
             p.grad = None
 
     def learn_words(self, ids: Tensor, told: Tensor, minutes: float, steps: int, heads_only: bool) -> None:
-        """Teach the text encoder alone, before there are latents; or only the heads that will watch over it."""
+        """Train the text encoder with the auxiliary heads, before there are latents; or the heads alone."""
         budget, n = Budget(minutes), min(1024, len(ids))
         flat_ids, flat_told = ids.flatten(0, 1), told.flatten(0, 1)
         taught = [*self.reader.parameters(), *([] if heads_only else self.text.parameters())]
@@ -186,7 +195,7 @@ class Trainer:
             self.ema = Ema(self.parameters, self.ema.decay)
 
     def warm_up(self, n: int, latents: tuple[int, int, int]) -> None:
-        """Compile on random numbers: n clips whose latents have (frames, height, width)."""
+        """Compile the step on random numbers: n clips whose `latents` are (frames, height, width)."""
         x = torch.randn(n, 16, *latents, device=self.device)
         told = torch.zeros(n, 1, 8, dtype=torch.long, device=self.device)
         with torch.autocast("cuda", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""The fallback without namespaces: several Ray nodes that share this machine's address, each with its own ports."""
+"""The fallback without namespaces: Ray nodes that share this machine's address, each with its own ports."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NoReturn
 
 import psutil
 
-from cluster.errors import ClusterError
+from cluster.dev.errors import ClusterError
 
 MARK = "RAY_DEV_CLUSTER"
-"""An environment variable, NAME/HOST, that every process of a cluster inherits: how its processes are found again."""
+"""An environment variable with the value NAME/HOST. Every process of a cluster inherits it, and is found by it."""
 
 
 class Loopback:
-    """Hosts in name only. The same methods as `Namespaces`.
+    """Hosts in name only, with the same methods as `Namespaces`.
 
     Args:
-        name: of the cluster.
+        name: the cluster's name.
     """
 
     limits = (
@@ -30,48 +30,48 @@ class Loopback:
 
     @staticmethod
     def clusters() -> set[str]:
-        """Names of clusters that have left anything on this machine."""
+        """Return the names of clusters that have left anything on this machine."""
         return {mark.split("/")[0] for _, mark in _marked()}
 
     def create(self, hosts: list[str]) -> None:
-        """Nothing has to be made."""
+        """Do nothing: there is nothing to make."""
 
     def ip(self, host: str) -> str:
-        """The address of this machine that Ray takes: it replaces 127.0.0.1 by another."""
+        """Return the address of this machine that Ray uses: it replaces 127.0.0.1 by another one."""
         from ray.util import get_node_ip_address
 
         return str(get_node_ip_address())
 
     def command(self, host: str, argv: list[str]) -> list[str]:
-        """`argv` as it is."""
+        """Return `argv` unchanged."""
         return argv
 
     def pids(self, host: str) -> list[int]:
-        """Every process of a host's Ray node."""
+        """Return every process of a host's Ray node."""
         return [pid for pid, mark in _marked() if mark == f"{self.name}/{host}"]
 
     def all_pids(self) -> list[int]:
-        """Every process of the cluster."""
+        """Return every process of the cluster."""
         return [pid for pid, mark in _marked() if mark.startswith(f"{self.name}/")]
 
     def set_link(self, host: str, up: bool) -> None:
-        """Impossible unless it is up already."""
+        """Refuse to take a link down; there is none."""
         if not up:
             self._refuse(host)
 
     def is_cut(self, host: str) -> bool:
-        """Never."""
+        """Return False: a host on loopback is never cut."""
         return False
 
     def remove(self) -> None:
-        """Nothing was made."""
+        """Do nothing: nothing was made."""
 
     def _refuse(self, host: str) -> NoReturn:
         raise ClusterError(f"host {host} cannot be cut: this cluster runs on loopback, expected one of namespaces")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on right now, all different."""
+    """Return different ports that nobody listens on right now."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:

@@ -1,4 +1,4 @@
-"""What the control process says of the hosts. Asked by a program of its own: a process can know one token only."""
+"""The hosts as the control process sees them. A program of its own asks: a process can have one token only."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-_REPOSITORY = Path(__file__).parent.parent
+_REPOSITORY = Path(__file__).parents[2]
+_PROGRAM = "from cluster.dev.view import main; main()"
 
 
 @dataclass(frozen=True)
 class RayNode:
-    """One Ray node that was ever part of the cluster. A host that came back has several."""
+    """A Ray node that is or was part of the cluster. A host that came back has had several."""
 
     host: int
     ip: str
     alive: bool
     reason: str
-    """Why it is dead, empty if it is not."""
+    """The reason of its death; empty if it is alive."""
     resources: dict[str, float]
     labels: dict[str, str]
     node_id: str
 
 
 def read(address: str, timeout_s: float) -> list[RayNode]:
-    """Ask the control process at `address`. RAY_AUTH_TOKEN must be set.
+    """Ask the control process at `address` for its nodes. RAY_AUTH_TOKEN must be set.
 
     Raises:
-        Exception: whatever Ray raises when nobody answers.
+        Exception: whatever Ray raises if nobody answers.
     """
     host, _, port = address.rpartition(":")
-    socket.create_connection((host, int(port)), timeout=timeout_s).close()  # where nobody listens Ray tries for 40 s
-    # Ray's public calls need a living Ray node on this machine, or the dashboard; this one the control process only.
+    socket.create_connection((host, int(port)), timeout=timeout_s).close()  # if nobody listens, Ray tries for 40 s
+    # Ray's public calls need a living Ray node on this machine, or the dashboard; this one only the control process.
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
@@ -58,13 +59,15 @@ def read(address: str, timeout_s: float) -> list[RayNode]:
 def ask(
     address: str, environment: Mapping[str, str], timeout_s: float, alive: Collection[int] | None
 ) -> tuple[list[RayNode] | None, str]:
-    """The nodes that the control process at `address` knows, or why they are not known.
+    """Return the nodes that the control process knows, or None and the reason.
 
     Args:
+        address: host:port of the control process.
         environment: holds the token.
+        timeout_s: give up after this time.
         alive: wait until exactly these hosts are alive; None does not wait.
     """
-    argv = [sys.executable, "-m", "cluster.view", address, str(timeout_s)]
+    argv = [sys.executable, "-c", _PROGRAM, address, str(timeout_s)]
     argv += [] if alive is None else [",".join(str(host) for host in alive)]
     try:
         done = subprocess.run(
@@ -78,9 +81,9 @@ def ask(
 
 
 def main() -> None:
-    """`python -m cluster.view ADDRESS TIMEOUT [HOSTS]`: print the nodes as JSON, once exactly HOSTS are alive if given.
+    """Print the nodes as JSON, once exactly HOSTS are alive if given: the program that `ask` runs.
 
-    HOSTS is like `0,2`. The status is 1 if the time is up.
+    Its arguments are ADDRESS TIMEOUT [HOSTS], HOSTS being like `0,2`. The status is 1 if the time is up.
     """
     address, timeout_s = sys.argv[1], float(sys.argv[2])
     wanted = {int(host) for host in sys.argv[3].split(",")} if len(sys.argv) > 3 else None
@@ -100,7 +103,3 @@ def main() -> None:
             print(alive, file=sys.stderr)
             sys.exit(1)
         time.sleep(0.1)
-
-
-if __name__ == "__main__":
-    main()

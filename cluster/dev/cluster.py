@@ -1,4 +1,4 @@
-"""A cluster of several hosts on this machine: made, hurt, mended and taken down."""
+"""A cluster of several hosts on this machine: brought up, given faults, repaired and taken down."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any
 
-from cluster import processes
-from cluster.errors import ClusterError, bad_option
-from cluster.host import Host
-from cluster.loopback import MARK
-from cluster.namespaces import REDIS, Namespaces, missing
-from cluster.options import plan
-from cluster.state import load
-from cluster.teardown import is_up, network_of, take_down
-from cluster.view import RayNode, ask
+from cluster.dev import processes
+from cluster.dev.errors import ClusterError, bad_option
+from cluster.dev.host import Host
+from cluster.dev.loopback import MARK
+from cluster.dev.namespaces import REDIS, Namespaces, missing
+from cluster.dev.options import plan
+from cluster.dev.state import load
+from cluster.dev.teardown import is_up, network_of, take_down
+from cluster.dev.view import RayNode, ask
 
 Say = Callable[[str], None]
 
@@ -29,19 +29,21 @@ class Cluster:
 
     Args:
         nodes: number of hosts; host 0 is the head.
-        name: 1 to 8 small letters and digits, unique on this machine; makes one up if not given.
-        cpus, gpus: what each host declares to Ray, or what those in a mapping by host do.
-        labels, resources: Ray node labels and custom resources, by host.
+        name: 1 to 8 small letters and digits, unique on this machine; None makes one up.
+        cpus: CPUs that each host declares to Ray, or a mapping from host to CPUs.
+        gpus: the same for GPUs.
+        labels: Ray node labels by host.
+        resources: custom resources by host.
         redis: HOST:PORT of a Redis that keeps the control process's state, or `auto` to start one.
         dashboard: run Ray's dashboard on host 0, port 8265 (`serve deploy` and the jobs API need it).
-        loopback: True forces the fallback without namespaces, None takes it where they are missing.
-        object_store_mb: Ray's object store of each host.
+        loopback: True forces the fallback without namespaces, None takes it if they are missing.
+        object_store_mb: size of Ray's object store on each host, in MB.
         config: Ray's internal options (`health_check_period_ms`, ...), the same everywhere.
-        detached: nobody in particular takes it down.
+        detached: the cluster outlives this process.
         say: called with a line on each thing that happens.
 
     Raises:
-        ClusterError: an option that cannot work. Nothing has been started then.
+        ClusterError: an option cannot work. Nothing has been started then.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Cluster:
     ) -> None:
         self._say = say
         self.begun = False
-        """Whether `up` has made anything."""
+        """True if `up` may have made anything."""
         self.state = plan(
             nodes,
             name=f"x{secrets.token_hex(3)}" if name is None else name,
@@ -85,7 +87,11 @@ class Cluster:
 
     @classmethod
     def attach(cls, name: str, say: Say = lambda line: None) -> Cluster:
-        """The cluster of that name that some process has brought up.
+        """Return the cluster of that name, brought up by some process.
+
+        Args:
+            name: the cluster's name.
+            say: called with a line on each thing that happens.
 
         Raises:
             ClusterError: there is none.
@@ -108,12 +114,12 @@ class Cluster:
 
     @property
     def name(self) -> str:
-        """The name by which other shells find it."""
+        """The cluster's name, by which other shells find it."""
         return self.state.name
 
     @property
     def exists(self) -> bool:
-        """Whether nobody has taken it down."""
+        """True if nobody has taken the cluster down."""
         try:
             return load(self.name).token == self.state.token
         except ClusterError:
@@ -126,24 +132,24 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """Where the control process listens."""
+        """The host:port of the control process."""
         return f"{self.network.ip('0')}:{self.state.port}"
 
     @property
     def variables(self) -> dict[str, str]:
-        """What a client's environment needs beside what it has."""
+        """The environment variables that a client needs."""
         return processes.variables(self.state, self.address)
 
     @property
     def env(self) -> dict[str, str]:
-        """A whole environment for clients: this process's and `variables`."""
+        """A whole environment for clients: that of this process, and `variables`."""
         return {**os.environ, **self.variables}
 
     def up(self) -> None:
         """Make the hosts and start Ray on each. Returns when all are registered.
 
         Raises:
-            ClusterError: one by that name is up, or something did not start. Nothing is left then.
+            ClusterError: a cluster of that name is up, or something did not start. Nothing is left then.
         """
         if is_up(self.name):
             raise ClusterError(f"name has value {self.name!r}, expected one that is not in use: `down` takes it down")
@@ -170,7 +176,7 @@ class Cluster:
         self._start(*range(1, len(keys)))
 
     def down(self) -> None:
-        """Kill every process of every host and remove all that was made; does nothing where nothing is left."""
+        """Kill every process of every host, and remove all that `up` made. Does nothing if nothing is left."""
         killed = take_down(self.name)
         self._say(f"{self.name}: is down, {killed} processes ended")
 
@@ -180,10 +186,11 @@ class Cluster:
         self._say(f"host {host}: {killed} processes killed")
 
     def cut(self, host: int, seconds: float | None = None) -> None:
-        """Take a host's link down: its processes go on, but reach nobody, and nobody reaches them.
+        """Take a host's link down. Its processes go on, but reach no other host and are not reached.
 
         Args:
-            seconds: put it up again after this time, which is waited for; None leaves it down until `join`.
+            host: the host's number.
+            seconds: wait so long and put the link up again; None leaves it down until `join`.
         """
         key = str(self._host(host).index)
         self.network.set_link(key, False)
@@ -205,36 +212,42 @@ class Cluster:
         self._say("host 0: control process killed")
 
     def join(self, host: int, timeout_s: float = 120) -> None:
-        """Mend a host: put its link up, start what does not run, and wait until the control process holds it for alive.
+        """Repair a host: put its link up, start its Ray node if it does not run, and wait until it counts as alive.
 
-        A host that was cut off for too long ends its own Ray node when it hears that it was held for dead; its Ray node
-        is then started anew, with the same address.
+        A host that was cut off for too long ends its own Ray node when it hears that it counted as dead. Its Ray node
+        is then started again, with the same address.
+
+        Args:
+            host: the host's number.
+            timeout_s: give up after this time.
 
         Raises:
-            ClusterError: without a Redis, a control process that is gone cannot come back; or the time is up.
+            ClusterError: the control process is gone and there is no Redis to restore it from, or the time is up.
         """
-        mended = self._host(host)
+        repaired = self._host(host)
         self.network.set_link(str(host), True)
-        if host == 0 and processes.control(mended.pids()) is None:
+        if host == 0 and processes.control(repaired.pids()) is None:
             if not self.state.redis:
                 raise ClusterError("host 0 lost what its control process knew, expected a cluster with --redis")
-            if mended.runs_ray:
+            if repaired.runs_ray:
                 processes.restart_control(self.state, self.network)
                 self._say("host 0: control process started again")
         deadline = time.monotonic() + timeout_s
         while True:
-            if not mended.runs_ray:
-                processes.kill_all(mended.pids)  # what a dead Ray node leaves behind would be in the way of the new one
+            if not repaired.runs_ray:
+                processes.kill_all(
+                    repaired.pids
+                )  # processes that a dead Ray node left would be in the way of the new one
                 self._start(host)
                 if host == 0:
-                    processes.remember_control(self.state, mended.pids())
+                    processes.remember_control(self.state, repaired.pids())
             if any(node.alive and node.host == host for node in self._look(2) or ()):
                 return
             if time.monotonic() > deadline:
                 raise ClusterError(f"host {host}: is not back after {timeout_s:g} s")
 
     def view(self, timeout_s: float = 10) -> list[RayNode]:
-        """The Ray nodes that the control process knows, dead ones too.
+        """Return the Ray nodes that the control process knows, dead ones included.
 
         Raises:
             ClusterError: it does not answer.
@@ -245,10 +258,10 @@ class Cluster:
         return found
 
     def wait_alive(self, hosts: Collection[int], timeout_s: float = 120) -> float:
-        """Wait until exactly these hosts are held for alive.
+        """Wait until exactly these hosts count as alive.
 
         Returns:
-            How long that took, in seconds.
+            The seconds that this took.
 
         Raises:
             ClusterError: the time is up.
@@ -259,11 +272,11 @@ class Cluster:
         return time.monotonic() - started
 
     def run(self, host: int, argv: Collection[Any], **options: Any) -> subprocess.CompletedProcess[Any]:
-        """`subprocess.run` inside a host, with `env`."""
+        """Call `subprocess.run` inside a host, with `inner_env`."""
         return subprocess.run(self.inside(host, argv), **{"env": self.inner_env(host), **options})
 
     def popen(self, host: int, argv: Collection[Any], **options: Any) -> subprocess.Popen[Any]:
-        """`subprocess.Popen` inside a host, with `env`."""
+        """Call `subprocess.Popen` inside a host, with `inner_env`."""
         return subprocess.Popen(self.inside(host, argv), **{"env": self.inner_env(host), **options})
 
     def _host(self, host: int) -> Host:
@@ -272,15 +285,15 @@ class Cluster:
         return self.nodes[host]
 
     def inside(self, host: int, argv: Collection[Any]) -> list[str]:
-        """`argv`, to be run inside a host from outside."""
+        """Return the command line that runs `argv` inside a host."""
         return self.network.command(str(self._host(host).index), [str(argument) for argument in argv])
 
     def inner_env(self, host: int) -> dict[str, str]:
-        """`env` for a process inside a host."""
+        """Return the whole environment of a process inside a host."""
         return {**self.env, MARK: f"{self.name}/{host}"}
 
     def _start(self, *hosts: int) -> None:
-        """Start Ray on hosts at the same time."""
+        """Start Ray on several hosts at the same time."""
         began = time.monotonic()
         starting = {host: processes.start_ray(self.state, self.network, host, self.address) for host in hosts}
         for host, process in starting.items():
@@ -288,6 +301,6 @@ class Cluster:
             self._say(f"host {host}: Ray runs at {self.nodes[host].ip} after {time.monotonic() - began:.1f} s")
 
     def _look(self, timeout_s: float, alive: Collection[int] | None = None) -> list[RayNode] | None:
-        """The control process's nodes, once those `alive` are alive if given; None if the time is up."""
+        """Return the control process's nodes, if given once exactly `alive` are alive; None if the time is up."""
         nodes, self._problem = ask(self.address, self.env, timeout_s, alive)
         return nodes

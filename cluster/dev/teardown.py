@@ -1,4 +1,4 @@
-"""Taking clusters down by their name, whoever brought them up and however far that came."""
+"""The end of clusters, found by their name: whoever brought them up, and however far that came."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import shutil
 import subprocess
 import sys
 
-from cluster import state
-from cluster.errors import ClusterError
-from cluster.loopback import Loopback
-from cluster.namespaces import Namespaces
-from cluster.processes import kill_all, storage_namespace
-from cluster.state import State
+from cluster.dev import state
+from cluster.dev.errors import ClusterError
+from cluster.dev.loopback import Loopback
+from cluster.dev.namespaces import Namespaces
+from cluster.dev.processes import kill_all, storage_namespace
+from cluster.dev.state import State
 
 _FORGET = """
 import sys
@@ -22,12 +22,12 @@ cleanup_redis_storage(sys.argv[1], int(sys.argv[2]), "", False, sys.argv[3])
 
 
 def network_of(cluster: State) -> Namespaces | Loopback:
-    """The hosts of a cluster."""
+    """Return the network of a cluster."""
     return Loopback(cluster.name) if cluster.loopback else Namespaces(cluster.name)
 
 
 def is_up(name: str) -> bool:
-    """Whether a cluster by that name runs and somebody wants it."""
+    """Return True if a cluster of that name runs and has not been abandoned."""
     try:
         found = state.load(name)
     except ClusterError:
@@ -39,7 +39,7 @@ def take_down(name: str) -> int:
     """Kill all processes of a cluster and remove its hosts, links and folder.
 
     Returns:
-        How many processes there were.
+        The number of processes killed.
     """
     killed = 0
     for network in _networks(name):
@@ -51,20 +51,20 @@ def take_down(name: str) -> int:
         found = None
     if found is not None and found.redis and not found.own_redis:
         host, _, port = found.redis.rpartition(":")
-        # In a process of its own: this one need not have Ray, nor end when Ray's client finds no Redis any more.
+        # Done by a process of its own: this one need not have Ray, nor end when Ray's client finds no Redis.
         subprocess.run([sys.executable, "-c", _FORGET, host, port, storage_namespace(found)], capture_output=True)
     state.remove(name)
     return killed
 
 
 def leftovers() -> list[str]:
-    """Names of all clusters that this machine has anything of, up or left behind."""
+    """Return the names of all clusters that this machine has anything of, up or left behind."""
     found = set(state.names()) | Loopback.clusters()
     return sorted(found | (Namespaces.clusters() if _has_namespaces() else set()))
 
 
 def abandoned() -> list[str]:
-    """Names of those whose owner ended without taking them down."""
+    """Return the names of clusters whose owner ended without taking them down."""
     found = []
     for name in state.names():
         try:

@@ -1,4 +1,4 @@
-"""Checks of what a cluster is asked to be."""
+"""Checks of a cluster's options."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import psutil
 
-from cluster.errors import bad_option
-from cluster.loopback import free_ports
-from cluster.namespaces import missing
-from cluster.state import HostSpec, State
+from cluster.dev.errors import bad_option
+from cluster.dev.loopback import free_ports
+from cluster.dev.namespaces import missing
+from cluster.dev.state import HostSpec, State
 
 MOST_HOSTS = 32  # two digits in the name of a link
 
@@ -34,10 +34,10 @@ def plan(
     config: Mapping[str, Any],
     owned: bool,
 ) -> State:
-    """A cluster to be; the options are those of `Cluster`.
+    """Return the state of a cluster that is still to be made. The options are those of `Cluster`.
 
     Raises:
-        ClusterError: an option that cannot work.
+        ClusterError: an option cannot work.
     """
     if not re.fullmatch("[a-z][a-z0-9]{0,7}", name):
         raise bad_option("name", name, "1 to 8 small letters and digits, the first a letter")
@@ -97,7 +97,7 @@ def _host_specs(
 
 
 def _redis_address(value: str, loopback: bool) -> str:
-    """`value`, if a server listens there and it is not loopback, where each host is alone."""
+    """Return the address of a Redis, after a check that it answers and that all hosts can reach it."""
     host, _, port = value.rpartition(":")
     if not host or not port.isdigit():
         raise bad_option("redis", value, "HOST:PORT or auto")

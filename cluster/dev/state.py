@@ -1,4 +1,4 @@
-"""What a cluster is, in a file that other shells read."""
+"""The description of a cluster, in a file that other shells read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from cluster.errors import ClusterError
-from cluster.namespaces import PREFIX
+from cluster.dev.errors import ClusterError
+from cluster.dev.namespaces import PREFIX
 
 # Always /tmp: Ray puts sockets into it, whose paths may have 107 characters, and `down` looks from any environment.
 _ROOT = Path("/tmp")
@@ -19,7 +19,7 @@ _ROOT = Path("/tmp")
 
 @dataclass(frozen=True)
 class HostSpec:
-    """What one host declares to Ray."""
+    """The resources and labels that a host declares to Ray."""
 
     cpus: int = 4
     gpus: int = 0
@@ -29,14 +29,20 @@ class HostSpec:
 
 @dataclass(frozen=True)
 class State:
-    """All that is needed to start, find and end the processes of a cluster.
+    """The description of a cluster: all that is needed to start, find and end its processes.
 
-    Args:
-        port: where the control process of host 0 listens.
-        dashboard: port of the dashboard; 0 is none.
-        redis: HOST:PORT, empty for none. `own_redis`: it runs inside the cluster.
+    Attributes:
+        name: the cluster's name.
+        hosts: one entry for each host; host 0 is the head.
+        token: Ray's authentication token.
+        loopback: True if hosts are no namespaces.
+        port: the port of host 0 on which the control process listens.
+        dashboard: the dashboard's port; 0 if there is none.
+        redis: HOST:PORT, empty if there is none.
+        own_redis: True if the Redis runs inside the cluster.
+        object_store_mb: size of Ray's object store on each host, in MB.
         config: Ray's internal options (`RAY_<name>` in the environment), the same on all hosts.
-        owner: pid and start time of the process that takes the cluster down when it ends; None is nobody.
+        owner: pid and start time of the process that takes the cluster down when it ends; None if there is none.
     """
 
     name: str
@@ -53,17 +59,17 @@ class State:
 
     @property
     def folder(self) -> Path:
-        """Everything that the cluster writes."""
+        """The folder of all files that the cluster writes."""
         return folder(self.name)
 
     def save(self) -> None:
-        """Write the file, readable for its owner only: it holds the token."""
+        """Write the file. Only its owner can read it, since it holds the token."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
         write_private(self.folder / "state.json", json.dumps(asdict(self), indent=1))
 
     @property
     def abandoned(self) -> bool:
-        """Whether the process that should have taken the cluster down is gone."""
+        """True if the process that should have taken the cluster down is gone."""
         if self.owner is None:
             return False
         pid, started = self.owner
@@ -74,12 +80,12 @@ class State:
 
 
 def folder(name: str) -> Path:
-    """The folder of a cluster by that name."""
+    """Return the folder of the cluster of that name."""
     return _ROOT / f"{PREFIX}{name}"
 
 
 def load(name: str) -> State:
-    """The cluster of that name, up or left behind.
+    """Read the state of the cluster of that name, up or left behind.
 
     Raises:
         ClusterError: there is none.
@@ -95,18 +101,18 @@ def load(name: str) -> State:
 
 
 def names() -> Iterator[str]:
-    """Names of all clusters with a state file."""
+    """Return the names of all clusters with a state file."""
     return (path.parent.name.removeprefix(PREFIX) for path in _ROOT.glob(f"{PREFIX}*/state.json"))
 
 
 def remove(name: str) -> None:
-    """Delete a cluster's folder."""
+    """Delete a cluster's folder, if there is one."""
     if folder(name).exists():
         shutil.rmtree(folder(name))
 
 
 def write_private(path: Path, content: str) -> None:
-    """Write a file whole or not at all, readable for its owner only."""
+    """Write a file whole or not at all. Only its owner can read it."""
     draft = path.with_suffix(".new")
     draft.touch(mode=0o600)
     draft.write_text(content)

@@ -1,4 +1,4 @@
-"""`python -m cluster.dev`: several hosts on one machine, from the command line. Tests import `Cluster` from here."""
+"""The commands of `python -m cluster.dev`: several hosts on one machine, from the command line."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from cluster.cluster import Cluster
-from cluster.errors import ClusterError, bad_option
-from cluster.host import Host
-from cluster.teardown import leftovers, take_down
-
-__all__ = ["Cluster", "ClusterError", "Host"]
+from cluster.dev.cluster import Cluster
+from cluster.dev.errors import ClusterError, bad_option
+from cluster.dev.teardown import leftovers, take_down
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Value = TypeVar("Value")
 
-Name = Annotated[str, typer.Option(help="Which cluster: 1 to 8 small letters and digits.")]
+Name = Annotated[str, typer.Option(help="Name of the cluster: 1 to 8 small letters and digits.")]
 Number = Annotated[int, typer.Argument(metavar="N", help="Number of the host; 0 is the head.")]
 
 
@@ -36,18 +33,26 @@ def _main() -> None:
 def up(
     nodes: Annotated[int, typer.Option(help="Number of hosts.")] = 3,
     name: Name = "dev",
-    cpus: Annotated[list[str] | None, typer.Option(metavar="[N:]COUNT", help="CPUs of all hosts, or of one.")] = None,
-    gpus: Annotated[list[str] | None, typer.Option(metavar="[N:]COUNT", help="GPUs, which need not exist.")] = None,
+    cpus: Annotated[
+        list[str] | None, typer.Option(metavar="[N:]COUNT", help="CPUs of all hosts, or of host N.")
+    ] = None,
+    gpus: Annotated[
+        list[str] | None, typer.Option(metavar="[N:]COUNT", help="GPUs to declare; they need not exist.")
+    ] = None,
     labels: Annotated[list[str] | None, typer.Option(metavar="[N:]KEY=VALUE,...", help="Ray node labels.")] = None,
     resources: Annotated[list[str] | None, typer.Option(metavar="[N:]KEY=AMOUNT,...", help="Ray resources.")] = None,
-    redis: Annotated[str | None, typer.Option(metavar="HOST:PORT|auto", help="Keeps what `join 0` needs.")] = None,
+    redis: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT|auto", help="A Redis for the control process; `join 0` needs it.")
+    ] = None,
     config: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Ray's internal options.")] = None,
-    object_store_mb: Annotated[int, typer.Option(help="Ray's object store of each host.")] = 256,
+    object_store_mb: Annotated[int, typer.Option(help="Size of Ray's object store on each host.")] = 256,
     dashboard: Annotated[bool, typer.Option("--dashboard", help="Ray's dashboard on host 0.")] = False,
-    loopback: Annotated[bool, typer.Option("--loopback", help="No namespaces: Ray nodes on one address.")] = False,
+    loopback: Annotated[
+        bool, typer.Option("--loopback", help="Use no namespaces: all Ray nodes have one address.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Return once it is up; `down` takes it down.")] = False,
 ) -> None:
-    """Bring a cluster up and keep it until Ctrl-C, or until somebody takes it down."""
+    """Bring a cluster up, and keep it until Ctrl-C or until somebody takes it down."""
     cluster = Cluster(
         nodes,
         name=name,
@@ -85,9 +90,9 @@ def up(
 @cli.command()
 def down(
     name: Name = "dev",
-    everything: Annotated[bool, typer.Option("--all", help="All of this machine.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Take all clusters of this machine down.")] = False,
 ) -> None:
-    """Take a cluster down, or what a killed run has left of it."""
+    """Take a cluster down, or remove what a killed run has left of it."""
     for one in leftovers() if everything else [name]:
         _say(f"{one}: is down, {take_down(one)} processes ended")
 
@@ -108,7 +113,7 @@ def kill_control(name: Name = "dev") -> None:
 def cut(
     host: Number,
     name: Name = "dev",
-    seconds: Annotated[float | None, typer.Option(min=0, help="Connect it again after this long.")] = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Put the link up again after this long.")] = None,
 ) -> None:
     """Take a host's link down."""
     Cluster.attach(name, _say).cut(host, seconds)
@@ -116,14 +121,14 @@ def cut(
 
 @cli.command()
 def join(host: Number, name: Name = "dev") -> None:
-    """Put a host's link up again, and start what does not run on it."""
+    """Put a host's link up again, and start its Ray node if it does not run."""
     Cluster.attach(name, _say).join(host)
     _say(f"host {host}: is alive")
 
 
 @cli.command()
 def status(name: Name = "dev") -> None:
-    """Each host as this machine and as the control process see it."""
+    """Show each host as this machine and as the control process see it."""
     cluster = Cluster.attach(name)
     try:
         alive = {node.host for node in cluster.view(2) if node.alive}
@@ -141,7 +146,7 @@ def status(name: Name = "dev") -> None:
 
 @cli.command()
 def env(name: Name = "dev") -> None:
-    """Print what clients need in their environment, for `eval`."""
+    """Print the environment variables that clients need, for `eval`."""
     for variable, value in Cluster.attach(name).variables.items():
         print(f"export {variable}={shlex.quote(value)}")
 
@@ -157,7 +162,7 @@ def run(host: Number, command: Annotated[list[str], typer.Argument()], name: Nam
 def _each(
     option: str, entries: list[str] | None, nodes: int, parse: Callable[[str, str], Value], default: Value
 ) -> dict[int, Value]:
-    """`[N:]VALUE` entries as a mapping by host; later ones replace earlier ones."""
+    """Return `[N:]VALUE` entries as a mapping by host. Later entries replace earlier ones."""
     values = dict.fromkeys(range(nodes), default)
     for entry in entries or []:
         host, colon, value = entry.partition(":")
@@ -206,7 +211,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Entry point: errors become one line."""
+    """Run the command line: an error becomes one line."""
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
     try:
@@ -221,7 +226,3 @@ def main() -> None:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         print(f"cluster: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,11 @@
-"""One host, as this machine sees it."""
+"""A host of a cluster, as this machine sees it."""
 
 from __future__ import annotations
 
-from cluster.loopback import Loopback
-from cluster.namespaces import Namespaces
-from cluster.processes import raylet
-from cluster.state import HostSpec
+from cluster.dev.loopback import Loopback
+from cluster.dev.namespaces import Namespaces
+from cluster.dev.processes import raylet
+from cluster.dev.state import HostSpec
 
 
 class Host:
@@ -22,15 +22,15 @@ class Host:
         return self._network.ip(str(self.index))
 
     def pids(self) -> list[int]:
-        """Every process of the host, whoever started it."""
+        """Return every process of the host, whoever started it."""
         return self._network.pids(str(self.index))
 
     @property
     def is_cut(self) -> bool:
-        """Whether its link is down."""
+        """True if the host's link is down."""
         return self._network.is_cut(str(self.index))
 
     @property
     def runs_ray(self) -> bool:
-        """Whether its Ray node runs; the control process may still hold it for dead."""
+        """True if the host's Ray node runs. It may still count as dead for the control process."""
         return raylet(self.pids()) is not None

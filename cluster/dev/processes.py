@@ -1,4 +1,4 @@
-"""Starting and killing what runs inside the hosts: Ray nodes, the control process, a Redis."""
+"""Start and end of the processes inside the hosts: Ray nodes, the control process, a Redis."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pathlib import Path
 
 import psutil
 
-from cluster.errors import ClusterError
-from cluster.loopback import MARK, Loopback, free_ports
-from cluster.namespaces import REDIS, Namespaces
-from cluster.state import State, write_private
+from cluster.dev.errors import ClusterError
+from cluster.dev.loopback import MARK, Loopback, free_ports
+from cluster.dev.namespaces import REDIS, Namespaces
+from cluster.dev.state import State, write_private
 
 START_TIMEOUT_S = 120
 _CONTROL = "gcs_server"
 
 
 def variables(state: State, address: str) -> dict[str, str]:
-    """What a client's environment needs beside what it has."""
+    """Return the environment variables that a client needs."""
     dashboard = f"http://{address.rpartition(':')[0]}:{state.dashboard}"
     return {
         "RAY_ADDRESS": address,
@@ -37,7 +37,7 @@ def variables(state: State, address: str) -> dict[str, str]:
 
 
 def start_ray(state: State, network: Namespaces | Loopback, host: int, address: str) -> subprocess.Popen[bytes]:
-    """Begin to start a host's Ray node; `wait_started` waits for the end of it."""
+    """Begin to start a host's Ray node. `wait_started` waits until it has started."""
     spec, ip = state.hosts[host], network.ip(str(host))
     options: dict[str, object] = {
         "node-ip-address": ip,
@@ -46,7 +46,7 @@ def start_ray(state: State, network: Namespaces | Loopback, host: int, address: 
         "num-gpus": spec.gpus,
         "resources": json.dumps(spec.resources),
         "object-store-memory": state.object_store_mb << 20,
-        # A folder for each: in a shared one, nodes that start at the same time take each other's names for sockets.
+        # Each host has its folder: in a shared one, nodes that start at the same time take each other's socket names.
         "temp-dir": state.folder / str(host),
     }
     if spec.labels:
@@ -58,14 +58,14 @@ def start_ray(state: State, network: Namespaces | Loopback, host: int, address: 
         options["dashboard-port"] = state.dashboard or 8265
     else:
         options["address"] = address
-    if state.loopback:  # whoever has an address of its own keeps Ray's default ports
+    if state.loopback:  # hosts with an address of their own keep Ray's default ports
         ports = free_ports(2)
         options["dashboard-agent-listen-port"] = ports[0]
         if host == 0:
             options["ray-client-server-port"] = ports[1]
     if host == 0:
-        # It names the cluster of a head that was killed; Ray would hold that for running, since other hosts' processes
-        # are in sight.
+        # The file names the cluster of a head that was killed. Ray would take that for running, since it sees the
+        # processes of other hosts.
         (state.folder / "0" / "ray_current_cluster").unlink(missing_ok=True)
     argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats"]
     argv += [
@@ -91,7 +91,7 @@ def _ray_environment(state: State, host: int, address: str) -> dict[str, str]:
         # The first driver would start as many workers as there are declared CPUs, on a machine that has fewer.
         "RAY_prestart_worker_first_driver": "0",
         **variables(state, address),
-        # What a job calls `python` is the one that has Ray.
+        # A job's `python` is the one that has Ray.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         MARK: f"{state.name}/{host}",
     }
@@ -102,7 +102,7 @@ def _ray_environment(state: State, host: int, address: str) -> dict[str, str]:
 
 
 def storage_namespace(state: State) -> str:
-    """The prefix of the cluster's keys in Redis; a later cluster by the same name has another."""
+    """Return the prefix of the cluster's keys in Redis. A later cluster of the same name has another prefix."""
     return f"{state.name}-{state.token[:8]}"
 
 
@@ -110,7 +110,7 @@ def wait_started(state: State, host: int, starting: subprocess.Popen[bytes]) -> 
     """Wait until a host's Ray node is registered.
 
     Raises:
-        ClusterError: it did not start; the message ends with the last lines that it printed.
+        ClusterError: it did not start. The message ends with the last lines that it printed.
     """
     try:
         status = starting.wait(START_TIMEOUT_S)
@@ -121,7 +121,7 @@ def wait_started(state: State, host: int, starting: subprocess.Popen[bytes]) -> 
 
 
 def log_path(state: State, host: int) -> Path:
-    """What `ray start` printed."""
+    """Return the file with the output of `ray start`."""
     return state.folder / f"start-{host}.log"
 
 
@@ -131,7 +131,7 @@ def _tail(state: State, host: int) -> str:
 
 
 def start_redis(state: State, network: Namespaces, port: int) -> None:
-    """Start a Redis without files on a host of its own, so that it outlives host 0."""
+    """Start a Redis that keeps no files, on a host of its own so that it outlives host 0."""
     argv = ["redis-server", "--port", str(port), "--bind", network.ip(REDIS), "--protected-mode", "no"]
     argv += ["--save", "", "--appendonly", "no", "--daemonize", "yes", "--dir", str(state.folder)]
     argv += ["--logfile", str(state.folder / "redis.log")]
@@ -168,7 +168,7 @@ def remember_control(state: State, pids: list[int]) -> None:
 
 
 def restart_control(state: State, network: Namespaces | Loopback) -> None:
-    """Start the control process again by its old command line, in its old environment."""
+    """Start the control process again, with its old command line and environment."""
     old = json.loads((state.folder / "control.json").read_text())
     subprocess.Popen(
         network.command("0", old["argv"]),
@@ -183,12 +183,12 @@ def restart_control(state: State, network: Namespaces | Loopback) -> None:
 
 
 def control(pids: list[int]) -> psutil.Process | None:
-    """The control process (gcs_server) among these."""
+    """Return the control process (gcs_server) among these processes; None if it is not there."""
     return _find(pids, _CONTROL)
 
 
 def raylet(pids: list[int]) -> psutil.Process | None:
-    """The process among these that makes a host a Ray node."""
+    """Return the raylet among these processes, which makes a host a Ray node; None if it is not there."""
     return _find(pids, "raylet")
 
 
@@ -204,10 +204,14 @@ def _find(pids: list[int], executable: str) -> psutil.Process | None:
 
 
 def kill_all(pids: Callable[[], list[int]], timeout_s: float = 30) -> int:
-    """SIGKILL processes, and those that they started meanwhile, until there are none.
+    """SIGKILL processes, and those that they start meanwhile, until none is left.
+
+    Args:
+        pids: returns the processes that are left.
+        timeout_s: give up after this time.
 
     Returns:
-        How many there were.
+        The number of processes killed.
 
     Raises:
         ClusterError: some do not end.

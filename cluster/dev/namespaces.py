@@ -1,4 +1,4 @@
-"""Hosts that are network namespaces, joined by a bridge on which this machine has an address too."""
+"""Hosts that are network namespaces, joined by a bridge that has an address of this machine."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import ClusterError
+from cluster.dev.errors import ClusterError
 
-PREFIX = "rc-"  # of every namespace, link and folder; with a name of 8 characters and "-31" the kernel's 15 for a link
+# Begins the name of every namespace, link and folder. A cluster's name of 8 characters and "-31" make it 14 of the 15
+# characters that the kernel allows for a link.
+PREFIX = "rc-"
 REDIS = "r"  # the key of the host that runs a Redis of the cluster's own
 _NETNS_ETC = Path("/etc/netns")
 
 
 def missing() -> str:
-    """Why this machine cannot have network namespaces, or an empty string if it can."""
+    """Return why this machine cannot have network namespaces, or an empty string if it can."""
     if shutil.which("ip") is None:
         return "iproute2 (the command `ip`) is not installed"
     if os.geteuid() != 0:
@@ -39,14 +41,14 @@ def missing() -> str:
 
 
 class Namespaces:
-    """The network of one cluster. Everything is found again by the cluster's name, so nothing has to be remembered.
+    """The network of one cluster. Everything is found by the cluster's name, so that nothing has to be remembered.
 
     Args:
-        name: of the cluster.
+        name: the cluster's name.
     """
 
     limits = ""
-    """What cannot be tested with this kind of host."""
+    """A sentence on what cannot be tested with this kind of host."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -54,7 +56,7 @@ class Namespaces:
 
     @staticmethod
     def clusters() -> set[str]:
-        """Names of clusters that have left anything on this machine."""
+        """Return the names of clusters that have left anything on this machine."""
         entries = [*_namespaces(), *(link["ifname"] for link in _ip_json("link", "show", "type", "bridge"))]
         return {entry.removeprefix(PREFIX).split("-")[0] for entry in entries if entry.startswith(PREFIX)}
 
@@ -72,7 +74,7 @@ class Namespaces:
         name, address = self._host(host), self.ip(host)
         etc = _NETNS_ETC / name  # `ip netns exec` mounts its files over /etc
         etc.mkdir(parents=True)
-        # The machine's name has to lead to the host's own address: gloo and others listen where it leads.
+        # The machine's name has to resolve to the host's own address: gloo and others listen on that.
         (etc / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
         (etc / "resolv.conf").write_text("")  # no name server answers from here; asking one would take seconds to fail
         _ip("netns", "add", name)
@@ -81,11 +83,11 @@ class Namespaces:
         _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
             _ip("-n", name, "link", "set", device, "up")
-        # Leads nowhere, but Ray finds a host's address by asking which one it would reach the internet from.
+        # The route leads nowhere, but Ray takes the address from which a host would reach the internet.
         _ip("-n", name, "route", "add", "default", "via", self.ip(""))
 
     def ip(self, host: str) -> str:
-        """Address of a host, or of this machine on the bridge for an empty one."""
+        """Return the address of a host, or that of this machine on the bridge for an empty name."""
         for link in _ip_json("address", "show", "dev", self._bridge):
             for entry in link["addr_info"]:
                 if entry["family"] == "inet":
@@ -94,29 +96,29 @@ class Namespaces:
         raise ClusterError(f"the bridge {self._bridge} has no address")
 
     def command(self, host: str, argv: list[str]) -> list[str]:
-        """`argv`, to be run inside a host."""
+        """Return the command line that runs `argv` inside a host."""
         return ["ip", "netns", "exec", self._host(host), *argv]
 
     def pids(self, host: str) -> list[int]:
-        """Every process inside a host."""
+        """Return every process inside a host."""
         if self._host(host) not in _namespaces():
             return []
         return [int(pid) for pid in _ip("netns", "pids", self._host(host)).split()]
 
     def all_pids(self) -> list[int]:
-        """Every process inside any host of the cluster."""
+        """Return every process inside any host of the cluster."""
         return [pid for name in self._hosts() for pid in self.pids(name.removeprefix(f"{self._bridge}-"))]
 
     def set_link(self, host: str, up: bool) -> None:
-        """Plug a host's cable in or out, at the bridge's side: the host sees a carrier that is lost."""
+        """Put a host's link up or down on the bridge's side: the host sees a lost carrier, as of a pulled cable."""
         _ip("link", "set", self._host(host), "up" if up else "down")
 
     def is_cut(self, host: str) -> bool:
-        """Whether the cable is out."""
+        """Return True if the host's link is down."""
         return all("UP" not in link["flags"] for link in _ip_json("link", "show", "dev", self._host(host)))
 
     def remove(self) -> None:
-        """Remove namespaces and links, those of half a creation too. Their processes must be dead."""
+        """Remove namespaces and links, also after an interrupted `create`. Their processes must be dead."""
         links = {link["ifname"] for link in _ip_json("link", "show")}
         for name in [*(link for link in links if link.startswith(f"{self._bridge}-")), self._bridge]:
             if name in links:
@@ -134,7 +136,7 @@ class Namespaces:
 
 
 def _free_network(name: str) -> ipaddress.IPv4Network:
-    """A /24 of 10.192.0.0/10 that nothing on this machine uses; the same name tends to get the same one."""
+    """Return a /24 of 10.192.0.0/10 that nothing on this machine uses. A name tends to get the same one again."""
     taken = [
         ipaddress.IPv4Network(f"{entry['local']}/{entry['prefixlen']}", strict=False)
         for link in _ip_json("-4", "address", "show")

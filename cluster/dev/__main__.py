@@ -1,0 +1,5 @@
+"""`python -m cluster.dev`."""
+
+from cluster.dev.commands import main
+
+main()
