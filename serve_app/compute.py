@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from serve_app.compat import set_cuda_allocator
+from serve_app.compat.model import set_cuda_allocator
 from serve_app.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from serve_app import compat
+from serve_app.compat import model
+from serve_app.compat import ray as ray_compat
 
 
 @pytest.fixture
@@ -22,26 +23,26 @@ def group(tmp_path: Path) -> Iterator[object]:
 
 
 def test_set_cuda_allocator() -> None:
-    compat.set_cuda_allocator("expandable_segments:False")
+    model.set_cuda_allocator("expandable_segments:False")
 
 
 def test_collectives_begun(group: object) -> None:
-    before = compat.collectives_begun(group)
+    before = model.collectives_begun(group)
     torch.distributed.all_reduce(torch.ones(1))
-    assert compat.collectives_begun(group) == before + 1
+    assert model.collectives_begun(group) == before + 1
 
 
 def test_process_group(group: torch.distributed.ProcessGroup) -> None:
-    assert compat.process_group(group.group_name) is group
+    assert model.process_group(group.group_name) is group
 
 
 def test_linear_gelu() -> None:
     rows, weight, bias = torch.randn(3, 8), torch.randn(4, 8), torch.randn(4)
     out = torch.empty(3, 4)
-    found = compat.linear_gelu(rows, weight, bias, out)
+    found = model.linear_gelu(rows, weight, bias, out)
     assert found is out
     torch.testing.assert_close(found, F.gelu(F.linear(rows, weight, bias)))  # on CUDA alone it is the approximation
-    assert torch.equal(compat.linear_gelu(rows, weight, bias), found)
+    assert torch.equal(model.linear_gelu(rows, weight, bias), found)
 
 
 def test_enable_symmetric_memory() -> None:
@@ -55,13 +56,13 @@ def test_symmetric_workspace() -> None:
     from torch.distributed._symmetric_memory import get_symm_mem_workspace
 
     assert list(inspect.signature(get_symm_mem_workspace).parameters)[:2] == ["group_name", "min_size"]
-    assert [name for name in compat.SYMMETRIC_METHODS if not hasattr(_SymmetricMemory, name)] == []
+    assert [name for name in model.SYMMETRIC_METHODS if not hasattr(_SymmetricMemory, name)] == []
 
 
 def test_disable_compiled_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = pytest.importorskip("deepspeed").ops
     monkeypatch.setattr(ops, "__compatible_ops__", ops.__compatible_ops__)  # raises if there is no such name
-    compat.disable_compiled_operators()
+    model.disable_compiled_operators()
     assert ops.__compatible_ops__ == {}
 
 
@@ -74,12 +75,12 @@ def test_shared_memory_all_reduce() -> None:
 
 
 def test_float32_modules() -> None:
-    assert {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"} <= compat.float32_modules()
+    assert {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"} <= model.float32_modules()
 
 
 def test_flash_attention4_forward() -> None:
     pytest.importorskip("flash_attn.cute", exc_type=ImportError)
-    forward = compat.flash_attention4_forward()
+    forward = model.flash_attention4_forward()
     assert forward is not None
     assert {"tile_mn", "mma_pv_is_rs", "intra_wg_overlap"} <= set(inspect.signature(forward).parameters)
 
@@ -116,7 +117,7 @@ def test_serve_controller() -> None:
 def test_replicas_key() -> None:
     from ray.serve._private.common import DeploymentTargetInfo
 
-    _, name = compat.replicas_key("a deployment")
+    _, name = ray_compat.replicas_key("a deployment")
     assert name == "a deployment"
     assert "running_replicas" in inspect.signature(DeploymentTargetInfo).parameters
 
@@ -126,7 +127,7 @@ def test_serve_client() -> None:
     from ray.serve.context import _get_global_client
 
     assert "raise_if_no_controller_running" in inspect.signature(_get_global_client).parameters
-    assert [name for name in compat.SERVE_CLIENT if not hasattr(ServeControllerClient, name)] == []
+    assert [name for name in ray_compat.SERVE_CLIENT if not hasattr(ServeControllerClient, name)] == []
 
 
 def test_set_version_and_ingress_name() -> None:
@@ -137,30 +138,30 @@ def test_set_version_and_ingress_name() -> None:
         pass
 
     application = Ingress.bind()  # type: ignore[attr-defined]
-    compat.set_version(application, "a mark")
-    assert compat.ingress_name(application) == "ingress"
+    ray_compat.set_version(application, "a mark")
+    assert ray_compat.ingress_name(application) == "ingress"
     assert application._bound_deployment.version == "a mark"
 
 
 def test_bootstrap_address() -> None:
-    assert compat.bootstrap_address("10.0.0.1:6379") == "10.0.0.1:6379"
+    assert ray_compat.bootstrap_address("10.0.0.1:6379") == "10.0.0.1:6379"
 
 
 def test_control_addresses() -> None:
-    assert all(":" in address for address in compat.control_addresses())
+    assert all(":" in address for address in ray_compat.control_addresses())
 
 
 def test_node_ids() -> None:
-    assert all(bytes.fromhex(name) for name in compat.node_ids())
+    assert all(bytes.fromhex(name) for name in ray_compat.node_ids())
 
 
 def test_last_started_address() -> None:
-    address = compat.last_started_address()
+    address = ray_compat.last_started_address()
     assert address is None or ":" in address
 
 
 def test_grpc_channel() -> None:
-    compat.grpc_channel("127.0.0.1:1", [("grpc.enable_http_proxy", 0)]).close()
+    ray_compat.grpc_channel("127.0.0.1:1", [("grpc.enable_http_proxy", 0)]).close()
 
 
 def test_dead_processes() -> None:
@@ -168,7 +169,7 @@ def test_dead_processes() -> None:
 
     assert "_global_node" in vars(worker) and callable(node.Node.dead_processes)
     if worker._global_node is None:
-        assert compat.dead_processes() == set()
+        assert ray_compat.dead_processes() == set()
 
 
 def test_enable_token_auth() -> None:
@@ -178,13 +179,13 @@ def test_enable_token_auth() -> None:
 
 
 def test_token_auth_enabled() -> None:
-    assert compat.token_auth_enabled() in (True, False)
+    assert ray_compat.token_auth_enabled() in (True, False)
 
 
 def test_any_agent_port() -> None:
     from ray._private import parameter
 
     usual = parameter.RayParams
-    with compat.any_agent_port():
+    with ray_compat.any_agent_port():
         assert parameter.RayParams().dashboard_agent_listen_port == 0
     assert parameter.RayParams is usual

@@ -135,7 +135,7 @@ def make(api: Api, create: Callable[[], dict[str, Any]], target: Callable[[dict[
     """
     try:
         video = create()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM
         progress.print("interrupted; `wan-serve videos list` shows whether a video was queued", soft_wrap=True)
         raise
     return _finish(api, video, target(video), announce=True)
@@ -179,7 +179,7 @@ def _telling_how_to_go_on(how: str) -> Iterator[None]:
     """Say how to go on, if the block is interrupted or fails."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM
         progress.print(f"interrupted; {how}", soft_wrap=True, markup=False)
         raise
     except ServeAppError as error:

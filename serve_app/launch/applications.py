@@ -11,7 +11,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from serve_app.compat import ingress_name, serve_client, set_version
+from serve_app.compat.ray import ingress_name, serve_client, set_version
 from serve_app.errors import ConfigError, ServeAppError
 
 # Shorter than the time that a guard gives its server to stop.

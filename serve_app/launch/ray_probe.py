@@ -18,7 +18,7 @@ from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest, GetAllNodeInfoRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
-from serve_app.compat import (
+from serve_app.compat.ray import (
     bootstrap_address,
     control_addresses,
     enable_token_auth,

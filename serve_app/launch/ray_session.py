@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from serve_app.compat import any_agent_port, dead_processes, token_auth_enabled
+from serve_app.compat.ray import any_agent_port, dead_processes, token_auth_enabled
 from serve_app.errors import ServeAppError, one_line
 from serve_app.launch import claim, guard, ray_probe
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, RayError
 
-from serve_app.compat import actor_id, actor_ready
+from serve_app.compat.ray import actor_id, actor_ready
 from serve_app.logs import get_logger
 
 logger = get_logger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 from ray import serve
 from ray.exceptions import RayError
 
-from serve_app.compat import replicas_key, serve_controller
+from serve_app.compat.ray import replicas_key, serve_controller
 from serve_app.errors import one_line
 from serve_app.logs import get_logger
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from serve_app.compat import flash_attention4_forward
+from serve_app.compat.model import flash_attention4_forward
 from serve_app.errors import ConfigError, one_line
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from serve_app.compat import linear_gelu
+from serve_app.compat.model import linear_gelu
 from serve_app.wan.parallel.tensor_parallel import ColumnParallel
 
 _WARPS, _WARPS_MODULATED = 4, 4

@@ -87,7 +87,8 @@ class BlockSwap:
     ) -> None:
         """Put the blocks of an expert under block swap.
 
-        The expert's forward pass calls `wait_for_block` before each block, and `release_block` after it.
+        From now on the expert's forward pass has to call `wait_for_block` before each block, and `release_block` after
+        it.
 
         Args:
             expert: name of the expert.
@@ -134,7 +135,7 @@ class BlockSwap:
             self._fetch_block((expert, layer))
 
     def wait_for_block(self, expert: Expert, layer: int) -> None:
-        """Have a block's weights on the device before it runs; the device waits, not this thread, where it can.
+        """Have the device wait for a block's weights, and point the block's parameters to them, before it runs.
 
         Raises:
             CheckpointError: the weights are damaged.
@@ -157,7 +158,7 @@ class BlockSwap:
             self._bound[key] = slot
 
     def release_block(self, expert: Expert, layer: int) -> None:
-        """Note that a block has run, and begin to fill its slot with the block that passes through it next."""
+        """Begin to fill a block's slot with the block that passes through it next, after the block has run."""
         slot = self._holder[expert, layer]
         slot.left = self._copies.done()
         if layer in self._passing:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 
-from serve_app.compat import collectives_begun, disable_compiled_operators, shared_memory_all_reduce
+from serve_app.compat.model import collectives_begun, disable_compiled_operators, shared_memory_all_reduce
 from serve_app.errors import ConfigError
 from serve_app.wan.parallel import collectives, symmetric_memory
 from serve_app.wan.parallel.mesh import AXES, AxisName, Mesh

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from serve_app.compat import enable_symmetric_memory, symmetric_workspace
+from serve_app.compat.model import enable_symmetric_memory, symmetric_workspace
 from serve_app.errors import one_line
 from serve_app.logs import get_logger
 from serve_app.wan.parallel import collectives

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from serve_app.compat import linear_gelu, process_group
+from serve_app.compat.model import linear_gelu, process_group
 from serve_app.wan.parallel import collectives, symmetric_memory
 
 ROWS = 4096

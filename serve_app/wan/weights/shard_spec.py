@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import WanTransformer3DModel
 
-from serve_app.compat import float32_modules
+from serve_app.compat.model import float32_modules
 from serve_app.errors import CheckpointError
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 from serve_app.wan.weights.reader import Weights
