@@ -100,7 +100,7 @@ SYMMETRIC_METHODS = (
     "get_buffer",
     "get_signal_pad",
 )
-"""What is used of torch's `_SymmetricMemory`, the class of what `symmetric_workspace` returns."""
+"""Attributes and methods of torch's `_SymmetricMemory` that are used; `symmetric_workspace` returns one."""
 
 
 # --- DeepSpeed 0.19.8 ---

@@ -70,7 +70,7 @@ def serve_client(*, needed: bool = True) -> Any:
 
 
 SERVE_CLIENT = ("http_config", "get_serve_details", "list_serve_statuses", "get_deployment_info", "delete_apps")
-"""What is used of the client that `serve_client` returns."""
+"""Attributes and methods that are used of the client that `serve_client` returns."""
 
 
 def set_version(application: Any, version: str) -> None:

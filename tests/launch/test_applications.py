@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import pytest
 from ray import serve
@@ -23,6 +24,17 @@ def targets(*names: str) -> list[serve.RunTarget]:
 
 def there() -> set[str]:
     return {name for name, state in serve.status().applications.items() if state.status != "DELETING"}
+
+
+def replaced(by: Applications) -> None:
+    """Wait until Serve has put applications in the place of others, which takes it a moment."""
+    for _ in range(300):
+        try:
+            by.check_ours()
+            return
+        except ServeAppError:
+            time.sleep(0.1)
+    by.check_ours()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +64,7 @@ def test_a_server_ends_only_what_it_has_deployed(http):
         assert part in str(refused.value)
     later.check_free("here", http, replace=True)
     later.deploy()
-    later.check_ours()
+    replaced(later)
     with pytest.raises(ServeAppError, match="'wan' was deployed anew by somebody else"):
         mine.check_ours()
 

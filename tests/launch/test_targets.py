@@ -69,7 +69,10 @@ def test_nothing_to_say(checked: Callable[[Change], Targets], tmp_path: Path) ->
         (lambda content, _: content["applications"][1].pop("import_path"), "import_path has value None, expected"),
         (lambda _, args: args["defaults"].update(width=100), "defaults: 'width' is 100, expected a positive multiple"),
         (lambda _, args: args["defaults"].update(num_frames=34), "defaults: 'num_frames' is 34, expected"),
-        (lambda _, args: args["defaults"].update(guidance_scale=101), "defaults: 'guidance_scale' is 101"),
+        (
+            lambda _, args: args["defaults"].update(guidance_scale=101),
+            "defaults.guidance_scale has value 101, expected less than or equal to 100",
+        ),
         (lambda _, args: args["defaults"].update(negative_prompt="x" * 5000), "'negative_prompt' has 5000 characters"),
         (
             lambda _, args: args["limits"].update(prompt_chars=3),

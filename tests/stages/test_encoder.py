@@ -28,7 +28,7 @@ def encoder(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 async def test_an_embedding_that_is_not_finite_fails_its_request_only(encoder: Any, poison: float) -> None:
     text = encoder._encoder
-    star = {*text.tokenizer("star").input_ids} - {*text.tokenizer("circle blurry").input_ids}
+    star = {*text.tokenizer.ids("star")} - {*text.tokenizer.ids("circle blurry")}
     text.model.get_input_embeddings().weight.data[[*star], 0] = poison
     good, positive, negative = await encoder.batch([("circle", "blurry"), ("star", None), ("circle", "star")])
     assert np.isfinite(good.positive).all() and np.isfinite(good.negative).all()

@@ -187,7 +187,7 @@ async def test_links_where_clients_reach_the_server_elsewhere(s3_options: config
 
 PUT = """
 import asyncio, sys
-from serve_app.config import Storage as Options
+from serve_app.config import StorageConfig as Options
 from serve_app.storage import Storage
 asyncio.run(Storage(Options.model_validate_json(sys.argv[1])).put("videos/a/1/video.mp4", b"x" * 200_000_000))
 """
