@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import threading
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
