@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -361,13 +360,15 @@ def test_the_client_raises_the_error_itself(url: str, home: Path) -> None:
             call()
         assert type(error.value) is kind and said in str(error.value) and "\n" not in str(error.value), error.value
     assert not (home / "out.mp4").exists()
+    (home / "nothing").write_text("")
     (home / "videos").rename(home / "videos.away")
+    (home / "nothing").rename(home / "videos")  # a file: a run that ends meanwhile would make the folder anew
     try:
         with pytest.raises(Unavailable, match="No videos are accepted at the moment") as away:
             until(lambda: client.submit("never") is None)
         assert type(away.value) is Unavailable
     finally:
-        shutil.rmtree(home / "videos", ignore_errors=True)  # a run that ended meanwhile may have made it anew
+        (home / "videos").unlink()
         (home / "videos.away").rename(home / "videos")
     assert client.cancel(waits.id)
 
