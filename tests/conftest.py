@@ -55,6 +55,8 @@ _KINDS = {
     "launch/test_startup.py": "ray",
     "notify": "db",
     "stages": "ray",
+    "stages/test_finishing.py": "unit",
+    "stages/test_frame_stream.py": "unit",
     "storage": "db",
     "test_deployment.py": "ray",
     "test_wheel.py": "ray",

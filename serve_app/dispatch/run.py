@@ -17,6 +17,7 @@ from serve_app.db.database import STORE_AWAY
 from serve_app.db.tables import CANCELLED, Job
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Done, Event, Progress
+from serve_app.finish.plan import Finish
 from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
@@ -54,6 +55,7 @@ def spec_of(job: Job) -> JobSpec:
         priority=cast(Priority, job.priority),
         created_at=job.waits_since,
         losses=job.losses,
+        finish=None if job.finish is None else Finish.model_validate(job.finish),
     )
 
 

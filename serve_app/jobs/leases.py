@@ -20,7 +20,7 @@ from serve_app.jobs.order import due, next_job, not_paused
 from serve_app.jobs.rows import Rows, held_by
 
 # Percent at which each stage begins and ends. Denoising takes nearly all of the time on every model and device.
-_SPANS = {"encode": (0, 2), "denoise": (2, 92), "decode": (92, 99)}
+_SPANS = {"encode": (0, 2), "denoise": (2, 92), "decode": (92, 97), "finish": (97, 99)}
 # Tries of one claim. Each that fails means that another dispatcher has just got a job; the next poll finds the rest.
 _CLAIM_TRIES = 3
 

@@ -1,0 +1,13 @@
+"""A job may ask for its video to be finished after the decode, and says what came of it."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    """Migrate the tables to this revision."""
+    for name in ("finish", "finished"):
+        op.add_column("jobs", sa.Column(name, sa.JSON(), nullable=True))
