@@ -27,6 +27,8 @@ class FinisherConfig(Stage):
     device: Device = "auto"
     """Device of the models in `upscalers` and `interpolators`. `auto` is CUDA if `resources` ask for a GPU, else the
     CPU."""
+    threads: int = Field(0, ge=0)
+    """CPU threads of one process. 0 is as many as `resources.num_cpus`, or all cores where that is below 1."""
     resources: Resources = Resources(num_cpus=1)
     autoscaling: FinisherAutoscaling = FinisherAutoscaling()
     max_ongoing_requests: PositiveInt = 1

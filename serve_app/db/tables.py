@@ -120,7 +120,7 @@ class Job(Base):
     error_message: Mapped[str | None]
     outputs: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """Storage keys of its files, by the variant that users ask for; see `serve_app.events.Done`."""
-    finished: Mapped[dict[str, Any] | None]
+    finish_result: Mapped[dict[str, Any] | None]
     """Size, length and media type of the finished video, and the seconds of each step; None if it was not finished."""
     size_bytes: Mapped[int | None] = mapped_column(BigInteger)
     timings: Mapped[dict[str, Any]] = mapped_column(default=dict)

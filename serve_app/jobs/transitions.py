@@ -31,7 +31,7 @@ def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Ba
     job.step, job.seconds_left = job.steps, None
     job.outputs, job.timings = dict(done.outputs), dict(done.timings)
     job.warnings = [*job.warnings, *done.warnings]
-    job.size_bytes, job.revision, job.finished = done.size_bytes, done.revision, done.finished
+    job.size_bytes, job.revision, job.finish_result = done.size_bytes, done.revision, done.finished
     job.lease_owner = job.lease_until = None
     job.error_code = job.error_message = None
     earlier = [f"videos/{job.id}/{attempt}" for attempt in range(1, job.attempt)]
@@ -126,9 +126,9 @@ def _garbage(prefixes: Iterable[str], now: float, late_outputs_s: float) -> list
 
 def _charge(job: Job, now: float, denoised_s: float, finish_gpu_s: float = 0.0) -> list[Usage]:
     """Return the usage that the job's key is charged, if it has one."""
-    gpu_seconds = max(denoised_s, 0) * job.ranks + finish_gpu_s
-    if not job.owner or gpu_seconds <= 0:
+    if not job.owner or denoised_s + finish_gpu_s <= 0:
         return []
+    gpu_seconds = denoised_s * job.ranks + finish_gpu_s
     return [Usage(job_id=job.id, owner=job.owner, at=now, gpu_seconds=gpu_seconds)]
 
 

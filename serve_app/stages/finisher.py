@@ -276,7 +276,7 @@ def _equipment(stage: FinisherConfig) -> Equipment:
 
     device = stage.device if stage.device != "auto" else "cuda" if stage.resources.num_gpus else "cpu"
     return Equipment(
-        threads=stage.threads,
+        threads=stage.threads or int(stage.resources.num_cpus),
         device=device,
         upscalers={name: Path(path) for name, path in stage.upscalers.items()},
         interpolators={name: Path(path) for name, path in stage.interpolators.items()},

@@ -94,6 +94,7 @@ async def test_work_in_pixels_is_forgotten(empty_url: str, monkeypatch: pytest.M
     await store.start()
     old = [await store.create(PARAMS, "wan") for _ in range(3)]
     await complete(store)
+    await execute(store, "ALTER TABLE jobs DROP COLUMN finish", "ALTER TABLE jobs DROP COLUMN finish_result")
     await execute(store, "UPDATE jobs SET work = 294912", "UPDATE alembic_version SET version_num = '0001'")
     await store.close()
 

@@ -146,7 +146,7 @@ class Video(Resolved, VideoState):
             warnings=job.warnings,
             size_bytes=job.size_bytes,
             finish=job.finish,
-            finished=job.finished,
+            finished=job.finish_result,
         )
 
 

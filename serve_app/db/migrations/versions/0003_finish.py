@@ -9,5 +9,5 @@ down_revision = "0002"
 
 def upgrade() -> None:
     """Migrate the tables to this revision."""
-    for name in ("finish", "finished"):
+    for name in ("finish", "finish_result"):
         op.add_column("jobs", sa.Column(name, sa.JSON(), nullable=True))
