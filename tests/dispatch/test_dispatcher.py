@@ -17,6 +17,7 @@ from serve_app.jobs.store import JobStore
 from serve_app.logs import JsonFormatter
 from serve_app.storage import Storage
 from tests.support.clock import MovableClock
+from tests.support.databases import count_queued
 from tests.support.fakes import PARAMS, FakePipeline, files, until
 from tests.support.running import OPTIONS, Start, create, ended, expected_files, lease_until, running
 
@@ -54,7 +55,7 @@ async def test_runs_no_more_than_it_may(store: JobStore, storage: Storage, start
 
     await until(busy)
     await asyncio.sleep(0.15)
-    assert dispatcher.running == 2 and await store.count_queued() == 4
+    assert dispatcher.running == 2 and await count_queued(store) == 4
     gate.set()
     for video_id in ids:
         await ended(store, video_id, "completed")

@@ -58,6 +58,13 @@ def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+async def count_queued(store: JobStore) -> int:
+    """Count the jobs that wait, of which there are less than a hundred."""
+    jobs, more = await store.list(limit=100, status="queued")
+    assert not more
+    return len(jobs)
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Yield a URL for each kind of database; see `store` for an empty one."""
