@@ -32,7 +32,6 @@ except KeyboardInterrupt:
 """
 ABRUPT = "time.sleep(600)"
 ORDERLY = "guard.set_stop(guard.Stop.IN_ORDER); print('serves', flush=True); time.sleep(600)"
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 class Started:
@@ -93,8 +92,17 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         one.process.communicate()
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize(("work", "orderly"), [(ABRUPT, False), (ORDERLY, True)], ids=["abrupt", "orderly"])
+@pytest.mark.parametrize(
+    ("work", "orderly", "number"),
+    [
+        pytest.param(ABRUPT, False, signal.SIGTERM, id="abrupt"),
+        pytest.param(ORDERLY, True, signal.SIGINT, id="orderly"),
+        pytest.param(ORDERLY, True, signal.SIGHUP, id="orderly, hang-up"),
+        pytest.param(ABRUPT, False, signal.SIGINT, id="abrupt, Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(ABRUPT, False, signal.SIGHUP, id="abrupt, hang-up", marks=pytest.mark.slow),
+        pytest.param(ORDERLY, True, signal.SIGTERM, id="orderly, terminated", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_ends_everything_and_is_in_the_status(start, number, work, orderly):
     one = start(work)
     one.process.send_signal(number)

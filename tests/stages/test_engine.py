@@ -199,7 +199,16 @@ def test_after_a_rank_is_lost_the_sample_goes_on_from_its_last_state_to_the_same
     assert again.started is not None and again.started.step == saved >= 5
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "another request's", "of another version"])
+# Each way in which bytes can be wrong is in tests/wan/sampling/test_snapshot.py.
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "truncated",
+        pytest.param("foreign", marks=pytest.mark.slow),
+        "another request's",
+        pytest.param("of another version", marks=pytest.mark.slow),
+    ],
+)
 def test_a_state_that_cannot_be_used_is_refused_and_the_sample_begins_anew(app, alone, damage):
     prefix = f"samples/{damage.replace(' ', '').replace(chr(39), '')}{app.config.denoiser.parallel.size}"
     owner = Run(app, app.params(seed=1 if damage != "another request's" else 8, **LONG), "owner", state_prefix=prefix)
