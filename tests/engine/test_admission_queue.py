@@ -58,10 +58,10 @@ async def test_who_stops_waiting_takes_no_place_even_in_the_moment_it_is_given()
     queue.free_place("a")  # c has it from here on, but its task has not run
     given_and_gone.cancel()
     await settled()
-    await asyncio.wait_for(stays, 1)
+    await asyncio.wait_for(stays, 60)
     assert "d" in queue and "c" not in queue
     queue.free_place("d")
-    await asyncio.wait_for(queue.wait_for_place(Candidate("e", 1, NEVER)), 1)
+    await asyncio.wait_for(queue.wait_for_place(Candidate("e", 1, NEVER)), 60)
 
 
 async def test_a_closed_queue_sends_away_who_waits_and_who_comes() -> None:
@@ -76,4 +76,4 @@ async def test_a_closed_queue_sends_away_who_waits_and_who_comes() -> None:
         await queue.wait_for_place(Candidate("c", 1, NEVER))
     queue.free_place("a")
     queue.open()
-    await asyncio.wait_for(queue.wait_for_place(Candidate("d", 1, NEVER)), 1)
+    await asyncio.wait_for(queue.wait_for_place(Candidate("d", 1, NEVER)), 60)

@@ -97,7 +97,7 @@ def url(ray_cluster: str, home: Path) -> Iterator[str]:
         serve.delete(application)
 
 
-def wait(url: str, video_id: str, within_s: float = 30) -> dict[str, Any]:
+def wait(url: str, video_id: str, within_s: float = 120) -> dict[str, Any]:
     end = time.monotonic() + within_s
     while time.monotonic() < end:
         video = dict(http.get(f"{url}/v1/videos/{video_id}").json())
@@ -164,7 +164,7 @@ def test_a_webhook_is_called_by_the_dispatchers_process(url: str) -> None:
         body = {"url": f"http://127.0.0.1:{server.server_port}/", "name": "x", "event_types": ["video.completed"]}
         endpoint = http.post(f"{url}/v1/webhook_endpoints", json=body).json()
         video = make(url, "a cat")
-        content, headers = told.get(timeout=30)
+        content, headers = told.get(timeout=120)
         server.shutdown()
     event = openai.OpenAI(api_key="none").webhooks.unwrap(content, headers, secret=endpoint["signing_secret"])
     assert (event.type, event.data.id) == ("video.completed", video["id"])
@@ -213,7 +213,7 @@ def test_events_behind_the_proxy(url: str) -> None:
     video = http.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()
     events = f"{url}/v1/videos/{video['id']}/events"
     for _ in range(3 * STREAMS):
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while True:
             with http.stream("GET", events, timeout=30) as answer:
                 if answer.status_code == 200:
@@ -240,17 +240,23 @@ def test_a_replica_dies(url: str) -> None:
 
 
 def test_a_deadline_reaches_the_pipeline(url: str) -> None:
-    video = http.post(f"{url}/v1/videos", json={"prompt": "wait", "deadline_s": 4, "priority": "interactive"}).json()
-    assert (video["priority"], video["deadline_at"] - video["created_at"]) in (("interactive", 4), ("interactive", 5))
-    video = wait(url, video["id"], 20)
-    assert (video["error"]["code"], video["stage"]) == ("deadline_exceeded", "denoise")
+    for seconds in (4, 16, 64):  # a busy machine needs the longer ones to begin
+        body = {"prompt": "wait", "deadline_s": seconds, "priority": "interactive"}
+        video = http.post(f"{url}/v1/videos", json=body).json()
+        assert video["priority"] == "interactive"
+        assert video["deadline_at"] - video["created_at"] in (seconds, seconds + 1)
+        video = wait(url, video["id"])
+        assert video["error"]["code"] == "deadline_exceeded"
+        if video["stage"] == "denoise":
+            break
+    assert video["stage"] == "denoise"
     assert make(url, "after")["status"] == "completed"
 
 
 def test_jobs_wait_for_a_pipeline_that_is_deployed_anew(url: str, home: Path) -> None:
     serve.delete("fake")
     video = http.post(f"{url}/v1/videos", json={"prompt": "patient"}).json()
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not (video["status"] == "queued" and video["attempts"] >= 2):  # put back twice
         assert video["status"] in ("queued", "in_progress") and video["last_error"] is None, video
         assert time.monotonic() < end
@@ -268,7 +274,7 @@ def test_cancel_and_delete_reach_the_pipeline(url: str) -> None:
             time.sleep(0.05)
         if action == "cancel":
             http.post(f"{url}/v1/videos/{video_id}/cancel")
-            assert wait(url, video_id, 5)["error"]["code"] == "cancelled"
+            assert wait(url, video_id)["error"]["code"] == "cancelled"
         else:
             assert http.delete(f"{url}/v1/videos/{video_id}").status_code == 200
         assert make(url, "after")["status"] == "completed"

@@ -92,7 +92,7 @@ def test_who_leaves_frees_the_ranks_at_the_next_step(app):
         pass
     assert denoiser.describe.remote().result()["resident"] == 1
     response.cancel()
-    until(lambda: denoiser.describe.remote().result()["resident"] == 0, 10)
+    until(lambda: denoiser.describe.remote().result()["resident"] == 0)
     steps = denoiser.describe.remote().result()["steps"]
     make(app, num_inference_steps=3)
     # The step that was under way when it left may end after it.
@@ -155,7 +155,7 @@ def test_when_the_caller_dies_its_work_ends_on_every_rank(app, victim):
     done = driver.drive.remote(app.job(num_inference_steps=2000))
     until(lambda: denoiser.describe.remote().result()["resident"] == 1)
     os.kill(pid if victim == "driver" else processes("ray::ServeReplica:wan:Pipeline")[0].pid, signal.SIGKILL)
-    until(lambda: all(rank["samples"] == 0 for rank in denoiser.describe.remote().result()["ranks"]), 20)
+    until(lambda: all(rank["samples"] == 0 for rank in denoiser.describe.remote().result()["ranks"]))
     with pytest.raises(ray.exceptions.RayError):
         ray.get(done)
     make_soon(app)
@@ -172,7 +172,7 @@ def test_more_samples_than_places_all_finish_and_who_leaves_while_waiting_is_for
         time.sleep(0.1)  # whatever it is at by now, it must be gone afterwards
         waiting.cancel()
         assert all(job.result(timeout=60).outputs for job in jobs)
-    until(lambda: denoiser.describe.remote().result()["resident"] == 0, 10)
+    until(lambda: denoiser.describe.remote().result()["resident"] == 0)
     make(app)
 
 

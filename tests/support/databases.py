@@ -27,7 +27,7 @@ def postgres_url() -> Iterator[str]:
         import asyncpg
 
         async def run(statement: str) -> None:
-            connection = await asyncpg.connect(SERVER, timeout=5)
+            connection = await asyncpg.connect(SERVER, timeout=30)
             try:
                 await connection.execute(statement)
             finally:
