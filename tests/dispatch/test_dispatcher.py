@@ -71,7 +71,7 @@ async def test_wake_beats_the_poll(store: JobStore, storage: Storage, start: Sta
 
     store.claim = told  # type: ignore[assignment, method-assign]
     dispatcher = start(FakePipeline(storage), poll_s=30)
-    await asyncio.wait_for(looked.wait(), 10)
+    await asyncio.wait_for(looked.wait(), 60)
     video_id = await create(store)
     dispatcher.wake()
     await ended(store, video_id, "completed")
@@ -208,7 +208,7 @@ async def test_store_away_for_a_while(store: JobStore, storage: Storage, start: 
 
     database.write = database.read = away  # type: ignore[method-assign]
     gate.set()
-    await asyncio.wait_for(often.wait(), 20)
+    await asyncio.wait_for(often.wait(), 60)
     dispatcher.raise_if_ended()
     del database.write, database.read
     assert (await ended(store, video_id, "completed")).attempt == 1
@@ -237,7 +237,7 @@ async def test_an_outage_costs_nobody_a_lease(
     for one in asked:
         one._db.write = one._db.read = partial(away, one)  # type: ignore[method-assign]
     for noticed in asked.values():
-        await asyncio.wait_for(noticed.wait(), 20)
+        await asyncio.wait_for(noticed.wait(), 60)
     clock.advance(OPTIONS.lease_s + 1)
     del other._db.write, other._db.read
     new = await create(other)
