@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
@@ -142,9 +143,10 @@ class App:
         decodes: calls of the decoder.
     """
 
-    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch, **finisher: Any) -> None:
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch, real: bool = False, **finisher: Any) -> None:
         self.steps = Steps()
-        monkeypatch.setattr(library, "finish_video", self.steps)
+        if not real:
+            monkeypatch.setattr(library, "finish_video", self.steps)
         no_gpus = SimpleNamespace(get_accelerator_ids=dict)
         monkeypatch.setattr(decoder, "ray", SimpleNamespace(get_runtime_context=lambda: no_gpus))
         self.config = Config.model_validate(
@@ -187,10 +189,9 @@ class App:
         shape = (1, 16, *request.params.latent_shape)
         yield Denoised(np.random.default_rng(0).normal(size=shape).astype(np.float32), 2.0)
 
-    def job(self, finish: Finish | None = PLAN) -> JobSpec:
-        return JobSpec(
-            "video_1", resolve(VideoRequest(prompt="a", seed=1), self.config), "videos/video_1/1", finish=finish
-        )
+    def job(self, finish: Finish | None = PLAN, **fields: Any) -> JobSpec:
+        params = resolve(VideoRequest(prompt="a", seed=1, **fields), self.config)
+        return JobSpec("video_1", params, "videos/video_1/1", finish=finish)
 
     async def make(self, **fields: Any) -> list[Any]:
         return [event async for event in self.pipeline._generate(self.job(**fields))]
@@ -464,3 +465,38 @@ async def test_the_warm_up_does_not_judge(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(library, "finish_video", fail)
     options = {**app.config.model_dump(), "finisher": {"warmup": True}}
     assert Finisher.func_or_class(Config.model_validate(options), {}, "127.0.0.1")
+
+
+def frames(path: Path) -> list[np.ndarray]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "finish", "made"),
+    [
+        (9, {"upscale": 2, "interpolate": {"fps": 32}}, (17, 96, 64)),
+        (1, {"interpolate": {"fps": 48}}, (1, 48, 32)),
+        (5, {"label": {"mark": "AI"}}, (5, 48, 32)),
+    ],
+    ids=["both", "one frame", "marked"],
+)
+async def test_real_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_frames: int, finish: Any, made: tuple[int, int, int]
+) -> None:
+    app = App(tmp_path, monkeypatch, real=True)
+    done = (await app.make(finish=Finish.model_validate(finish), num_frames=num_frames))[-1]
+    pictures = frames(app.path(done.outputs["video"]))
+    assert (len(pictures), *pictures[0].shape[:2]) == made and done.warnings == []
+    assert (done.finished["num_frames"], done.finished["height"], done.finished["width"]) == made
+    assert done.size_bytes == app.path(done.outputs["video"]).stat().st_size
+    assert len(frames(app.path(done.outputs["plain"]))) == num_frames
+
+
+async def test_weights_that_cannot_be_read_leave_the_plain_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x2.pth").write_bytes(b"no weights")
+    app = App(tmp_path, monkeypatch, real=True, upscalers={"x2": str(tmp_path / "x2.pth")})
+    finish = Finish.model_validate({"upscale": {"factor": 2, "model": "x2"}})
+    is_plain(app, await app.make(finish=finish), "could not be finished: upscale: ")
