@@ -14,6 +14,7 @@ from serve_app.cli.jobs import jobs
 from serve_app.cli.keys import keys
 from serve_app.cli.prepare import prepare
 from serve_app.cli.serve import check, demo, up
+from serve_app.cli.verify import verify
 from serve_app.cli.videos import generate, videos
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -40,7 +41,7 @@ def version() -> None:
     print(__version__)
 
 
-for _command in (check, up, demo, generate, prepare):
+for _command in (check, up, demo, generate, prepare, verify):
     cli.command()(_command)
 cli.add_typer(videos, name="videos")
 cli.add_typer(jobs, name="jobs")

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
@@ -21,14 +22,13 @@ from serve_app.finish.encode import CONTENT_TYPES, comment, write_video
 from serve_app.finish.equipment import Equipment
 from serve_app.finish.extras import Preview, Stills
 from serve_app.finish.failure import FinishFailed, FinishStopped
-from serve_app.finish.interpolate import Between, by_flow, interpolate
+from serve_app.finish.interpolate import interpolate
 from serve_app.finish.label import add_xmp, sentence, xmp
 from serve_app.finish.mark import Mark
+from serve_app.finish.ordered import MeasuredPool, Pool
 from serve_app.finish.plan import Encode, Finish, Label, VideoFormat
 from serve_app.finish.torch_models import load_interpolator, load_upscaler
 from serve_app.finish.upscale import Enlarge, by_lanczos, by_model, upscale
-
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ class _Run:
                 with self._failing(step):
                     after = Finish.model_validate({step: getattr(self._finish, step)}).result(video)
                     make = self._interpolated if step == "interpolate" else self._upscaled
-                    frames = self._watched(step, make(frames, video, pool), after.num_frames)
+                    measured = MeasuredPool(pool, partial(self._busy, step))
+                    frames = self._watched(step, make(frames, video, measured), after.num_frames)
                 video = after
             frames = self._marked(frames, video)
             with self._failing("encode"):
@@ -176,13 +177,6 @@ class _Run:
             with self._lock:
                 self._seconds[step] = self._seconds.get(step, 0.0) + time.perf_counter() - began
 
-    def _timed(self, step: str, work: Callable[..., R]) -> Callable[..., R]:
-        def timed(*arguments: Any) -> R:
-            with self._busy(step):
-                return work(*arguments)
-
-        return timed
-
     def _watched(self, step: str, frames: Iterator[np.ndarray], expected: int) -> Iterator[np.ndarray]:
         """Yield the frames of a step, report its progress, and name it in errors."""
         with self._failing(step):
@@ -190,30 +184,37 @@ class _Run:
                 self._progress(step, min(count / expected, 1.0))
                 yield frame
 
-    def _interpolated(self, frames: Iterator[np.ndarray], video: VideoFormat, pool: ThreadPoolExecutor) -> Any:
+    def _interpolated(self, frames: Iterator[np.ndarray], video: VideoFormat, pool: Pool) -> Iterator[np.ndarray]:
         plan = self._finish.interpolate
         assert plan is not None
-        between: Between = by_flow
+        model = None
         if plan.model:
             file = _named(self._equipment.interpolators, "interpolate.model", plan.model)
-            between = load_interpolator(file, self._equipment.device)
-        return interpolate(frames, video.fps, plan.fps, pool, self._ahead, self._timed("interpolate", between))
+            model = load_interpolator(file, self._equipment.device)
+        return interpolate(frames, video.fps, plan.fps, pool, self._ahead, model)
 
-    def _upscaled(self, frames: Iterator[np.ndarray], video: VideoFormat, pool: ThreadPoolExecutor) -> Any:
+    def _upscaled(self, frames: Iterator[np.ndarray], video: VideoFormat, pool: Pool) -> Iterator[np.ndarray]:
         plan = self._finish.upscale
         assert plan is not None
         enlarge: Enlarge = by_lanczos(plan.factor)
         if plan.model:
             file = _named(self._equipment.upscalers, "upscale.model", plan.model)
             enlarge = by_model(load_upscaler(file, self._equipment.device), plan.factor)
-        return upscale(frames, self._timed("upscale", enlarge), pool, self._ahead)
+        return upscale(frames, enlarge, pool, self._ahead)
 
     def _marked(self, frames: Iterator[np.ndarray], video: VideoFormat) -> Iterator[np.ndarray]:
         if self._label.mark is None:
             return frames
         with self._failing("label"):
             mark = Mark(self._label.mark, video.width, video.height, self._equipment.font)
-        return self._watched("label", map(self._timed("label", mark.draw), frames), video.num_frames)
+
+        def drawn() -> Iterator[np.ndarray]:
+            for frame in frames:
+                with self._busy("label"):
+                    marked = mark.draw(frame)
+                yield marked
+
+        return self._watched("label", drawn(), video.num_frames)
 
     def _encoded(
         self, frames: Iterator[np.ndarray], video: VideoFormat, path: Path

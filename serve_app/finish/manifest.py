@@ -14,6 +14,9 @@ FORMATS = {"mp4": "video/mp4", "webp": "image/webp", "gif": "image/gif"}
 """Media types of files that can hold a manifest, by ending. A webm file cannot."""
 MISSING = "C2PA manifests need c2pa-python, expected it installed: pip install 'serve-app[c2pa]'"
 
+_FIELDS = ("state", "signer", "issuer", "time", "generator", "source_type")
+_NO_THUMBNAIL = {"builder": {"thumbnail": {"enabled": False}}}  # it is ten times as large as a preview
+
 
 class NoManifest(Exception):
     """A file holds no manifest."""
@@ -41,9 +44,11 @@ def sign(path: Path, metadata: Mapping[str, Any], version: str, equipment: Equip
     )
     signed = path.with_name(f".{path.stem}-signed{path.suffix}")
     try:
+        claim = json.dumps(_claim(metadata, version, path))
         with (
+            c2pa.Context.from_dict(_NO_THUMBNAIL) as context,
             c2pa.Signer.from_info(info) as signer,
-            c2pa.Builder(json.dumps(_claim(metadata, version, path))) as builder,
+            c2pa.Builder(claim, context=context) as builder,
         ):
             builder.sign_file(path, signed, signer)
         signed.replace(path)
@@ -52,7 +57,9 @@ def sign(path: Path, metadata: Mapping[str, Any], version: str, equipment: Equip
 
 
 def read(path: Path, anchors: Path | None = None) -> dict[str, Any]:
-    """Return the manifest of a file: `state`, `signer`, `generator`, `source_type` and `problems`.
+    """Return the manifest of a file: `state`, `signer`, `issuer`, `time`, `generator`, `source_type` and `problems`.
+
+    The state is `trusted`, `valid` (nobody is trusted, but nothing was changed), `invalid` or `unreadable`.
 
     Args:
         path: the file.
@@ -69,12 +76,15 @@ def read(path: Path, anchors: Path | None = None) -> dict[str, Any]:
     settings: dict[str, Any] = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False}}
     if anchors is not None:
         settings["trust"] = {"trust_anchors": anchors.read_text()}
-    with c2pa.Context.from_dict(settings) as context:
-        reader = c2pa.Reader.try_create(str(path), context=context)
-        if reader is None:
-            raise NoManifest
-        with reader:
-            store = json.loads(reader.json())
+    try:
+        with c2pa.Context.from_dict(settings) as context:
+            reader = c2pa.Reader.try_create(str(path), context=context)
+            if reader is None:
+                raise NoManifest
+            with reader:
+                store = json.loads(reader.json())
+    except c2pa.C2paError as error:
+        return {**dict.fromkeys(_FIELDS, ""), "state": "unreadable", "problems": [str(error).splitlines()[0]]}
     active = store["manifests"][store["active_manifest"]]
     signature = active.get("signature_info", {})
     generator = (active.get("claim_generator_info") or [{}])[0]

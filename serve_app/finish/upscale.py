@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
 
 import cv2
 import numpy as np
 
-from serve_app.finish.ordered import ordered_map
+from serve_app.finish.ordered import Pool, ordered_map
 from serve_app.finish.torch_models import UpscalingModel
 
 Enlarge = Callable[[np.ndarray], np.ndarray]
@@ -41,6 +40,6 @@ def by_model(model: UpscalingModel, factor: int) -> Enlarge:
     return enlarge
 
 
-def upscale(frames: Iterable[np.ndarray], enlarge: Enlarge, pool: Executor, ahead: int) -> Iterator[np.ndarray]:
+def upscale(frames: Iterable[np.ndarray], enlarge: Enlarge, pool: Pool, ahead: int) -> Iterator[np.ndarray]:
     """Yield larger frames, several made at a time."""
     return ordered_map(pool, enlarge, frames, ahead)

@@ -55,7 +55,8 @@ def verify(path: Path, anchors: Path | None = None) -> Verification:
         OSError: the file cannot be read.
         ValueError: it is no video and no picture.
     """
-    tags, video = _open(path)
+    with path.open("rb"):  # a file that is not there is an error of its own
+        tags, video = _open(path)
     try:
         parameters = json.loads(tags.get("comment", ""))
     except ValueError:
@@ -100,10 +101,8 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, str]]:
                 "pixel format": str(context.pix_fmt),
                 "colours": _colours(context),
             }
-    except (FFmpegError, IndexError) as error:
-        if isinstance(error, OSError) and not isinstance(error, ValueError) and error.filename is None:
-            raise
-        raise ValueError(f"{path} is no video: {str(error).splitlines()[0]}") from None
+    except (FFmpegError, IndexError):
+        raise ValueError(f"{path} is no video, expected mp4 or webm") from None
     return tags, video
 
 
@@ -114,7 +113,7 @@ def _open_picture(path: Path) -> dict[str, str]:
         with Image.open(path) as image:
             comment = image.info.get("comment", "")
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is no picture, though its name says so") from None
+        raise ValueError(f"{path} is no picture, expected the one that its name says") from None
     return {"comment": comment.decode(errors="replace") if isinstance(comment, bytes) else str(comment)}
 
 
