@@ -23,7 +23,7 @@ class FinisherConfig(Stage):
     """The finisher, which interpolates, upscales, encodes and labels decoded videos, on CPUs unless told otherwise."""
 
     enabled: bool = True
-    """Whether requests may ask for `finish`. Without such requests the stage has no process."""
+    """Let requests ask for `finish`. Without such requests the stage has no process."""
     device: Device = "auto"
     """Device of the models in `upscalers` and `interpolators`. `auto` is CUDA if `resources` ask for a GPU, else the
     CPU."""
@@ -51,6 +51,9 @@ class FinisherConfig(Stage):
     """PEM file with the key of the signer's certificate."""
     timestamp_url: str = ""
     """URL of a time-stamping authority for manifests; empty is none."""
+
+    font: str | None = None
+    """TrueType file for visible marks. None is a built-in font with Latin letters only."""
 
     @model_validator(mode="after")
     def _key_of_the_certificate(self) -> FinisherConfig:

@@ -59,6 +59,7 @@ def placed(config: Config, place: Place, environ: Mapping[str, str] = os.environ
                 config.finisher,
                 certificate="finisher.certificate",
                 private_key="finisher.private_key",
+                font="finisher.font",
             ).model_copy(
                 update={
                     field: {

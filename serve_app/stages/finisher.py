@@ -20,6 +20,7 @@ from ray import serve
 from serve_app.compute import limit_memory, pick_device
 from serve_app.config import Config, FinisherConfig
 from serve_app.errors import one_line
+from serve_app.finish.equipment import Equipment
 from serve_app.finish.failure import FinishFailed, FinishStopped
 from serve_app.finish.plan import Finish, Interpolate, VideoFormat
 from serve_app.logs import get_logger
@@ -28,7 +29,7 @@ from serve_app.stages.frame_stream import FrameAddress, FrameReceiver, FramesLos
 from serve_app.storage import Storage, download_name
 
 if TYPE_CHECKING:
-    from serve_app.finish.finisher import Equipment, FinishedVideo
+    from serve_app.finish.finisher import FinishedVideo
 
 logger = get_logger(__name__)
 
@@ -225,7 +226,7 @@ class _Work:
 
     @property
     def address(self) -> FrameAddress:
-        """Where the frames are to be sent."""
+        """The address that takes the frames."""
         return self._receiver.address
 
     @property
@@ -272,8 +273,6 @@ class _Work:
 
 
 def _equipment(stage: FinisherConfig) -> Equipment:
-    from serve_app.finish.finisher import Equipment
-
     device = stage.device if stage.device != "auto" else "cuda" if stage.resources.num_gpus else "cpu"
     return Equipment(
         threads=stage.threads or int(stage.resources.num_cpus),
@@ -283,6 +282,7 @@ def _equipment(stage: FinisherConfig) -> Equipment:
         certificate=None if stage.certificate is None else Path(stage.certificate),
         private_key=None if stage.private_key is None else Path(stage.private_key),
         timestamp_url=stage.timestamp_url,
+        font=None if stage.font is None else Path(stage.font),
     )
 
 
