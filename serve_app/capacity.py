@@ -100,7 +100,9 @@ def impossible(wanted: Sequence[Need], hosts: Sequence[Host]) -> list[str]:
     for name, amount in asked.items():
         if amount > has.get(name, 0) + _ROUNDING:
             users = ", ".join(
-                f"{need.replicas} x {need.deployment} ({need.total[name]:g})" for need in wanted if need.total.get(name)
+                f"{need.replicas} x {need.deployment} ({need.total[name]:g})"
+                for need in wanted
+                if need.replicas and need.total.get(name)
             )
             lines.append(
                 f"all deployments together ask for {_text({name: amount})}, and the cluster has "

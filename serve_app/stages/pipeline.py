@@ -41,7 +41,9 @@ _TURNED_AWAY_S = 0.1
 _STORE_AGAIN_S = (1.0, 30.0)
 # Pauses before a decode that did not fit into memory is tried again, perhaps by another replica; then the attempt ends.
 _DECODE_AGAIN_S = (1.0, 5.0, 20.0)
-# Share of the steps after which a finisher is asked for, so that one is there when the decode begins.
+# A finisher is asked for so many seconds before the decode is expected to begin, or after this share of the steps where
+# nothing is known: one may have to start first.
+_ASK_FINISHER_S = 20.0
 _ASK_FINISHER_AT = 0.8
 # Lost stages have error codes of their own, because the video that was in a process may be the reason that it died.
 _LOST = "The {} was lost with this video in it."
@@ -141,7 +143,7 @@ class Pipeline:
         denoising = _Denoising()
         async with aclosing(self._denoise(job, encoded, denoising, decode_s + finish_s)) as events:
             async for event in events:
-                if finishing is not None and event.stage == "denoise" and event.step >= _ASK_FINISHER_AT * event.steps:
+                if finishing is not None and _begins_soon(event, decode_s + finish_s):
                     finishing.begin()
                 yield event
         begun, latents = denoising.started, denoising.latents
@@ -243,7 +245,7 @@ class Pipeline:
             if ended.state is None:
                 await asyncio.sleep(_TURNED_AWAY_S)
 
-    async def _decode(self, latents: Any, params: Params, job: JobSpec, finishing: Finishing | None) -> Decoded:
+    async def _decode(self, latents: Any, params: Params, job: JobSpec, finishing: Finishing | None = None) -> Decoded:
         """Decode and store. Repeat that while the storage is away or full, and a few times if memory is short.
 
         Meanwhile the latents stay in this process: where a video cannot be stored, a state could not be saved either.
@@ -294,6 +296,15 @@ def _sample_request(job: JobSpec) -> SampleRequest:
         state_prefix=job.state_prefix,
         alone=job.losses > 0,
     )
+
+
+def _begins_soon(event: Progress, after_s: float) -> bool:
+    """Return whether the decode begins soon, after which it takes `after_s` up to the video."""
+    if event.stage != "denoise":
+        return False
+    if event.seconds_left is None:
+        return event.step >= _ASK_FINISHER_AT * event.steps
+    return event.seconds_left - after_s <= _ASK_FINISHER_S
 
 
 def _cancel(response: Any) -> None:
