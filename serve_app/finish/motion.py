@@ -192,4 +192,5 @@ def _is_cut(first: np.ndarray, second: np.ndarray, from_second: np.ndarray, from
 
 def _differs(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return 1 for each pixel that differs, uint8 `[height, width]`."""
-    return (cv2.absdiff(one, other).max(axis=2) > _LEVELS).astype(np.uint8)
+    red, green, blue = cv2.split(cv2.absdiff(one, other))
+    return cv2.threshold(cv2.max(cv2.max(red, green), blue), _LEVELS, 1, cv2.THRESH_BINARY)[1]
