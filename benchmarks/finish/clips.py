@@ -65,5 +65,5 @@ def texture(frames: int, height: int, width: int) -> Iterator[np.ndarray]:
     for index in range(frames):
         place = index % 160 if index % 320 < 160 else 160 - index % 160  # back and forth, within the ground
         turn = cv2.getRotationMatrix2D((ground.shape[1] / 2, ground.shape[0] / 2), 0.05 * place, 1.0)
-        turn[:, 2] -= (width / 4 - 80 + place * 0.9, height / 4 - 40 + place * 0.4)
+        turn[:, 2] -= np.array([width / 4 - 80 + place * 0.9, height / 4 - 40 + place * 0.4])
         yield cv2.warpAffine(ground, turn, (width, height), flags=cv2.INTER_LINEAR).astype(np.uint8)

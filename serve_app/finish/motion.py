@@ -127,7 +127,7 @@ def _still(first: np.ndarray, second: np.ndarray, kind: Kind) -> Motion:
 def _dis() -> Any:
     """Return the flow estimator of this thread; it has buffers of its own."""
     if not hasattr(_local, "dis"):
-        _local.dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        _local.dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     return _local.dis
 
 
