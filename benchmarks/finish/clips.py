@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import cv2
 import numpy as np
 import torch
 
+from serve_app.config import Config
 from serve_app.request import Params
 from serve_app.tiny import CHECKPOINT
 from serve_app.tiny.recipe.shapes import COLOURS, MOTIONS, SHAPES, make_scenes, random_scenes, render
+from serve_app.wan.generate import Generator
 
 TWO = "two objects"
 KINDS = (*MOTIONS, TWO)
@@ -39,15 +42,16 @@ def rendered(kind: str, count: int, size: int, frames: int, seed: int = 0) -> li
     return clips
 
 
+@cache
+def _generator() -> Generator:
+    return Generator(CHECKPOINT)
+
+
 def decoded(prompt: str, steps: int = 20) -> np.ndarray:
     """Return a clip of the tiny model, `[33, 128, 128, 3]`, uint8 RGB."""
-    from serve_app.config import Config
-    from serve_app.wan.generate import Generator
-
-    generator = Generator(CHECKPOINT)
     defaults = Config.model_validate({"model": {"path": str(CHECKPOINT)}}).defaults.model_dump()
     values = {**defaults, "width": 128, "height": 128, "num_frames": 33, "num_inference_steps": steps, "seed": 0}
-    return np.asarray(generator.frames(Params(**values, prompt=prompt)))
+    return np.asarray(_generator().frames(Params(**values, prompt=prompt)))
 
 
 def texture(frames: int, height: int, width: int) -> Iterator[np.ndarray]:
@@ -61,5 +65,5 @@ def texture(frames: int, height: int, width: int) -> Iterator[np.ndarray]:
     for index in range(frames):
         place = index % 160 if index % 320 < 160 else 160 - index % 160  # back and forth, within the ground
         turn = cv2.getRotationMatrix2D((ground.shape[1] / 2, ground.shape[0] / 2), 0.05 * place, 1.0)
-        turn[:, 2] -= (width / 4 - 80 + place * 0.9, height / 4 - 40 + place * 0.4)
+        turn[:, 2] -= np.array([width / 4 - 80 + place * 0.9, height / 4 - 40 + place * 0.4])
         yield cv2.warpAffine(ground, turn, (width, height), flags=cv2.INTER_LINEAR).astype(np.uint8)

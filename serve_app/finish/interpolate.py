@@ -59,7 +59,7 @@ def made_by_flow(pairs: tuple[Pair | None, Pair, Pair | None]) -> list[np.ndarra
     before, pair, after = pairs
     if pair.motion is None:
         return pair.with_made([])
-    moving = pair.motion.bent(before and before.motion, after and after.motion)
+    moving = pair.motion.bent(before.motion if before else None, after.motion if after else None)
     return pair.with_made([moving.at(time) for time in pair.between])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -64,7 +65,7 @@ def add_xmp(path: Path, packet: str) -> None:
         file.write((24 + len(content)).to_bytes(4, "big") + b"uuid" + _XMP_BOX + content)
 
 
-def read_xmp(content: bytes) -> dict[str, str]:
+def read_xmp(content: bytes | mmap) -> dict[str, str]:
     """Return the fields of the first XMP packet in a file's bytes; empty without one."""
     from xml.sax.saxutils import unescape
 

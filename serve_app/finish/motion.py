@@ -127,7 +127,7 @@ def _still(first: np.ndarray, second: np.ndarray, kind: Kind) -> Motion:
 def _dis() -> Any:
     """Return the flow estimator of this thread; it has buffers of its own."""
     if not hasattr(_local, "dis"):
-        _local.dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        _local.dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     return _local.dis
 
 
@@ -192,4 +192,5 @@ def _is_cut(first: np.ndarray, second: np.ndarray, from_second: np.ndarray, from
 
 def _differs(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Return 1 for each pixel that differs, uint8 `[height, width]`."""
-    return (cv2.absdiff(one, other).max(axis=2) > _LEVELS).astype(np.uint8)
+    red, green, blue = cv2.split(cv2.absdiff(one, other))
+    return cv2.threshold(cv2.max(cv2.max(red, green), blue), _LEVELS, 1, cv2.THRESH_BINARY)[1]

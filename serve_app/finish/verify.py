@@ -14,7 +14,7 @@ from serve_app.finish.label import AI_MADE, read_xmp
 
 @dataclass(frozen=True)
 class Verification:
-    """What a file says about itself.
+    """The statements of a file about itself.
 
     Attributes:
         video: container, codec, size, rate and colours, as text by name; empty for a picture.
@@ -45,7 +45,7 @@ class Verification:
 
 
 def verify(path: Path, anchors: Path | None = None) -> Verification:
-    """Return what a video or picture says about itself.
+    """Read what a video or picture says about itself.
 
     Args:
         path: the file.

@@ -43,8 +43,8 @@ def test_an_interpolation_model_makes_the_frames(tmp_path: Path, blend: Path) ->
     assert made.format.num_frames == 7
     frames, shown = pan(3), list(decoded(made.path))
     assert psnr(shown[1], np.uint8(frames[0] * (2 / 3) + frames[1] * (1 / 3)), 16) > 30  # type: ignore[arg-type]
-    odd = [np.full((33, 65, 3), level, np.uint8) for level in (0, 100)]
-    assert [int(one[0, 0, 0]) for one in load_interpolator(blend, "cpu")(*odd, [0.25, 0.75])] == [25, 75]
+    first, second = (np.full((33, 65, 3), level, np.uint8) for level in (0, 100))
+    assert [int(one[0, 0, 0]) for one in load_interpolator(blend, "cpu")(first, second, [0.25, 0.75])] == [25, 75]
 
 
 @pytest.mark.parametrize("step", ["interpolate", "upscale"])

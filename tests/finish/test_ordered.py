@@ -45,7 +45,7 @@ def test_an_error_comes_in_its_place_and_ends_it() -> None:
             raise ValueError("two")
         return item
 
-    got = []
+    got: list[int] = []
     with ThreadPoolExecutor(2) as pool, pytest.raises(ValueError, match="two"):
         got.extend(ordered_map(pool, work, iter(range(9)), 2))
     with ThreadPoolExecutor(2) as pool:
