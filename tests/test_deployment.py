@@ -229,7 +229,13 @@ def test_generate_follows_a_running_server(deployment, tmp_path):
 )
 def test_up_on_a_cluster_that_serves_already_is_one_line(deployment, checkpoint, tmp_path, variables, said):
     config = write_config(tmp_path, checkpoint, free_port())
-    done = run("up", config, environment={**deployment.environment, **variables})
+    done = subprocess.run(
+        [BIN / "wan-serve", "up", config],
+        env={**deployment.environment, **variables},  # of which Ray keeps what it has read once
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     for part in (*said, deployment.environment["RAY_ADDRESS"]):
         assert part in done.stderr
