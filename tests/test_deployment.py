@@ -25,8 +25,10 @@ from serve_app.wan.weights.checkpoint import Checkpoint
 from tests.support.deployed import BIN, REPOSITORY, Deployment, deployment, write_config
 from tests.support.fakes import PARAMS
 from tests.support.load import Load, Seen
+from tests.support.plain_http import http
 from tests.support.ports import free_port
 from tests.support.prometheus import Prometheus, scraping
+from tests.support.warm_command import run
 
 __all__ = ["deployment"]
 
@@ -88,7 +90,7 @@ def test_progress_over_http_is_true(deployment):
 
 def test_hints_of_clients_to_the_proxy_are_ignored(deployment):
     for hints in ({"x-request-timeout-seconds": "0.0001"}, {"x-request-disconnect-disabled": "?1"}):
-        assert httpx.get(f"{deployment.url}/v1/videos", headers=hints).status_code == 200
+        assert http.get(f"{deployment.url}/v1/videos", headers=hints).status_code == 200
 
 
 def test_a_job_outlives_the_death_of_a_rank(deployment):
@@ -153,17 +155,11 @@ def test_generate_follows_a_running_server(deployment, tmp_path):
 )
 def test_up_on_a_cluster_that_serves_already_is_one_line(deployment, checkpoint, tmp_path, variables, said):
     config = write_config(tmp_path, checkpoint, free_port())
-    done = subprocess.run(
-        [BIN / "wan-serve", "up", config],
-        env={**deployment.environment, **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run("up", config, environment={**deployment.environment, **variables})
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     for part in (*said, deployment.environment["RAY_ADDRESS"]):
         assert part in done.stderr
-    assert httpx.get(f"{deployment.url}/readyz").status_code == 200
+    assert http.get(f"{deployment.url}/readyz").status_code == 200
 
 
 def test_metrics_say_what_was_done(deployment, prometheus, checkpoint):
@@ -238,6 +234,6 @@ def test_a_wrong_file_is_one_line_and_starts_nothing(checkpoint, tmp_path, chang
     for application in content["applications"]:
         application["args"] = content["applications"][0]["args"]
     path.write_text(yaml.safe_dump(content))
-    done = subprocess.run([BIN / "wan-serve", "up", path, "--own-ray"], capture_output=True, text=True, timeout=120)
+    done = run("up", path, "--own-ray")
     assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert "starting Ray" not in done.stdout

@@ -18,6 +18,7 @@ import pytest
 import ray
 import yaml
 
+from tests.support.plain_http import http
 from tests.support.ports import free_port
 
 BIN = Path(sys.executable).parent
@@ -45,7 +46,7 @@ def wait_ready(url: str, process: subprocess.Popen, timeout_s: float = 900) -> N
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the server ended with {process.returncode}"
         try:
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+            if http.get(f"{url}/readyz", timeout=5).status_code == 200:
                 return
         except httpx.HTTPError:
             pass

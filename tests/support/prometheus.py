@@ -17,6 +17,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.support.plain_http import http
 from tests.support.ports import free_port
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "serve_app" / "prometheus"
@@ -95,7 +96,7 @@ class Prometheus:
         return found
 
     def _ask(self, what: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        answer = httpx.get(f"{self.url}/api/v1/{what}", params=parameters, timeout=30)
+        answer = http.get(f"{self.url}/api/v1/{what}", params=parameters, timeout=30)
         assert answer.status_code == 200, f"{parameters}: {answer.text}"
         return dict(answer.json()["data"])
 
@@ -147,7 +148,7 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     while True:
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         try:
-            if httpx.get(f"{url}/-/ready", timeout=5).status_code == 200:
+            if http.get(f"{url}/-/ready", timeout=5).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
