@@ -52,14 +52,15 @@ class Exporter:
 def start(process: Process) -> None:
     """Begin to export, from a thread that ends with the process, what a kind of process records.
 
-    Further calls have no effect. It needs a process that has joined a Ray.
+    Further calls have no effect, and neither has a call in a process that has not joined a Ray.
 
     Args:
         process: the kind of this process. Its counters begin at 0.
     """
+    import ray
     from ray.util.metrics import Gauge
 
-    if process in _started:
+    if process in _started or not ray.is_initialized():
         return
     _started.add(process)
     own = tuple(metric for metric in METRICS if process in metric.by)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 
+from serve_app.metrics import export
 from serve_app.metrics.export import Exporter
 from serve_app.metrics.metric import Counter, Gauge, Histogram
 
@@ -20,6 +22,12 @@ class FakeGauge:
     def set(self, value: float, tags: Mapping[str, str]) -> None:
         assert {*tags} == {*self.tag_keys} and all(isinstance(one, str) for one in tags.values())
         self.numbers.append((value, dict(tags)))
+
+
+def test_without_a_ray_nothing_is_exported() -> None:
+    before = threading.active_count()
+    export.start("decoder")
+    assert threading.active_count() == before and not export._started
 
 
 def test_every_number_is_a_gauge_that_is_set_again() -> None:

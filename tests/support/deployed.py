@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,13 +88,19 @@ class Deployment:
 @pytest.fixture(scope="module")
 def deployment(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """`serve run` on a dev cluster that was started by `ray start`."""
-    folder = tmp_path_factory.mktemp("deployment")
-    port, dashboard, http = free_port(), free_port(), free_port()
+    with deployed(checkpoint, tmp_path_factory.mktemp("deployment")) as deployment:
+        yield deployment
+
+
+@contextmanager
+def deployed(checkpoint: Path, folder: Path) -> Iterator[Deployment]:
+    """Run a deployment of a checkpoint, with its data and logs in a folder."""
+    port, dashboard, api = free_port(), free_port(), free_port()
     environment = {**os.environ, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}", "PYTHONUNBUFFERED": "1"}
     environment.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
     environment["RAY_metrics_report_interval_ms"] = "4000"
     metrics = free_port()
-    config = write_config(folder, checkpoint, http)
+    config = write_config(folder, checkpoint, api)
     with (folder / "ray.log").open("w") as log:
         options = {
             "port": port,
@@ -119,7 +126,7 @@ def deployment(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> It
             server = subprocess.Popen(
                 [BIN / "serve", "run", config], env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT
             )
-            url = f"http://127.0.0.1:{http}"
+            url = f"http://127.0.0.1:{api}"
             wait_ready(url, server)
             node = environment["RAY_ADDRESS"].partition(":")[0]
             yield Deployment(url, environment, f"http://127.0.0.1:{dashboard}", f"{node}:{metrics}")

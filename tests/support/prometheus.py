@@ -26,14 +26,24 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ser
 @pytest.fixture(scope="session")
 def prometheus_bin() -> Path:
     """A folder with `prometheus` and `promtool`: of this machine, or unpacked once into the user's cache."""
+    try:
+        return find()
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", "") or error
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"no Prometheus: {said}")
+        raise
+
+
+def find() -> Path:
+    """Return a folder with the two programs, downloaded if this machine has none.
+
+    Raises:
+        OSError, subprocess.SubprocessError: they cannot be had.
+    """
     if found := shutil.which("promtool"):
         return Path(found).parent
     if not (_CACHE / "promtool").exists():
-        try:
-            _unpack()
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", "") or error
-            (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"no Prometheus: {said}")
+        _unpack()
     return _CACHE
 
 
