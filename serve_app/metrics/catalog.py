@@ -169,7 +169,7 @@ http_requests = Counter(
     "wan_http_requests_total",
     "Answers of the API, by kind of route and class of status.",
     ["gateway"],
-    {"route": ROUTES, "status": ("2xx", "3xx", "4xx", "5xx")},
+    {"route": ROUTES, "status": ("2xx", "3xx", "4xx", "5xx", OTHER)},
 )
 http_seconds = Histogram(
     "wan_http_seconds",
