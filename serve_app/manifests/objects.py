@@ -120,7 +120,6 @@ def weights_job(source: Source, size: Size, mount: PurePosixPath) -> Object:
                             "name": "download",
                             "image": size.image,
                             "command": ["hf", "download", _REPOSITORY, "--local-dir", source.config.model.path],
-                            "env": [{"name": "HOME", "value": "/tmp"}],
                             "resources": {"requests": {"cpu": "2", "memory": "4Gi"}, "limits": {"memory": "8Gi"}},
                             "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
                             "volumeMounts": [{"name": "weights", "mountPath": str(mount)}],

@@ -116,7 +116,6 @@ def _template(
 
 def _environment(source: Source, size: Size) -> list[Object]:
     plain = {
-        "HOME": "/tmp",
         "WAN_SERVE_HOME": "/tmp/wan-serve",
         "TRITON_CACHE_DIR": "/cache/triton",
         "TORCHINDUCTOR_CACHE_DIR": "/cache/inductor",
@@ -127,7 +126,12 @@ def _environment(source: Source, size: Size) -> list[Object]:
         if one.optional:
             reference["optional"] = True
         secrets.append({"name": one.variable, "valueFrom": {"secretKeyRef": reference}})
-    return [*({"name": name, "value": value} for name, value in plain.items()), *secrets]
+    # Of two clusters on one database, as during an upgrade, the newer one takes the jobs over.
+    cluster = {
+        "name": "WAN_SERVE_GENERATION",
+        "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['ray.io/cluster']"}},
+    }
+    return [*({"name": name, "value": value} for name, value in plain.items()), cluster, *secrets]
 
 
 def _probe(**times: int) -> Object:

@@ -166,10 +166,20 @@ def test_times_are_those_of_the_configuration(file: Write) -> None:
 def test_secrets_are_names_only(made: Made) -> None:
     cluster = service_of(made())["spec"]["rayClusterConfig"]
     env = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
-    secrets = {one["name"]: one["valueFrom"]["secretKeyRef"] for one in env if "valueFrom" in one}
+    secrets = {
+        one["name"]: one["valueFrom"]["secretKeyRef"] for one in env if "secretKeyRef" in one.get("valueFrom", {})
+    }
     assert set(secrets) == {"PGPASSWORD", "WAN_SERVE_QUEUE_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
     assert secrets["WAN_SERVE_QUEUE_URL"] == {"name": "wan-secrets", "key": "WAN_SERVE_QUEUE_URL"}
     assert secrets["AWS_ACCESS_KEY_ID"]["optional"]  # a Pod may have a role instead
+
+
+def test_each_cluster_is_a_generation_of_its_own(made: Made) -> None:
+    """KubeRay labels Pods with the cluster's name, which is new in every upgrade."""
+    cluster = service_of(made())["spec"]["rayClusterConfig"]
+    env = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["env"]
+    (generation,) = [one for one in env if one["name"] == "WAN_SERVE_GENERATION"]
+    assert generation["valueFrom"] == {"fieldRef": {"fieldPath": "metadata.labels['ray.io/cluster']"}}
 
 
 def test_overlays(made: Made) -> None:
