@@ -17,6 +17,9 @@ WEIGHTS = "weights"
 """Name of the volume with the weights."""
 METRICS_PORT = 8080
 AGENT_PORT = 52365
+# Volume of Ray's session folder. The operator gives its autoscaler's container the volume of this name, so it has to be
+# the one of the head.
+_SESSION = "ray-logs"
 _HEAD = {"cpu": "4", "memory": "8Gi"}
 # A saved sample is written within seconds; then the ranks end.
 _GRACE_S = 120
@@ -62,13 +65,13 @@ def _template(
     memory_gib: int,
 ) -> Object:
     mounts = [
-        {"name": "shm", "mountPath": "/dev/shm"},
-        {"name": "ray", "mountPath": "/tmp/ray"},
+        {"name": "shared-mem", "mountPath": "/dev/shm"},
+        {"name": _SESSION, "mountPath": "/tmp/ray"},
         {"name": "cache", "mountPath": "/cache"},
     ]
     volumes: list[Object] = [
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{int(memory_gib * _SHM_SHARE)}Gi"}},
-        {"name": "ray", "emptyDir": {}},
+        {"name": "shared-mem", "emptyDir": {"medium": "Memory", "sizeLimit": f"{int(memory_gib * _SHM_SHARE)}Gi"}},
+        {"name": _SESSION, "emptyDir": {}},
         {"name": "cache", "emptyDir": {}},
     ]
     if source.weights is not None:

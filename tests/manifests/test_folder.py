@@ -145,7 +145,9 @@ def test_head_pools_and_probes(made: Made) -> None:
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert {"name": "metrics", "containerPort": 8080} in container["ports"]
         mounts = {one["name"]: one for one in container["volumeMounts"]}
-        assert mounts["shm"]["mountPath"] == "/dev/shm"
+        assert mounts["shared-mem"]["mountPath"] == "/dev/shm"
+        # The autoscaler's container, which the operator adds, mounts the volume of this name at this path.
+        assert mounts["ray-logs"]["mountPath"] == "/tmp/ray"
         assert mounts["weights"] == {"name": "weights", "mountPath": "/models", "readOnly": True}
         assert {one["name"] for one in group["template"]["spec"]["volumes"]} == set(mounts)
     assert gpu["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "8"
