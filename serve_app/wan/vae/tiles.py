@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from serve_app.wan.weights.tensors import VaeConfig
+
 MIN_SIDE = 8
 """Latent pixels along a side of the smallest tile. A smaller tile would be mostly halo."""
 
@@ -109,6 +111,46 @@ def levels(decoder: nn.Module) -> tuple[Level, ...]:
                 reach_after=reach_after,
                 channels_out=channels_out,
                 remembered=remembered + sum(layer.in_channels for layer in convolutions),
+                work=work,
+            )
+        )
+        frames *= more_frames
+    return tuple(found)
+
+
+def levels_of(config: VaeConfig) -> tuple[Level, ...]:
+    """Return the levels of the decoder that a VAE's configuration describes, as `levels` finds them in its layers."""
+    base = config.decoder_base_dim or config.base_dim
+    widths = [base * factor for factor in (config.dim_mult[-1], *reversed(config.dim_mult))]
+    doubles = [*reversed(config.temperal_downsample), False]
+    found: list[Level] = []
+    frames = 1
+    for number, (inputs, width) in enumerate(itertools.pairwise(widths)):
+        first, last = inputs // 2 if number else inputs, number == len(config.dim_mult) - 1
+        ins = [first, *[width] * config.num_res_blocks]
+        work = frames * sum(27 * width * (one + width) + (one * width if one != width else 0) for one in ins)
+        remembered = sum(one + width for one in ins)
+        reach = 2 * len(ins)
+        more_frames = 2 if doubles[number] else 1
+        if last:
+            work += frames * 27 * width * config.out_channels
+            remembered, reach = remembered + width, reach + 1
+        else:
+            work += frames * more_frames * 4 * 9 * width * (width // 2)
+            if doubles[number]:
+                work += frames * 3 * width * 2 * width
+                remembered += width
+        found.append(
+            Level(
+                channels_in=first,
+                channels=width,
+                frames=frames,
+                reach=reach,
+                scale=1 if last else 2,
+                more_frames=more_frames,
+                reach_after=0 if last else 1,
+                channels_out=width if last else width // 2,
+                remembered=remembered,
                 work=work,
             )
         )
