@@ -6,6 +6,7 @@ loads, and what the monitor compares with.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -27,8 +28,8 @@ NCCL_BYTES = 0.5e9
 """Buffers of NCCL for the process groups of a rank."""
 TILE_SHARE = 0.67
 """Share of a GPU's free memory that the decoder gives to a tile, as `TiledDecoder` does."""
-_WORK_OF_TILE = {4: 1.18, 2: 1.09}
-"""Factor by which a tile takes more than `Picture.tile_bytes`, for the work space of convolutions; by a number's size."""
+WORK_OF_TILE = {4: 1.18, 2: 1.09}
+"""Factor by which a tile takes more than `Picture.tile_bytes`, for the work space of convolutions, by number size."""
 _PASSING = 2
 # A text in the encoder's attention: scores, their mask, their copy in float32 and its softmax.
 _SCORES = 12
@@ -214,21 +215,19 @@ def encoder_need(config: Config, model: ModelShape, requests: int = 1) -> Proces
     return ProcessMemory("encoder", "encoder", stage.memory_fraction, gpus, on_device, beside, on_host, work)
 
 
-def decoder_need(config: Config, model: ModelShape, size: Size, tiles: int | None = None) -> ProcessMemory:
+def decoder_need(config: Config, model: ModelShape, size: Size, bound: float = math.inf) -> ProcessMemory:
     """Return what the decoder takes on each of its devices.
 
     Args:
         config: the deployment's configuration.
         model: the model's shape.
         size: of the video.
-        tiles: number of parts that the picture is cut into; None is as few as its devices. The least it can do with is
-            the smallest tiles, which 0 stands for.
+        bound: of a tile's `Picture.tile_bytes`. Infinity is a part of the picture for each device, which is fastest; 0
+            is the smallest tiles, the least that the decoder can do with.
     """
     stage, itemsize = config.decoder, 4 if config.model.vae_dtype == "float32" else 2
-    tile = tile_bytes(model, size, itemsize, stage.devices if tiles is None else tiles)
-    if stage.tile_memory_mib:
-        tile = min(tile, stage.tile_memory_mib * 2**20)
-    work = _WORK_OF_TILE[itemsize] * tile
+    tile = tile_bytes(model, size, itemsize, stage.devices, min(bound, stage.tile_memory_mib * 2**20 or math.inf))
+    work = WORK_OF_TILE[itemsize] * tile
     parts = (
         Part("VAE", model.vae_bytes(itemsize), "model.vae_dtype", True),
         Part("tiles", work, "decoder.devices, decoder.tile_memory_mib"),
@@ -243,9 +242,16 @@ def decoder_need(config: Config, model: ModelShape, size: Size, tiles: int | Non
     )
 
 
-def tile_bytes(model: ModelShape, size: Size, itemsize: int, tiles: int) -> float:
-    """Return `Picture.tile_bytes` of the largest of so many tiles of a picture; 0 is the smallest tiles."""
+def tile_bytes(model: ModelShape, size: Size, itemsize: int, devices: int = 1, bound: float = math.inf) -> float:
+    """Return `Picture.tile_bytes` of the largest tile into which the decoder cuts a picture.
+
+    Args:
+        model: the model's shape.
+        size: of the video.
+        itemsize: size in bytes of a number of the VAE's dtype.
+        devices: that share the picture.
+        bound: of a tile's bytes; where none fits, the smallest tiles are taken.
+    """
     _, height, width = latent_shape(size.width, size.height, size.frames)
     picture = Picture(levels_of(model.vae), height, width, 1, itemsize)
-    cut = picture.tiles(devices=tiles) if tiles else picture.tiles(0)
-    return float(max(map(picture.tile_bytes, cut)))
+    return float(max(map(picture.tile_bytes, picture.tiles(bound, devices))))

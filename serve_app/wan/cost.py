@@ -14,7 +14,7 @@ from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.weights.checkpoint import MAX_TOKENS
 from serve_app.wan.weights.tensors import TextConfig, VaeConfig
 
-_EAGER, _EAGER_SHARED, _EAGER_FLOAT32 = 5.7, 7.0, 3.0
+_EAGER, _EAGER_SHARED, _EAGER_FLOAT32 = 5.8, 7.0, 3.8
 """Tensors of the model's width that blocks keep more of where they are not compiled: in half precision, in half
 precision where the norms span the ranks of tensor parallelism, and in float32."""
 
@@ -79,14 +79,17 @@ def activation_bytes(config: dict[str, Any], tokens: int, itemsize: int, mesh: M
     if mesh.sequence > 1:
         attention += 3 * share
     if mesh.tensor > 1:
-        attention += 2.5 / mesh.sequence - 1.5 * share
+        attention += 2.35 / mesh.sequence - 1.5 * share
         feed_forward += 1 / mesh.sequence
     most = max(attention, feed_forward)
     if not compiled and itemsize < 4:
         most += (_EAGER if mesh.tensor == 1 else _EAGER_SHARED) * share
     elif not compiled:
         most += _EAGER_FLOAT32 * share
-    return int(tokens * itemsize * width * most)
+    # Outside of blocks: the latents as patches and what is predicted, the rotation in float32, the text as projected.
+    patches = math.prod(config.get("patch_size", (1, 2, 2))) * int(config.get("in_channels", 16)) * itemsize
+    rotation = 2 * int(config["attention_head_dim"]) * 4
+    return int(tokens * (itemsize * width * most + patches + rotation) + 2 * MAX_TOKENS * width * itemsize)
 
 
 def work_bytes(config: dict[str, Any], tokens: int, itemsize: int, mesh: Mesh, compiled: bool = False) -> int:
