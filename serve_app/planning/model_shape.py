@@ -6,7 +6,7 @@ Needs no torch, and reads no weights.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from serve_app.wan.cost import latent_tokens
@@ -50,6 +50,7 @@ class ModelShape:
     text: TextConfig
     vae: VaeConfig
     source: str
+    _known: dict[tuple[int, int, int], ExpertBytes] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def published(cls) -> Self:
@@ -84,10 +85,14 @@ class ModelShape:
             itemsize: size in bytes of a number of `model.dtype`.
             tensor: ranks that share the weights.
         """
-        config = self.experts[index]
-        sizes = rank_bytes(config.tensors(), itemsize, tensor)
-        blocks = sum(size for name, size in sizes.items() if name.startswith("blocks."))
-        return ExpertBytes(blocks, blocks / config.num_layers, sum(sizes.values()) - blocks)
+        found = self._known.get((index, itemsize, tensor))
+        if found is None:  # a thousand names, and a plan asks for each of some dozens of layouts
+            config = self.experts[index]
+            sizes = rank_bytes(config.tensors(), itemsize, tensor)
+            blocks = sum(size for name, size in sizes.items() if name.startswith("blocks."))
+            found = ExpertBytes(blocks, blocks / config.num_layers, sum(sizes.values()) - blocks)
+            self._known[index, itemsize, tensor] = found
+        return found
 
     def text_encoder_bytes(self, itemsize: int) -> float:
         """Return the bytes of the text encoder's weights."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from serve_app.planning.cards import CARDS, Card
@@ -30,6 +30,7 @@ _H200 = CARDS["h200"]
 _PIXELS = 1280 * 720 * 81
 # What two ranks lose to exchange at 832x480, and how it falls with the tokens and grows with the ranks; fitted to the
 # passes in `measurements` of 1, 2 and 4 ranks. Attention grows with the square of the tokens, what is sent with them.
+_HALOS = 0.05  # of a decode for each tile more: 2.81 s whole, 3.25 s in four tiles
 _LOST = 0.10
 _BY_TOKENS = -0.8
 _BY_RANKS = 1.75
@@ -121,6 +122,7 @@ class Rates:
         compiled: bool = True,
         passing_bytes: float = 0,
         decoder_devices: int = 1,
+        decoder_tiles: int = 1,
         vae_dtype: str = "float32",
         encoder_cpus: float = 0,
     ) -> VideoSeconds:
@@ -132,6 +134,7 @@ class Rates:
             compiled: whether blocks are compiled.
             passing_bytes: weights that come from host memory in each pass.
             decoder_devices: GPUs that share a decode.
+            decoder_tiles: parts into which each of them cuts its part of a picture.
             vae_dtype: dtype of the VAE.
             encoder_cpus: cores of the text encoder; 0 is a GPU.
         """
@@ -140,17 +143,18 @@ class Rates:
         found = VideoSeconds(
             encode=self.encode_seconds(params.guided, encoder_cpus),
             denoise=params.num_inference_steps * step,
-            decode=self.decode_seconds(params.latent_shape, decoder_devices, vae_dtype),
+            decode=self.decode_seconds(params.latent_shape, decoder_devices, vae_dtype)
+            * (1 + _HALOS * (decoder_tiles - 1)),
             other=OTHER_S[0] + OTHER_S[1] * params.width * params.height * params.num_frames / _PIXELS,
             basis=self._basis(tokens, mesh) if compiled and not passing_bytes else "estimated",
         )
         plain = params.guided and params.num_inference_steps == 40 and compiled and not passing_bytes
-        whole = self._job(tokens, mesh) if plain and not encoder_cpus else None
+        whole = self._job(tokens, mesh) if plain else None
         if whole is None:
             return found
         # Of the whole job that was measured, what the other stages take is not known as well as the sum.
-        rest = found.total - found.denoise
-        return VideoSeconds(found.encode, whole - rest, found.decode, found.other, "measured")
+        denoise = whole - self.encode_seconds() - found.decode - found.other
+        return replace(found, denoise=denoise, basis=found.basis if encoder_cpus else "measured")
 
     @property
     def _slower(self) -> float:

@@ -254,16 +254,20 @@ class Picture:
 
     def tiles(self, max_tile_bytes: float = math.inf, devices: int = 1) -> list[Tile]:
         """Return the grid of tiles that fit which `devices` devices finish first; the smallest tiles if none fit."""
-        found: list[tuple[tuple[bool, float], list[Tile]]] = []
-        for rows, columns in itertools.product(_cuts(self.whole.rows[1]), _cuts(self.whole.columns[1])):
-            count = len(rows) * len(columns)
-            # The tile with the most halo stands for all tiles: they differ in little else.
-            widest = Tile(self._widest(rows, self.whole.rows[1]), self._widest(columns, self.whole.columns[1]))
-            size = self.tile_bytes(widest)
+        found: list[tuple[tuple[bool, float, int], list[Span], list[Span]]] = []
+        # The tile with the most halo stands for all tiles: they differ in little else.
+        cuts = [
+            [(spans, self._widest(spans, size)) for spans in _cuts(size)]
+            for size in (self.whole.rows[1], self.whole.columns[1])
+        ]
+        for (rows, tallest), (columns, widest) in itertools.product(*cuts):
+            count, tile = len(rows) * len(columns), Tile(tallest, widest)
+            size = self.tile_bytes(tile)
             fits = size <= max_tile_bytes
-            cost = math.ceil(count / devices) * self.work(widest) if fits else size
-            found.append(((not fits, cost), [Tile(*both) for both in itertools.product(rows, columns)]))
-        return min(found, key=lambda one: (one[0], len(one[1])))[1]
+            cost = math.ceil(count / devices) * self.work(tile) if fits else size
+            found.append(((not fits, cost, count), rows, columns))
+        _, rows, columns = min(found, key=lambda one: one[0])
+        return [Tile(*both) for both in itertools.product(rows, columns)]
 
     def _axis(self, start: int, stop: int, size: int) -> Iterator[Span]:
         scale = 1
