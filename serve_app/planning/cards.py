@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -128,6 +129,19 @@ def listed(said: str) -> list[Card]:
         known = next((CARDS[key] for pattern, key in _KNOWN_AS if re.search(pattern, name)), None)
         found.append(_with_memory(known, name.strip(), int(mib)))
     return found
+
+
+def named_by_ray(resources: Iterable[str]) -> Card | None:
+    """Return the kind of GPU that a host of Ray names as a resource, `accelerator_type:H100`; None if it names none.
+
+    Where a name does not tell how much memory the card has, it is the larger one.
+    """
+    for name in resources:
+        kind = name.removeprefix("accelerator_type:")
+        if kind != name:
+            key = next((key for pattern, key in _KNOWN_AS if re.search(pattern, kind)), None)
+            return None if key is None else CARDS[key]
+    return None
 
 
 def _with_memory(known: Card | None, label: str, mib: int) -> Card:

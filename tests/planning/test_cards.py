@@ -20,13 +20,15 @@ def test_names(name: str, found: str) -> None:
 def test_a_name_that_there_is_not() -> None:
     with pytest.raises(ConfigError, match=r"--gpu has value 'h20', did you mean 'h200'\?"):
         card("h20")
-    with pytest.raises(ConfigError, match="--gpu has value 'tpu', expected one of a100-40, .*b200, here"):
+    with pytest.raises(ConfigError, match=r"--gpu has value 'tpu', expected one of a100-40, .*b200, here"):
         card("tpu")
 
 
 def test_this_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cards, "_SMI", ("/nowhere/nvidia-smi",))
-    with pytest.raises(ConfigError, match="--gpu has value 'here', expected one of .*: this machine has no NVIDIA GPU"):
+    with pytest.raises(
+        ConfigError, match=r"--gpu has value 'here', expected one of .*: this machine has no NVIDIA GPU"
+    ):
         card("here")
 
 
