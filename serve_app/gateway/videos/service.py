@@ -17,6 +17,7 @@ from serve_app.gateway.http.auth import Caller
 from serve_app.gateway.http.errors import ApiError
 from serve_app.gateway.videos.admission import Admission
 from serve_app.gateway.videos.body import understand
+from serve_app.gateway.videos.refusals import counted
 from serve_app.gateway.videos.schemas import Remix, Variant, Video, VideoList
 from serve_app.jobs.store import Idempotency, JobStore
 from serve_app.logs import get_logger
@@ -73,23 +74,25 @@ class Videos:
             InvalidRequest, ApiError, IdempotencyConflict: the request is wrong.
             QueueFull, OverLimit, Unavailable: it cannot be accepted now.
         """
-        asked = understand(fields, self.config, typed=typed)
-        named = _idempotency(idempotency_key, fields)
-        return await self._create(
-            asked.params, asked.urgency, who, named, notify_email=asked.notify_email, finish=asked.finish
-        )
+        with counted():
+            asked = understand(fields, self.config, typed=typed)
+            named = _idempotency(idempotency_key, fields)
+            return await self._create(
+                asked.params, asked.urgency, who, named, notify_email=asked.notify_email, finish=asked.finish
+            )
 
     async def remix(
         self, video_id: str, request: Remix, who: Caller = _TRUSTED, idempotency_key: str | None = None
     ) -> Video:
         """Queue a video with the parameters, seed, finishing and priority of another one, and a new prompt."""
         source = await self._job(video_id, who)
-        again = VideoRequest(**{**source.params, "prompt": request.prompt, "finish": source.finish})
-        params = resolve(again, self.config)
-        urgency = Urgency.model_validate({"priority": source.priority})
-        named = _idempotency(idempotency_key, {"remix": video_id, **request.model_dump()})
-        finish = finishing(again, params, self.config)
-        return await self._create(params, urgency, who, named, remixed_from=source.id, finish=finish)
+        with counted():
+            again = VideoRequest(**{**source.params, "prompt": request.prompt, "finish": source.finish})
+            params = resolve(again, self.config)
+            urgency = Urgency.model_validate({"priority": source.priority})
+            named = _idempotency(idempotency_key, {"remix": video_id, **request.model_dump()})
+            finish = finishing(again, params, self.config)
+            return await self._create(params, urgency, who, named, remixed_from=source.id, finish=finish)
 
     async def _create(
         self,
