@@ -1,6 +1,6 @@
 """Interpolation against left-out frames: PSNR of ours, of a linear blend and of FFmpeg's `minterpolate`.
 
-    python -m benchmarks.finish.interpolation [--clips 6] [--decoded] [--pictures FOLDER]
+    python -m benchmarks.finish.interpolation [--clips 6] [--kinds left …] [--decoded] [--pictures FOLDER]
 
 Every other frame of rendered clips (256x256, 65 frames) is left out and made again. A clip's PSNR is that of the mean
 squared error over all its frames that every method made: `minterpolate` leaves out one at the end. That works in YUV,
@@ -139,6 +139,7 @@ def picture(clip: np.ndarray, path: Path, enlarge: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=6)
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
     parser.add_argument("--decoded", action="store_true")
     parser.add_argument("--pictures", type=Path)
     options = parser.parse_args()
@@ -148,7 +149,7 @@ def main() -> None:
     if options.decoded:
         groups = {prompt: [decoded(prompt)] for prompt in PROMPTS}
     else:
-        groups = {kind: rendered(kind, options.clips, SIZE, FRAMES) for kind in KINDS}
+        groups = {kind: rendered(kind, options.clips, SIZE, FRAMES) for kind in options.kinds}
     table(groups)
     if options.pictures is not None:
         options.pictures.mkdir(parents=True, exist_ok=True)
