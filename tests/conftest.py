@@ -46,6 +46,8 @@ _KINDS = {
     "dispatch": "db",
     "dispatch/test_deployment.py": "unit",
     "docs/test_examples.py": "db",
+    "doctor/test_cluster.py": "ray",
+    "doctor/test_services.py": "db",
     "gateway": "db",
     "gateway/test_serve.py": "ray",
     "gateway/test_serve_rabbitmq.py": "ray",

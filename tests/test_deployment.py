@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,27 @@ def test_generate_follows_a_running_server(deployment, tmp_path):
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and "'num_frames' is 6" in refused.stderr
 
 
+def test_doctor_finds_what_is_wrong(deployment: Deployment, tmp_path: Path) -> None:
+    """It reads the configuration that Serve has, which the fixture's own file says as well."""
+    token = {"Authorization": f"Bearer {deployment.environment['RAY_AUTH_TOKEN']}"}
+    details = httpx.get(f"{deployment.dashboard}/api/serve/applications/", headers=token, timeout=30).json()
+    applications = [one["deployed_app_config"] for one in details["applications"].values()]
+    config = tmp_path / "serve.yaml"
+
+    def doctor(port: int) -> tuple[int, dict[str, str]]:
+        http_options = {"host": "127.0.0.1", "port": port}
+        config.write_text(yaml.safe_dump({"http_options": http_options, "applications": applications}))
+        ended = run("doctor", "--config", config, "--json", environment=deployment.environment, timeout_s=300)
+        found = json.loads(ended.stdout)["findings"]
+        return ended.returncode, {one["check"]: one["level"] for one in found if one["check"] != "disk"}
+
+    well = dict.fromkeys(
+        ("database", "storage", "broker", "gateway", "applications", "clocks", "versions", "gpus", "weights"), "ok"
+    )
+    assert doctor(httpx.URL(deployment.url).port or 80)[1] == well
+    assert doctor(1) == (1, {**well, "gateway": "error"})
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
@@ -155,7 +177,13 @@ def test_generate_follows_a_running_server(deployment, tmp_path):
 )
 def test_up_on_a_cluster_that_serves_already_is_one_line(deployment, checkpoint, tmp_path, variables, said):
     config = write_config(tmp_path, checkpoint, free_port())
-    done = run("up", config, environment={**deployment.environment, **variables})
+    done = subprocess.run(
+        [BIN / "wan-serve", "up", config],
+        env={**deployment.environment, **variables},  # of which Ray keeps what it has read once
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     for part in (*said, deployment.environment["RAY_ADDRESS"]):
         assert part in done.stderr

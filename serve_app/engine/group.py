@@ -24,7 +24,7 @@ from serve_app.engine.rank import RankActor
 from serve_app.logs import get_logger
 from serve_app.metrics import catalog as metrics
 from serve_app.request import Params
-from serve_app.wan.cost import activation_bytes
+from serve_app.wan.cost import work_bytes
 from serve_app.wan.parallel.mesh import Mesh, default_mesh
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Group:
         config = self._config
         seen: Survey = await self._first("survey", timeout_s=timeout_s)
         work = functools.partial(
-            activation_bytes, seen.shape, config.most_tokens, config.model.itemsize, compiled=config.denoiser.compile
+            work_bytes, seen.shape, config.most_tokens, config.model.itemsize, compiled=config.denoiser.compile
         )
         mesh, why = default_mesh(
             config.denoiser.parallel.size, seen.shape, seen.weight_bytes.__getitem__, seen.device_bytes, work
