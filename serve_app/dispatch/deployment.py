@@ -32,12 +32,14 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from serve_app.config import Config
 from serve_app.dispatch.dispatcher import Dispatcher
+from serve_app.dispatch.gauges import Gauges
 from serve_app.dispatch.rabbitmq import broker
 from serve_app.dispatch.run import PipelineUnavailable
 from serve_app.errors import JobFailed
 from serve_app.events import Event
 from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
+from serve_app.metrics import export
 from serve_app.notify.notifier import Notifier
 from serve_app.replica import alive_hosts, check_hosts, starting, this_process
 from serve_app.storage import Storage
@@ -157,8 +159,11 @@ class DispatcherDeployment:
         pipeline = ServePipeline(config.dispatcher.pipeline)
         self._dispatcher = Dispatcher(self._store, storage, pipeline, config.dispatcher, self._broker)
         self._notifier = Notifier(self._store.database, config)
+        self._gauges = Gauges(self._store, storage)
+        export.start("dispatcher")
         self._dispatcher.start()
         self._notifier.start()
+        self._gauges.start()
         self._preparing = asyncio.create_task(pipeline.prepare(), name="prepare")
 
     async def wake(self) -> None:
@@ -166,13 +171,14 @@ class DispatcherDeployment:
         self._dispatcher.wake()
 
     async def check_health(self) -> None:
-        """Raise if the dispatcher or the notifier has ended: Serve then replaces the replica."""
+        """Raise if one of the loops has ended: Serve then replaces the replica."""
         self._dispatcher.raise_if_ended()
         self._notifier.raise_if_ended()
+        self._gauges.raise_if_ended()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_notifier"):
-            await asyncio.gather(self._dispatcher.stop(), self._notifier.stop())
+        if hasattr(self, "_gauges"):
+            await asyncio.gather(self._dispatcher.stop(), self._notifier.stop(), self._gauges.stop())
             if self._broker is not None:
                 await self._broker.close()
             await self._store.close()
