@@ -120,6 +120,11 @@ class Group:
         logger.info("mesh picked", extra={"mesh": str(mesh), "reason": why})
         return mesh
 
+    @property
+    def statuses(self) -> list[RankStatus]:
+        """The status of every rank as of the latest health check."""
+        return list(self._statuses)
+
     def warm_up_params(self) -> Params:
         """Return the default request of this deployment."""
         return Params(**self._config.defaults.model_dump(), prompt="warm-up", seed=0)

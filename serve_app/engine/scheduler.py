@@ -103,7 +103,7 @@ class Scheduler:
         self._costly_switch = costly_switch
         self._entries: dict[str, Entry] = {}  # in order of admission
         self.tight = False
-        """Whether memory is short: passes then have one sample, and the others' state leaves the device."""
+        """True while memory is short: passes then have one sample, and the state of the others leaves the device."""
         self._last_high_noise: bool | None = None
         self._pass_time = PassTime()
 
