@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from serve_app import __version__
+from serve_app.cli.canary import canary, generations
 from serve_app.cli.jobs import jobs
 from serve_app.cli.keys import keys
 from serve_app.cli.prepare import prepare
@@ -45,6 +46,8 @@ for _command in (check, up, demo, generate, prepare):
 cli.add_typer(videos, name="videos")
 cli.add_typer(jobs, name="jobs")
 cli.add_typer(keys, name="keys")
+cli.add_typer(canary, name="canary")
+cli.add_typer(generations, name="generations")
 
 
 def main() -> None:
