@@ -173,7 +173,7 @@ def test_a_second_pipeline_may_have_other_options(tmp_path: Path) -> None:
     assert found["applications"][-1]["args"]["model"] == {"path": str(tmp_path / "next")}
     canary["args"]["storage"] = {"url": "elsewhere"}
     with pytest.raises(
-        ConfigError, match="'wan-next': storage.url has value '.*elsewhere', expected that of the other"
+        ConfigError, match=r"'wan-next': storage.url has value '.*elsewhere', expected that of the other"
     ):
         load_file(write(tmp_path, content))
     canary["name"] = "wan"
