@@ -11,7 +11,7 @@ NODES ?= 3
 LANES ?= 2
 CLUSTER ?=
 
-.PHONY: help setup demo serve cluster test test-fast test-all bench bench-gpu lint format docs docs-reference clean
+.PHONY: help setup demo serve cluster test test-fast test-all coverage bench bench-gpu lint format docs docs-reference clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -50,6 +50,9 @@ test-fast: setup ## the tests without Ray, databases, GPUs and groups of process
 
 test-all: setup ## also the slow ones, one by one: every fault between hosts (root, iproute2, redis-server)
 	@$(BIN)/python -m pytest --slow
+
+coverage: setup ## the tests of test-fast, and the lines that they do not run
+	@$(BIN)/python -m pytest -q -n $(LANES) -m unit --cov=serve_app --cov=cluster --cov-report=term-missing:skip-covered
 
 bench: setup ## the benchmarks that this machine can run
 	@$(BIN)/python -m benchmarks.serving.serving_tax

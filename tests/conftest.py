@@ -44,7 +44,7 @@ _KINDS = {
     "cluster": "cluster",
     "db": "db",
     "dispatch": "db",
-    "dispatch/test_deployment.py": "ray",
+    "dispatch/test_deployment.py": "unit",
     "dispatch/test_same_pictures.py": "unit",
     "docs/test_examples.py": "db",
     "gateway": "db",
@@ -55,10 +55,15 @@ _KINDS = {
     "jobs/test_assignment.py": "unit",
     "jobs/test_verdict.py": "unit",
     "launch/test_applications.py": "ray",
+    "launch/test_preflight.py": "db",
     "launch/test_ray_life.py": "ray",
     "launch/test_startup.py": "ray",
     "notify": "db",
     "stages": "ray",
+    "stages/test_client_liveness.py": "unit",
+    "stages/test_decode_again.py": "unit",
+    "stages/test_decoder.py": "unit",
+    "stages/test_encoder.py": "unit",
     "storage": "db",
     "test_deployment.py": "ray",
     "test_wheel.py": "ray",
@@ -85,11 +90,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests by their paths, put the longest lane first, and skip what is slow unless asked for."""
+    """Mark tests by their paths, put the longest lane and long files first, and skip what is slow unless asked for."""
     here = Path(__file__).parent
     for item in items:
         item.add_marker(_kind(item.path.relative_to(here)))
-    items.sort(key=lambda item: _lane(item.path.relative_to(here)) != "ray")
+    first = ("cluster", "ray", "ranks")
+    items.sort(key=lambda item: first.index(kind) if (kind := _kind(item.path.relative_to(here))) in first else 3)
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
@@ -132,7 +138,8 @@ def ray_cluster() -> Iterator[str]:
     """A Ray with one node and more CPUs than the machine has, so that placement is never the obstacle."""
     import ray
 
-    context = ray.init(address="local", num_cpus=16, include_dashboard=True, log_to_driver=False, namespace="serve")
+    # Without the dashboard, whose ten processes want more of the processor than most tests.
+    context = ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, namespace="serve")
     yield context.address_info["gcs_address"]
     from ray import serve
 

@@ -21,6 +21,9 @@ import pytest
 import ray
 import yaml
 
+from tests.support.plain_http import http
+from tests.support.warm_command import run
+
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parent.parent
 
@@ -52,7 +55,7 @@ def wait_ready(url: str, process: subprocess.Popen, timeout_s: float = 900) -> N
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the server ended with {process.returncode}"
         try:
-            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+            if http.get(f"{url}/readyz", timeout=5).status_code == 200:
                 return
         except httpx.HTTPError:
             pass
@@ -161,7 +164,7 @@ def test_progress_over_http_is_true(deployment):
 
 def test_hints_of_clients_to_the_proxy_are_ignored(deployment):
     for hints in ({"x-request-timeout-seconds": "0.0001"}, {"x-request-disconnect-disabled": "?1"}):
-        assert httpx.get(f"{deployment.url}/v1/videos", headers=hints).status_code == 200
+        assert http.get(f"{deployment.url}/v1/videos", headers=hints).status_code == 200
 
 
 def test_a_job_outlives_the_death_of_a_rank(deployment):
@@ -226,17 +229,11 @@ def test_generate_follows_a_running_server(deployment, tmp_path):
 )
 def test_up_on_a_cluster_that_serves_already_is_one_line(deployment, checkpoint, tmp_path, variables, said):
     config = write_config(tmp_path, checkpoint, free_port())
-    done = subprocess.run(
-        [BIN / "wan-serve", "up", config],
-        env={**deployment.environment, **variables},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run("up", config, environment={**deployment.environment, **variables})
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     for part in (*said, deployment.environment["RAY_ADDRESS"]):
         assert part in done.stderr
-    assert httpx.get(f"{deployment.url}/readyz").status_code == 200
+    assert http.get(f"{deployment.url}/readyz").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -257,6 +254,6 @@ def test_a_wrong_file_is_one_line_and_starts_nothing(checkpoint, tmp_path, chang
     for application in content["applications"]:
         application["args"] = content["applications"][0]["args"]
     path.write_text(yaml.safe_dump(content))
-    done = subprocess.run([BIN / "wan-serve", "up", path, "--own-ray"], capture_output=True, text=True, timeout=120)
+    done = run("up", path, "--own-ray")
     assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert "starting Ray" not in done.stdout

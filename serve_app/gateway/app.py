@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse
 
+from serve_app import __version__
 from serve_app.config import Config
 from serve_app.gateway.http import docs, errors
 from serve_app.gateway.http.auth import AnyCaller, Guard, bearer
@@ -53,6 +54,7 @@ def create_app(
     """
     app = FastAPI(
         title="serve_app",
+        version=__version__,
         summary="Wan2.2 text to video: the OpenAI videos API",
         docs_url=None,
         redoc_url=None,

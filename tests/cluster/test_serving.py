@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import httpx
 import pytest
 
+from tests.support.plain_http import http
 from tests.support.serving import ray_processes
 
 
@@ -18,7 +18,7 @@ def test_stages_run_on_the_chosen_hosts_and_make_a_video(three_hosts, serve_on):
     )
     video = serving.wait(serving.create(prompt="a red circle", seed=7))
     assert video["status"] == "completed" and video["attempts"] == 1, video
-    content = httpx.get(f"{serving.url}/v1/videos/{video['id']}/content", timeout=30)
+    content = http.get(f"{serving.url}/v1/videos/{video['id']}/content", timeout=30)
     assert content.status_code == 200 and content.content[4:8] == b"ftyp"
 
     head, denoise, codec = (ray_processes(three_hosts, host) for host in range(3))

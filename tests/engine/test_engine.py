@@ -96,7 +96,7 @@ async def one(engine: Engine, name: str, **fields: Any) -> Denoised | Exception:
 async def run(group: FakeGroup, names: str) -> dict[str, Denoised | Exception]:
     """Put every sample through one engine, all admitted before the first step."""
     engine = engine_of(group)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         ends = await asyncio.gather(*(one(engine, name) for name in names))
         return dict(zip(names, ends, strict=True))
 
@@ -138,7 +138,7 @@ async def test_a_failure_after_the_step_repeats_no_step_and_is_heard(error: Exce
 async def test_who_comes_during_a_step_is_in_the_next_one() -> None:
     group = BusyGroup()
     engine = engine_of(group)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         first = asyncio.create_task(one(engine, "a"))
         await group.in_step.wait()
         begun = len(group.passes)
@@ -155,6 +155,6 @@ async def test_a_group_lost_while_a_sample_comes_is_heard() -> None:
             return await super().admit(sample_id)
 
     engine = engine_of(Gone())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         ends = await asyncio.gather(one(engine, "a"), one(engine, "b"))
     assert [end.code for end in ends if isinstance(end, JobFailed)] == ["group_lost"] * 2
