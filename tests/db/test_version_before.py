@@ -36,8 +36,7 @@ async def main(url, params):
     sys.stdin.readline()
     third = await store.create(Params.model_validate_json(params), "wan")
     await store.sweep(DispatcherConfig())
-    for number in range(3):
-        job = await store.claim("old", 60)
+    for number, job in enumerate([await store.claim("old", 60) for _ in range(3)]):
         await store.progress(job.id, job.attempt, Progress("denoise", 1, 4))
         if number == 0:
             await store.complete(job.id, job.attempt, Done({}, {}, 1))
@@ -73,6 +72,7 @@ def version_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("store_url", ["postgresql"], indirect=True)
 async def test_the_version_before_goes_on(empty_url: str, version_before: Path) -> None:
     pipe = asyncio.subprocess.PIPE
     old = await asyncio.create_subprocess_exec(
