@@ -65,6 +65,7 @@ _KINDS = {
     "stages/test_decoder.py": "unit",
     "stages/test_encoder.py": "unit",
     "storage": "db",
+    "test_canary_served.py": "ray",
     "test_deployment.py": "ray",
     "test_wheel.py": "ray",
     "wan/parallel/test_collectives.py": "ranks",

@@ -1,14 +1,15 @@
 """Canaries and upgrades under steady load: what is lost, and how many of its jobs a bad canary gets.
 
-    python -m benchmarks.faults.canary [--trials upgrade failing slow absent good] [--jobs 300] [--rate 4] [--seed 0]
+    python -m benchmarks.faults.canary [--trials upgrade failing slow absent good] [--jobs 150] [--rate 1] [--seed 0]
+        [--server postgresql://me@127.0.0.1:5432/test]
 
-Two dispatchers, each with two pipelines, share a PostgreSQL of this run's own; jobs of forty owners come at a steady
-rate. The pipelines are without a model: they take a second and a half for a video, give or take a fifth, and store real
-files.
+Two dispatchers, each with two pipelines, share a PostgreSQL, of this run's own or the given one; jobs of forty owners
+come at a steady rate. The pipelines are without a model: they take four seconds for a video, give or take a fifth, and
+store real files.
 
-- `upgrade`: dispatchers of a second generation start after a third of the jobs and take over.
-- `failing`, `slow`, `absent`: a canary with a quarter of the owners starts after a third of the jobs. It fails a third
-  of its jobs; takes three times as long; is not there.
+- `upgrade`: dispatchers of a second generation start after a fifth of the jobs and take over.
+- `failing`, `slow`, `absent`: a canary with two fifths of the owners starts after a fifth of the jobs. It fails a
+  third of its jobs; takes three times as long; is not there.
 - `good`: the same, with a canary that is as good as the stable pipeline.
 
 `its jobs` are those that the canary was given until it was aborted, except those that never reached it.
@@ -19,15 +20,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
+import secrets
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 from sqlalchemy import select
 
 from benchmarks.faults.servers import Postgres
@@ -48,18 +51,18 @@ from tests.support.fakes import PARAMS, FakePipeline
 
 TRIALS = ("upgrade", "failing", "slow", "absent", "good")
 OWNERS = 40
-PERCENT = 25.0
-VIDEO_S = 1.5
+PERCENT = 40.0
+VIDEO_S = 4.0
 SETTLE_S = 180.0
 """Seconds that all jobs may take to end after the last one was created."""
 NEXT = "wan-next"
 OPTIONS = DispatcherConfig(
     running_jobs=16,
-    poll_s=0.2,
+    poll_s=0.5,
     lease_s=10,
     retry_s=0.2,
     drain_s=5,
-    canary=CanaryConfig(bake_s=0, start_within_s=5, auto_promote=True),
+    canary=CanaryConfig(bake_s=0, start_within_s=20, auto_promote=True),
 )
 
 
@@ -119,9 +122,10 @@ class Cluster:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--trials", nargs="+", choices=TRIALS, default=TRIALS)
-    arguments.add_argument("--jobs", type=int, default=300)
-    arguments.add_argument("--rate", type=float, default=4.0, help="jobs a second")
+    arguments.add_argument("--jobs", type=int, default=150)
+    arguments.add_argument("--rate", type=float, default=1.0, help="jobs a second")
     arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--server", help="URL of a database of a PostgreSQL to use in place of one of its own")
     options = arguments.parse_args()
     print(f"\n{describe()}; pipelines without a model, {options.rate:g} jobs a second, seed {options.seed}\n")
     print("| trial | jobs | s | lost | doubled | failed | its jobs | it failed | ended after s | end |")
@@ -130,11 +134,32 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="wan-canary-") as name:
             folder = Path(name)
             folder.chmod(0o755)  # PostgreSQL runs as another user
-            postgres = Postgres(folder / "postgres")
-            try:
-                print(asyncio.run(run(trial, folder, postgres.url, options)), flush=True)
-            finally:
-                postgres.kill()
+            with _database(folder, options.server) as url:
+                print(asyncio.run(run(trial, folder, url, options)), flush=True)
+
+
+@contextmanager
+def _database(folder: Path, server: str | None) -> Iterator[str]:
+    """Yield the URL of an empty database, which is gone afterwards."""
+    if server is None:
+        postgres = Postgres(folder / "postgres")
+        try:
+            yield postgres.url
+        finally:
+            postgres.kill()
+        return
+    name = f"wan_canary_{secrets.token_hex(6)}"
+    asyncio.run(_execute(server, f"CREATE DATABASE {name}"))
+    try:
+        yield f"{server.rpartition('/')[0]}/{name}"
+    finally:
+        asyncio.run(_execute(server, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+async def _execute(server: str, statement: str) -> None:
+    connection = await asyncpg.connect(server)
+    await connection.execute(statement)
+    await connection.close()
 
 
 async def run(trial: str, folder: Path, url: str, options: argparse.Namespace) -> str:
@@ -157,7 +182,7 @@ async def run(trial: str, folder: Path, url: str, options: argparse.Namespace) -
         made: list[str] = []
         trial_at = ended_at = None
         while len(made) < options.jobs:
-            if len(made) == options.jobs // 3:
+            if len(made) == options.jobs // 5:
                 trial_at = time.monotonic()
                 if trial == "upgrade":
                     newer: dict[str, Runner] = {"wan": canary}

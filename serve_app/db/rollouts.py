@@ -38,7 +38,7 @@ class ServedPipeline(Base):
     revision: Mapped[str | None] = mapped_column(String(64))
     """The revision of its weights; None until it has made a video."""
     wanted_at: Mapped[float | None]
-    """The time at which a canary was given a job and since which none of its jobs has begun to denoise."""
+    """The time at which a canary was given a job, while none of its jobs has begun to denoise or has ended since."""
     away_until: Mapped[float | None]
     """The time until which a canary that could not be reached gets no job."""
     verdict: Mapped[str | None]

@@ -85,13 +85,16 @@ async def gather(session: AsyncSession, served: Rollout, now: float) -> Evidence
 
 
 async def has_begun(session: AsyncSession, canary: ServedPipeline) -> bool:
-    """Return whether the canary has begun to denoise a job, or has ended one, since it was last given one."""
+    """Return whether the canary denoises a job, or has ended one since it was given one.
+
+    While it denoises, others may wait inside it for their turn.
+    """
     at = canary.wanted_at
     if at is None:
         return True
     tried = and_(Job.tried_on == canary.name, Job.tried_at >= at)
     theirs = Job.pipeline == canary.name
-    denoises = and_(Job.status == "in_progress", theirs, Job.denoise_at >= at)
+    denoises = and_(Job.status == "in_progress", theirs, Job.denoise_at.is_not(None))
     completed = and_(Job.status == "completed", theirs, Job.completed_at >= at)
     copied = select(Shadow.job_id).where(Shadow.pipeline == canary.name, Shadow.at >= at, Shadow.outcome != "running")
     questions = [*(select(Job.id).where(sign) for sign in (denoises, completed, tried)), copied]

@@ -26,7 +26,7 @@ _LEAST_STABLE_JOBS = 20
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a canary since its trial began.
+    """The facts about a canary since its trial began.
 
     Attributes:
         outcomes: its jobs that have ended and copies that it made, by time; True for a failure of its own.
@@ -59,7 +59,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do with a canary, and the reason in a sentence."""
+    """The end of a trial, or its continuation, and the reason in a sentence."""
 
     action: Literal["abort", "wait", "promote"]
     reason: str

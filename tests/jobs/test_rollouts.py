@@ -237,6 +237,9 @@ async def test_a_canary_that_begins_a_job_has_started(trial: JobStore, clock: Mo
     await trial.progress(job.id, 1, Progress("denoise", 0, 4))
     await trial.judge(TRIAL)
     assert (await state(trial, "next")).wanted_at is None
+    # While it makes that one, another may wait inside it for longer.
+    await begun(trial, THEIRS[1])
+    assert (await state(trial, "next")).wanted_at is not None
     clock.advance(1000)
     assert await trial.judge(TRIAL) is None
 
