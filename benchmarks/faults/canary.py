@@ -195,7 +195,7 @@ async def run(trial: str, folder: Path, url: str, options: argparse.Namespace) -
                 ended_at = time.monotonic()
             await asyncio.sleep(max(began + len(made) / options.rate - time.monotonic(), 0))
         until = time.monotonic() + SETTLE_S
-        while await store.running() + await store.count_queued() and time.monotonic() < until:
+        while {"queued", "in_progress"} & (await store.counts()).keys() and time.monotonic() < until:
             await asyncio.sleep(0.2)
             if ended_at is None and await _is_over(store, trial):
                 ended_at = time.monotonic()

@@ -67,7 +67,7 @@ async def serve(store: JobStore, storage: Storage, clock: MovableClock) -> Async
         runner = Pipelines("wan", pipelines.__getitem__)
         gate = Gate(store, generation, drain_s, clock=clock)
         dispatcher = Dispatcher(store, storage, runner, options, clock=clock, gate=gate)
-        parts = [dispatcher, Judge(store, options, clock), Shadowing(store, storage, runner, options, clock)]
+        parts: list[Any] = [dispatcher, Judge(store, options, clock), Shadowing(store, storage, runner, options, clock)]
         for part in parts:
             part.start()
         started.extend(parts)
@@ -92,8 +92,8 @@ async def test_a_canary_that_fails_is_rolled_back_and_its_jobs_are_made(
     for job in jobs:
         row = await ended(store, job, "completed")
         assert row.pipeline == "wan"
-    row = (await store.rollout()).find("next")
-    assert row is not None and row.state == "aborted"
+    canary = (await store.rollout()).find("next")
+    assert canary is not None and canary.state == "aborted"
     assert {job.id for job in wan.jobs} == set(jobs)
 
 
