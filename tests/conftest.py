@@ -12,9 +12,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from tests.support.prometheus import prometheus_bin
 from tests.support.s3 import s3_credentials, s3_options, s3_server, s3_storage
 
-__all__ = ["s3_credentials", "s3_options", "s3_server", "s3_storage"]
+__all__ = ["prometheus_bin", "s3_credentials", "s3_options", "s3_server", "s3_storage"]
 
 # Threads of math that have nothing to do would otherwise spin, while others' processes want the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -47,6 +48,8 @@ _KINDS = {
     "dispatch/test_deployment.py": "unit",
     "dispatch/test_same_pictures.py": "unit",
     "docs/test_examples.py": "db",
+    "doctor/test_cluster.py": "ray",
+    "doctor/test_services.py": "db",
     "gateway": "db",
     "gateway/test_serve.py": "ray",
     "gateway/test_serve_rabbitmq.py": "ray",
@@ -58,7 +61,9 @@ _KINDS = {
     "launch/test_preflight.py": "db",
     "launch/test_ray_life.py": "ray",
     "launch/test_startup.py": "ray",
+    "metrics/test_restarts.py": "ray",
     "notify": "db",
+    "observability": "db",
     "stages": "ray",
     "stages/test_client_liveness.py": "unit",
     "stages/test_decode_again.py": "unit",

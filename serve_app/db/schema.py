@@ -84,3 +84,10 @@ def _promise(connection: Connection, scripts: ScriptDirectory) -> None:
     promised = [name for place, name in enumerate(names) if all(reach >= place for reach in reaches[:place])]
     connection.execute(delete(CompatibleRevision))
     connection.execute(insert(CompatibleRevision), [{"head": names[0], "revision": name} for name in promised])
+
+
+def revisions(connection: Connection) -> tuple[str | None, str | None]:
+    """Return the revision of a database's tables, None if it has none, and the newest that this version knows."""
+    scripts = ScriptDirectory.from_config(alembic_config(connection))
+    heads = MigrationContext.configure(connection).get_current_heads()
+    return (heads[0] if heads else None), scripts.get_current_head()

@@ -34,6 +34,7 @@ from ray.serve.schema import ApplicationStatus
 
 from serve_app.config import Config
 from serve_app.dispatch.dispatcher import Dispatcher
+from serve_app.dispatch.gauges import Gauges
 from serve_app.dispatch.generation import Gate
 from serve_app.dispatch.judge import Judge
 from serve_app.dispatch.pipelines import Pipelines
@@ -44,6 +45,7 @@ from serve_app.errors import JobFailed
 from serve_app.events import Event
 from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
+from serve_app.metrics import export
 from serve_app.notify.notifier import Notifier
 from serve_app.replica import alive_hosts, check_hosts, starting, this_process
 from serve_app.storage import Storage
@@ -180,7 +182,9 @@ class DispatcherDeployment:
         self._judge = Judge(self._store, options)
         self._shadowing = Shadowing(self._store, storage, pipelines, options)
         self._notifier = Notifier(self._store.database, config)
-        for part in (self._dispatcher, self._judge, self._shadowing, self._notifier):
+        self._gauges = Gauges(self._store, storage)
+        export.start("dispatcher")
+        for part in (self._dispatcher, self._judge, self._shadowing, self._notifier, self._gauges):
             part.start()
         self._preparing = asyncio.create_task(pipeline.prepare(), name="prepare")
 
@@ -189,14 +193,15 @@ class DispatcherDeployment:
         self._dispatcher.wake()
 
     async def check_health(self) -> None:
-        """Raise if the dispatcher, the judge or the notifier has ended: Serve then replaces the replica."""
+        """Raise if one of the loops has ended: Serve then replaces the replica."""
         self._dispatcher.raise_if_ended()
         self._judge.raise_if_ended()
         self._notifier.raise_if_ended()
+        self._gauges.raise_if_ended()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_notifier"):
-            parts = (self._judge, self._shadowing, self._dispatcher, self._notifier)
+        if hasattr(self, "_gauges"):
+            parts = (self._judge, self._shadowing, self._dispatcher, self._notifier, self._gauges)
             await asyncio.gather(*(part.stop() for part in parts))
             if self._broker is not None:
                 await self._broker.close()
