@@ -13,6 +13,7 @@ from serve_app.db.database import STORE_AWAY
 from serve_app.errors import one_line
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 
 logger = get_logger(__name__)
 
@@ -57,6 +58,7 @@ class Judge:
                 if (ended := await self._store.judge(self._options.canary)) is not None:
                     name, verdict = ended
                     event = "canary aborted" if verdict.action == "abort" else "canary promoted"
+                    metrics.canaries_ended.inc(end="aborted" if verdict.action == "abort" else "promoted")
                     logger.warning(event, extra={"pipeline": name, "reason": verdict.reason})
             except STORE_AWAY as error:
                 logger.warning("canary not judged", extra={"error": one_line(error)})

@@ -26,6 +26,7 @@ from serve_app.job_spec import JobSpec
 from serve_app.jobs.shadows import shadow_prefix
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 from serve_app.storage import Storage
 
 logger = get_logger(__name__)
@@ -114,11 +115,13 @@ class Shadowing:
         except Exception as error:  # of whatever kind: a job would have failed
             said = f"{error.code}: {error.message}" if isinstance(error, JobFailed) else one_line(error)
             await self._store.end_shadow(job.id, pipeline, "failed", said)
+            metrics.shadows.inc(outcome="failed")
             logger.warning("copy failed", extra={"job": job.id, "pipeline": pipeline, "error": said})
         else:
             seconds = self._clock.monotonic() - began
             outcome = await self._compared(job, done)
             await self._store.end_shadow(job.id, pipeline, outcome, None, seconds, took)
+            metrics.shadows.inc(outcome=outcome)
             logger.info("copied", extra={"job": job.id, "pipeline": pipeline, "outcome": outcome})
         await self._storage.delete_prefix(shadow_prefix(job.id))
 

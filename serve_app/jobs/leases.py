@@ -7,12 +7,14 @@ cancelled or deleted, and should end.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from sqlalchemy import case, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve_app import config
 from serve_app.accounts.keys import at_running_limit
+from serve_app.db.database import STORE_AWAY
 from serve_app.db.tables import Job
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
@@ -82,8 +84,9 @@ class Leases(Rows):
                 waiting = None if job is None else await assign(session, job, now)
             if waiting is not None:
                 # In a transaction of its own: this one has locked a job, and those of pipelines are locked first.
-                async with self._db.write() as session:
-                    await note_wanted(session, waiting, now)
+                with suppress(*STORE_AWAY):
+                    async with self._db.write() as session:
+                        await note_wanted(session, waiting, now)
             if job is not None:
                 if job.attempt == 1:
                     metrics.job_wait_seconds.observe(now - job.waits_since, priority=job.priority)
