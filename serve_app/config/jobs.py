@@ -41,7 +41,7 @@ class DispatcherConfig(Section):
     generation: str = Field("", max_length=128)
     """Name of the dispatchers that are deployed together; empty is `$WAN_SERVE_GENERATION`. Of several generations on
     one store only the current one leases jobs. Without a name a dispatcher always does."""
-    drain_s: NonNegativeFloat = 900
+    drain_s: NonNegativeFloat = 600
     """Seconds for which a generation that is no longer current lets its jobs run, before it hands them to the next."""
     num_cpus: NonNegativeFloat = 0.1
     """CPUs that Ray reserves for the dispatcher."""
