@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from serve_app import __version__
+from serve_app.cli.canary import canary, generations
 from serve_app.cli.doctor import doctor
 from serve_app.cli.jobs import jobs
 from serve_app.cli.keys import keys
@@ -49,6 +50,8 @@ for _command in (plan, check, up, demo, status, generate, prepare, manifests, do
 cli.add_typer(videos, name="videos")
 cli.add_typer(jobs, name="jobs")
 cli.add_typer(keys, name="keys")
+cli.add_typer(canary, name="canary")
+cli.add_typer(generations, name="generations")
 
 
 def main() -> None:
