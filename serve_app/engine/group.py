@@ -8,6 +8,7 @@ import functools
 import os
 import signal
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from serve_app.engine.errors import GroupLost
 from serve_app.engine.messages import Admitted, Loaded, RankStatus, StepRequest, StepResult, Survey
 from serve_app.engine.rank import RankActor
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 from serve_app.request import Params
-from serve_app.wan.cost import activation_bytes
+from serve_app.wan.cost import work_bytes
 from serve_app.wan.parallel.mesh import Mesh, default_mesh
 
 if TYPE_CHECKING:
@@ -111,13 +113,18 @@ class Group:
         config = self._config
         seen: Survey = await self._first("survey", timeout_s=timeout_s)
         work = functools.partial(
-            activation_bytes, seen.shape, config.most_tokens, config.model.itemsize, compiled=config.denoiser.compile
+            work_bytes, seen.shape, config.most_tokens, config.model.itemsize, compiled=config.denoiser.compile
         )
         mesh, why = default_mesh(
             config.denoiser.parallel.size, seen.shape, seen.weight_bytes.__getitem__, seen.device_bytes, work
         )
         logger.info("mesh picked", extra={"mesh": str(mesh), "reason": why})
         return mesh
+
+    @property
+    def statuses(self) -> list[RankStatus]:
+        """The status of every rank as of the latest health check."""
+        return list(self._statuses)
 
     def warm_up_params(self) -> Params:
         """Return the default request of this deployment."""
@@ -143,8 +150,10 @@ class Group:
             OutOfMemory: on every rank; nothing has changed.
             Exception: what the step raised on every rank; the group is still in step.
         """
-        # Every rank has the same latents to the bit, so what one says of them holds for all.
-        return StepResult.from_wire((await self._all("step", request.to_wire()))[0])
+        # Every rank has the same latents to the bit, so what one says of them holds for all. Memory is each one's own.
+        first, *others = (StepResult.from_wire(one) for one in await self._all("step", request.to_wire()))
+        fullest = min((first, *others), key=lambda one: one.headroom)
+        return replace(first, headroom=fullest.headroom, largest=fullest.largest)
 
     async def save(self, sample_id: str) -> bytes:
         """Return a sample's state, from which another group can continue it."""
@@ -171,6 +180,9 @@ class Group:
         for index, status in enumerate(self._statuses):
             if status.busy_s is not None and status.busy_s > limit:
                 raise GroupLost(f"rank {index} has been in one step for {status.busy_s:.0f} s, expected {limit:.0f} s")
+            held = {"process": status.rss_mib, "tensors": status.device_mib, "weights": status.weights_mib}
+            for component, mib in held.items():
+                metrics.rank_memory_bytes.set(mib * 2**20, rank=str(index), component=component)
         return self._statuses
 
     def kill(self) -> None:
