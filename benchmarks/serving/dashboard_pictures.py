@@ -99,7 +99,7 @@ def _panel(axes: Any, panel: Panel, prometheus: Prometheus, start: float, end: f
         axes.plot(times, values, label=legend, linewidth=1.2)
     axes.set_ylim(bottom=0)
     axes.set_ylabel({"s": "seconds", "bytes": "bytes"}.get(panel.unit, ""), fontsize=7)
-    if drawn:
+    if any(legend for legend, _, _ in drawn):
         axes.legend(fontsize=6, loc="upper left", ncols=2)
 
 

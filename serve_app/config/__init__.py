@@ -8,7 +8,7 @@ deployments.
 from serve_app.config.file import load_file, variables
 from serve_app.config.finisher import FinisherConfig
 from serve_app.config.gateway import AuthConfig, GatewayConfig, is_loopback
-from serve_app.config.jobs import Ageing, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
+from serve_app.config.jobs import Ageing, CanaryConfig, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
 from serve_app.config.model import LONGEST_SIDE, Defaults, Limits, ModelConfig
 from serve_app.config.notifications import MailConfig, WebhooksConfig, is_mail_address
 from serve_app.config.paths import below, home_of, placed
@@ -31,6 +31,7 @@ __all__ = [
     "Ageing",
     "AuthConfig",
     "Autoscaling",
+    "CanaryConfig",
     "Config",
     "DecoderConfig",
     "Defaults",

@@ -52,11 +52,12 @@ def spec_of(job: Job) -> JobSpec:
         params=Params(**job.params),
         prefix=job.prefix,
         attempt=job.attempt,
-        state_prefix=job.state_prefix,
+        state_prefix=job.sample_prefix,
         priority=cast(Priority, job.priority),
         created_at=job.waits_since,
         losses=job.losses,
         finish=None if job.finish is None else Finish.model_validate(job.finish),
+        pipeline=job.pipeline,
     )
 
 
@@ -144,6 +145,8 @@ class Run:
             await self._cut_off()
             return
         except PipelineUnavailable as error:
+            if await self._left_canary(error):
+                return
             self._pause()
             logger.warning("pipeline unavailable", extra={"job": job.id, "error": one_line(error)})
             await self._record(lambda: store.release(job.id, job.attempt))
@@ -240,6 +243,20 @@ class Run:
             assert self.verdict is not None
             code, message = _CUT_OFF[self.verdict]
             await self._record(lambda: store.fail(job.id, job.attempt, code, message))
+
+    async def _left_canary(self, error: PipelineUnavailable) -> bool:
+        """Hand a job whose canary cannot be reached to the stable pipeline; return False if it stays where it is."""
+        job = self.job
+        if job.pipeline is None:
+            return False
+        try:
+            moved = await self._store.leave_canary(job.id, job.attempt)
+        except STORE_AWAY:
+            return False
+        if moved:
+            extra = {"job": job.id, "pipeline": job.pipeline, "error": one_line(error)}
+            logger.warning("canary unavailable, job moved", extra=extra)
+        return moved
 
     async def _record(self, write: Callable[[], Awaitable[bool]]) -> bool:
         """Write how a run ended, again until the store is back. Return False if the run was superseded."""

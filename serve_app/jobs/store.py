@@ -22,10 +22,13 @@ from serve_app.errors import ServeAppError
 from serve_app.finish.plan import Finish
 from serve_app.jobs import transitions
 from serve_app.jobs.depth import QueueDepth
+from serve_app.jobs.generations import Generations
 from serve_app.jobs.leases import Leases
 from serve_app.jobs.maintenance import Maintenance
 from serve_app.jobs.queries import Queries
+from serve_app.jobs.rollouts import Rollouts
 from serve_app.jobs.rows import count_end
+from serve_app.jobs.shadows import Shadows
 from serve_app.jobs.upkeep import Upkeep
 from serve_app.metrics import catalog as metrics
 from serve_app.request import Params, Urgency
@@ -72,11 +75,11 @@ class Announcer(Protocol):
         """Announce jobs, quickly and without raising; return whether dispatchers will hear of all of them."""
 
 
-class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance):
+class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Generations, Shadows):
     """Jobs in SQLite or PostgreSQL.
 
     This class creates, cancels and deletes jobs for users; `Queries` reads, `Leases` and `Upkeep` are for dispatchers,
-    `Maintenance` for operators.
+    `Maintenance` for operators; `Rollouts`, `Generations` and `Shadows` are about several versions at once.
 
     Args:
         url: a SQLAlchemy URL; the driver may be left out.

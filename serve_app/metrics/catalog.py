@@ -126,6 +126,23 @@ queued_work_seconds = Gauge(
 running_jobs = Gauge("wan_running_jobs", "Jobs that dispatchers work on.", ["dispatcher"])
 paused = Gauge("wan_paused", "1 while an operator has paused the queue, else 0.", ["dispatcher"])
 
+# Canaries
+canary_percent = Gauge(
+    "wan_canary_percent", "Share of owners whose new jobs a canary gets, in per cent; 0 without one.", ["dispatcher"]
+)
+canaries_ended = Counter(
+    "wan_canaries_ended_total",
+    "Trials of canaries that dispatchers have ended by themselves.",
+    ["dispatcher"],
+    {"end": ("aborted", "promoted")},
+)
+shadows = Counter(
+    "wan_shadows_total",
+    "Copies of jobs that a canary made, by how they compare with the originals.",
+    ["dispatcher"],
+    {"outcome": ("equal", "different", "other_revision", "failed")},
+)
+
 # Engine
 step_seconds = Histogram(
     "wan_step_seconds",

@@ -20,6 +20,8 @@ from serve_app.metrics import export
 from serve_app.request import Params
 from serve_app.stages.client_liveness import ClientLiveness
 from serve_app.stages.frame_stream import FrameAddress, send_frames
+from serve_app.stages.stage_memory import StageMemory
+from serve_app.stages.status_board import StatusBoard
 from serve_app.stages.video_files import StoredVideo, VideoFiles, warm_up
 from serve_app.storage import Storage
 from serve_app.wan.vae.frame_buffer import Abandoned, FrameBuffer, PixelsNotFinite
@@ -130,6 +132,9 @@ class Decoder:
             noise = np.zeros((1, checkpoint.vae_config["z_dim"], *params.latent_shape), dtype=np.float32)
             self._math.call(self._warm_up, noise, params)
             settle()
+        vaes = self._decoder.vaes
+        self._memory = StageMemory("decoder", config, checkpoint, [device, *others], vaes)
+        self._board = StatusBoard(self.status)
         self._decode_batch.set_max_batch_size(stage.batch.size)
         self._decode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
         logger.info("decoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
@@ -189,6 +194,11 @@ class Decoder:
     async def describe(self) -> dict[str, int]:
         """Return how many decodes began (`videos`), were `stopped` before their end, and `repeated` in float32."""
         return {"videos": self._videos, "stopped": self._stopped, "repeated": self._repeated}
+
+    def status(self) -> dict[str, Any]:
+        """Return the replica's status for people; called from another thread."""
+        counts = {"videos": self._videos, "stopped": self._stopped, "repeated": self._repeated}
+        return {**self._memory.plain(), **counts}
 
     @serve.batch
     async def _decode_batch(self, items: list[_Item]) -> list[_Stored | JobFailed]:
