@@ -17,12 +17,14 @@ class Progress:
         step: steps that are done, from 0 (the stage has begun) to `steps` (it has ended).
         steps: how many the stage has.
         seconds_left: estimated seconds until the video is there; None while nothing is known.
+        saved_step: the latest denoising step whose state is saved in this group; 0 if none is.
     """
 
     stage: StageName
     step: int
     steps: int
     seconds_left: float | None = None
+    saved_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Done:
         size_bytes: size of the video's file.
         warnings: sentences for the user, of a truncated prompt for example.
         revision: names the weights that made the video.
+        group_s: its share of the seconds of its groups' passes; None if not known.
+        passes: its share of these passes; None if not known.
     """
 
     outputs: dict[str, str]
@@ -42,6 +46,8 @@ class Done:
     size_bytes: int
     warnings: list[str] = field(default_factory=list)
     revision: str | None = None
+    group_s: float | None = None
+    passes: float | None = None
 
 
 Event = Progress | Done

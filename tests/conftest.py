@@ -50,6 +50,7 @@ _KINDS = {
     "gateway/test_serve_rabbitmq.py": "ray",
     "gpu": "gpu",
     "jobs": "db",
+    "jobs/test_forecast.py": "unit",
     "launch/test_applications.py": "ray",
     "launch/test_ray_life.py": "ray",
     "launch/test_startup.py": "ray",

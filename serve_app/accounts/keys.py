@@ -39,12 +39,14 @@ class KeyLimits:
         queued_jobs: jobs that wait.
         running_jobs: jobs that run at once; further ones wait.
         gpu_seconds_per_day: GPU-seconds of the last 24 hours, checked when a job is created.
+        queued_tflop: work of jobs that wait, in TFLOP. One job may always wait, however large it is.
     """
 
     requests_per_minute: int | None = None
     queued_jobs: int | None = None
     running_jobs: int | None = None
     gpu_seconds_per_day: float | None = None
+    queued_tflop: float | None = None
 
 
 class OverLimit(ServeAppError):
@@ -128,13 +130,19 @@ class Keys:
         return key
 
 
-async def check_quota(session: AsyncSession, owner: str, now: float) -> None:
+async def check_quota(session: AsyncSession, owner: str, now: float, work: float = 0.0) -> None:
     """Check that the owner may create a job now.
 
     The key's row stays locked to the end of the transaction, so that jobs of one key are created one after the other.
 
+    Args:
+        session: a transaction.
+        owner: id of the key.
+        now: the database's time.
+        work: TFLOP of the job.
+
     Raises:
-        OverLimit: the key is at its `queued_jobs` or `gpu_seconds_per_day`.
+        OverLimit: the key is at its `queued_jobs`, `queued_tflop` or `gpu_seconds_per_day`.
     """
     key = await session.get(Key, owner, with_for_update=True) if owner else None
     if key is None:
@@ -143,6 +151,13 @@ async def check_quota(session: AsyncSession, owner: str, now: float) -> None:
         waiting = select(func.count()).where(Job.owner == owner, Job.status == "queued")
         if (await session.scalar(waiting) or 0) >= key.queued_jobs:
             raise OverLimit("queued_jobs", f"{key.queued_jobs} jobs of this key wait already, its limit.")
+    if key.queued_tflop is not None:
+        waiting = select(func.sum(Job.work)).where(Job.owner == owner, Job.status == "queued")
+        queued = await session.scalar(waiting) or 0.0
+        if queued and queued + work > key.queued_tflop:
+            limit = f"the limit is {key.queued_tflop:g}"
+            message = f"{queued:.0f} TFLOP of this key wait, and this video has {work:.0f}: {limit}."
+            raise OverLimit("queued_tflop", message)
     if key.gpu_seconds_per_day is not None:
         await session.execute(delete(Usage).where(Usage.owner == owner, Usage.at <= now - DAY_S))
         used = (await session.execute(select(Usage.at, Usage.gpu_seconds).where(Usage.owner == owner))).all()

@@ -15,7 +15,7 @@ from serve_app.errors import ConfigError
 keys = typer.Typer(no_args_is_help=True, help="API keys for `auth: {mode: keys}`.")
 console = Console(highlight=False)
 
-_NAMES = ("requests_per_minute", "queued_jobs", "running_jobs", "gpu_seconds_per_day")
+_NAMES = ("requests_per_minute", "queued_jobs", "running_jobs", "gpu_seconds_per_day", "queued_tflop")
 
 KeyId = Annotated[str, typer.Argument(metavar="ID", help="A key's id, as `list` shows it.")]
 Requests = Annotated[int | None, typer.Option(min=0, help="HTTP calls per minute; 0 is no limit.")]
@@ -24,6 +24,7 @@ Running = Annotated[int | None, typer.Option(min=0, help="Jobs that run at once;
 GpuSeconds = Annotated[
     float | None, typer.Option(min=0, help="Seconds of denoising x ranks in 24 hours; 0 is no limit.")
 ]
+Tflop = Annotated[float | None, typer.Option(min=0, help="TFLOP of waiting jobs together; 0 is no limit.")]
 
 
 @keys.command()
@@ -37,6 +38,7 @@ def create(
     queued_jobs: Queued = None,
     running_jobs: Running = None,
     gpu_seconds_per_day: GpuSeconds = None,
+    queued_tflop: Tflop = None,
 ) -> None:
     """Create a key and print it. It is shown only this once."""
     from serve_app.accounts.keys import KeyLimits, Scope
@@ -45,7 +47,8 @@ def create(
     chosen: list[Any] = [scope.strip() for scope in scopes.split(",")]
     if not set(chosen) <= set(get_args(Scope)) or not {"create", "read"} & set(chosen):
         raise ConfigError(f"--scopes has value {scopes!r}, expected some of create, read, admin, one of the first two")
-    given = dict(zip(_NAMES, (requests_per_minute, queued_jobs, running_jobs, gpu_seconds_per_day), strict=True))
+    limits_given = (requests_per_minute, queued_jobs, running_jobs, gpu_seconds_per_day, queued_tflop)
+    given = dict(zip(_NAMES, limits_given, strict=True))
     limits: Any = {name: value or None for name, value in given.items()}
     key, text = with_store(config, lambda store: store.keys.create(name, chosen, KeyLimits(**limits)), make=True)
     # The key alone on stdout, for scripts.
@@ -88,9 +91,11 @@ def limit(
     queued_jobs: Queued = None,
     running_jobs: Running = None,
     gpu_seconds_per_day: GpuSeconds = None,
+    queued_tflop: Tflop = None,
 ) -> None:
     """Change limits of a key, from the next request on. A limit that is not given stays as it is."""
-    given = dict(zip(_NAMES, (requests_per_minute, queued_jobs, running_jobs, gpu_seconds_per_day), strict=True))
+    limits_given = (requests_per_minute, queued_jobs, running_jobs, gpu_seconds_per_day, queued_tflop)
+    given = dict(zip(_NAMES, limits_given, strict=True))
     changes = {name: value or None for name, value in given.items() if value is not None}
     if not changes:
         raise ConfigError(f"no limit is given, expected one of --{', --'.join(_NAMES).replace('_', '-')}")

@@ -13,7 +13,7 @@ from pydantic import ValidationError, model_validator
 
 from serve_app.config.gateway import AuthConfig, GatewayConfig
 from serve_app.config.gpu_memory import Taker, too_much
-from serve_app.config.jobs import Ageing, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
+from serve_app.config.jobs import AdmissionConfig, Ageing, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
 from serve_app.config.model import Defaults, Limits, ModelConfig
 from serve_app.config.notifications import MailConfig, WebhooksConfig
 from serve_app.config.paths import default_home, home_of, sqlite_url
@@ -44,6 +44,7 @@ class Config(Section):
     auth: AuthConfig = AuthConfig()
     dispatcher: DispatcherConfig = DispatcherConfig()
     ageing: Ageing = Ageing()
+    admission: AdmissionConfig = AdmissionConfig()
     store: StoreConfig = StoreConfig()
     queue: QueueConfig = QueueConfig()
     retention: RetentionConfig = RetentionConfig()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -32,6 +33,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from serve_app.config import Config
 from serve_app.dispatch.dispatcher import Dispatcher
+from serve_app.dispatch.fleet import FleetReporter
 from serve_app.dispatch.rabbitmq import broker
 from serve_app.dispatch.run import PipelineUnavailable
 from serve_app.errors import JobFailed
@@ -141,6 +143,15 @@ def _lost() -> JobFailed:
     return JobFailed("worker_lost", "A process that worked on this video was lost.", retryable=True)
 
 
+async def replicas(application: str) -> dict[str, int]:
+    """Return the number of running replicas of each deployment of an application; none if it is not deployed."""
+    # This asks the controller and blocks, so it must not run on the event loop.
+    status = await asyncio.to_thread(serve.status)
+    if (there := status.applications.get(application)) is None:
+        return {}
+    return {name: one.replica_states.get("RUNNING", 0) for name, one in there.deployments.items()}
+
+
 @serve.deployment(name="dispatcher")
 class DispatcherDeployment:
     """A replica with one dispatcher and one notifier. Replicas share jobs and deliveries through the store."""
@@ -157,8 +168,12 @@ class DispatcherDeployment:
         pipeline = ServePipeline(config.dispatcher.pipeline)
         self._dispatcher = Dispatcher(self._store, storage, pipeline, config.dispatcher, self._broker)
         self._notifier = Notifier(self._store.database, config)
+        self._fleet = FleetReporter(
+            self._store, config.dispatcher.pipeline, partial(replicas, config.dispatcher.pipeline)
+        )
         self._dispatcher.start()
         self._notifier.start()
+        self._fleet.start()
         self._preparing = asyncio.create_task(pipeline.prepare(), name="prepare")
 
     async def wake(self) -> None:
@@ -172,7 +187,7 @@ class DispatcherDeployment:
 
     async def __del__(self) -> None:
         if hasattr(self, "_notifier"):
-            await asyncio.gather(self._dispatcher.stop(), self._notifier.stop())
+            await asyncio.gather(self._dispatcher.stop(), self._notifier.stop(), self._fleet.stop())
             if self._broker is not None:
                 await self._broker.close()
             await self._store.close()

@@ -94,7 +94,7 @@ class Passes:
         """Hand out the latents of a sample without steps left."""
         self._scheduler.remove(flight.entry.id)
         latents = await self._group.latents(flight.entry.id)
-        flight.events.put_nowait(Denoised(latents, flight.seconds))
+        flight.events.put_nowait(Denoised(latents, flight.seconds, flight.group_s, flight.passes))
 
     async def _step_alone(self, entries: list[Entry], error: Exception) -> float:
         """Step the samples of a pass that raised one by one, so that only those at fault fail.
@@ -131,6 +131,7 @@ class Passes:
         self.counters.steps += 1
         self.counters.advanced += len(entries)
         self._scheduler.note_pass(entries, result.seconds)
+        work = sum(entry.work for entry in entries)
         for entry in entries:
             if entry.id in result.failed:
                 self._fail(entry, "not_finite", result.failed[entry.id])
@@ -138,7 +139,7 @@ class Passes:
             entry.step += 1
             flight = self._flights.get(entry.id)
             if flight is not None:  # otherwise it left during the step
-                flight.advance(result.seconds, saved=entry.id in save)
+                flight.advance(result.seconds, saved=entry.id in save, share=entry.work / work if work else 1.0)
                 if entry.finished:
                     await self.finish(flight)
         return result.seconds

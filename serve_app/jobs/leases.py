@@ -109,6 +109,7 @@ class Leases(Rows):
         reached = percent(progress)
         began = self._db.now() if progress.stage == "denoise" else None
         further = Job.resumed_step < resumed_step
+        saved = progress.saved_step if progress.stage == "denoise" else 0
         async with self._db.write() as session:
             written = await session.execute(
                 update(Job)
@@ -121,6 +122,7 @@ class Leases(Rows):
                     denoise_at=func.coalesce(Job.denoise_at, began),
                     progress=case((Job.progress < reached, reached), else_=Job.progress),
                     resumed_step=case((further, resumed_step), else_=Job.resumed_step),
+                    saved_step=case((Job.saved_step < saved, saved), else_=Job.saved_step),
                     failures=case((further, 0), else_=Job.failures),
                 )
                 .returning(Job.id)

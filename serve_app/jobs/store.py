@@ -5,6 +5,7 @@ Knows nothing of Ray, HTTP or storage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from serve_app.accounts.keys import Keys, check_quota
 from serve_app.config import Ageing, Config, RetentionConfig
 from serve_app.db.database import Database
 from serve_app.db.tables import CANCELLED, Job, new_id
-from serve_app.errors import ServeAppError
+from serve_app.errors import DeadlineInfeasible, ServeAppError
 from serve_app.jobs import transitions
+from serve_app.jobs.forecast import Fleet
 from serve_app.jobs.leases import Leases
 from serve_app.jobs.maintenance import Maintenance
+from serve_app.jobs.outlook import Outlook
 from serve_app.jobs.queries import Queries
 from serve_app.jobs.upkeep import Upkeep
 from serve_app.request import Params, Urgency
@@ -33,12 +36,15 @@ _NOT_URGENT = Urgency()
 
 
 class QueueFull(ServeAppError):
-    """The queue holds as many waiting jobs as it may.
+    """The queue holds as much as it may.
 
     Args:
         message: one sentence for the user.
-        retry_after_s: seconds until one fewer is expected to wait; None if not known.
+        retry_after_s: seconds until there is room; None if not known.
     """
+
+    code = "queue_full"
+    """A stable word for programs."""
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message, retry_after_s)
@@ -47,6 +53,12 @@ class QueueFull(ServeAppError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class WaitTooLong(QueueFull):
+    """A job of this class would wait for longer than the server promises."""
+
+    code = "wait_too_long"
 
 
 class IdempotencyConflict(ServeAppError):
@@ -68,11 +80,11 @@ class Announcer(Protocol):
         """Announce jobs, quickly and without raising; return whether dispatchers will hear of all of them."""
 
 
-class JobStore(Queries, Leases, Upkeep, Maintenance):
+class JobStore(Queries, Outlook, Leases, Upkeep, Maintenance):
     """Jobs in SQLite or PostgreSQL.
 
-    This class creates, cancels and deletes jobs for users; `Queries` reads, `Leases` and `Upkeep` are for dispatchers,
-    `Maintenance` for operators.
+    This class creates, cancels and deletes jobs for users; `Queries` reads, `Outlook` predicts, `Leases` and `Upkeep`
+    are for dispatchers, `Maintenance` for operators.
 
     Args:
         url: a SQLAlchemy URL; the driver may be left out.
@@ -83,6 +95,8 @@ class JobStore(Queries, Leases, Upkeep, Maintenance):
         ranks: ranks of a denoiser group, for GPU-seconds.
         work_of: returns the TFLOP of a video's denoising, for estimates. Without it, jobs created here have no known
             work.
+        pipeline: name of the application whose replicas work on the jobs.
+        fleet: those that the configuration has at least, for estimates; one group if None.
 
     Raises:
         ConfigError: the URL cannot be read, or names another kind of database.
@@ -97,6 +111,8 @@ class JobStore(Queries, Leases, Upkeep, Maintenance):
         announcer: Announcer | None = None,
         ranks: int = 1,
         work_of: WorkOf | None = None,
+        pipeline: str = "wan",
+        fleet: Fleet | None = None,
     ) -> None:
         super().__init__(Database(url), late_outputs_s, retention or RetentionConfig())
         self.keys = Keys(self._db)
@@ -104,6 +120,8 @@ class JobStore(Queries, Leases, Upkeep, Maintenance):
         self._announcer = announcer
         self._ranks = ranks
         self._work_of = work_of
+        self._pipeline = pipeline
+        self._fleet = self._plan = fleet or self._plan
 
     @classmethod
     def of(cls, config: Config, announcer: Announcer | None = None, work_of: WorkOf | None = None) -> JobStore:
@@ -122,6 +140,13 @@ class JobStore(Queries, Leases, Upkeep, Maintenance):
             announcer,
             config.denoiser.parallel.size,
             work_of,
+            config.dispatcher.pipeline,
+            Fleet(
+                config.denoiser.autoscaling.min_replicas,
+                config.decoder.autoscaling.min_replicas,
+                config.dispatcher.running_jobs,
+                config.denoiser,
+            ),
         )
 
     @property
@@ -163,6 +188,8 @@ class JobStore(Queries, Leases, Upkeep, Maintenance):
         notify_email: str | None = None,
         warnings: Sequence[str] = (),
         max_queued: int | None = None,
+        max_wait_s: float | None = None,
+        check_deadline: bool = False,
     ) -> Job:
         """Put a job into the queue and announce it. `claim` says which job is next.
 
@@ -178,14 +205,22 @@ class JobStore(Queries, Leases, Upkeep, Maintenance):
             notify_email: the address of a mail that says that the job has ended.
             warnings: sentences for the user that are known before any work.
             max_queued: most jobs that may wait; None for no limit.
+            max_wait_s: most seconds that it may be expected to wait for others; None for no limit.
+            check_deadline: whether to refuse a deadline that it is expected to miss.
 
         Raises:
             QueueFull: `max_queued` jobs wait already.
+            WaitTooLong: it would wait for more than `max_wait_s`.
+            DeadlineInfeasible: it would miss its deadline.
             OverLimit: the owner is at a limit of their key.
             IdempotencyConflict: another request of this owner had the same idempotency key.
         """
-        await self.pace()  # before the transaction, which should be short
+        if idempotency is not None and (before := await self.known(owner, idempotency)) is not None:
+            return before
         job = Job(
+            status="queued",
+            step=0,
+            saved_step=0,
             owner=owner,
             model=model,
             params=params.model_dump(),
@@ -200,6 +235,10 @@ class JobStore(Queries, Leases, Upkeep, Maintenance):
             start_at=urgency.start_at,
             not_before=urgency.start_at or 0.0,
         )
+        job.id, job.created_at = new_id()
+        job.effective_deadline = job.waits_since + getattr(self._ageing, job.priority)
+        # Before the transaction, which should be short. Gateways that admit at the same moment do not see each other.
+        await self._admit(job, urgency.deadline_s if check_deadline else None, max_wait_s)
         try:
             before = await self._add(job, urgency.deadline_s, max_queued)
         except IntegrityError:
@@ -209,9 +248,30 @@ class JobStore(Queries, Leases, Upkeep, Maintenance):
                 raise
         if before is not None:
             return before
+        self._created(job)
         if self._announcer is not None and job.announced_at:
             await self._announcer.announce([job.id])
         return job
+
+    async def _admit(self, job: Job, deadline_s: float | None, max_wait_s: float | None) -> None:
+        """Note what is expected of a job, and refuse it if that is too late. What is not known is no reason to refuse.
+
+        Raises:
+            WaitTooLong, DeadlineInfeasible: see `create`.
+        """
+        expected = await self.predict(job)
+        if expected is None:
+            return
+        job.predicted_s = expected.seconds_left
+        earliest_s = expected.seconds_left * self._pace.p90_factor
+        if deadline_s is not None and earliest_s > deadline_s:
+            message = f"'deadline_s' is {deadline_s:g}, expected at least {math.ceil(earliest_s)} at the moment."
+            raise DeadlineInfeasible(message, float(math.ceil(earliest_s)))
+        # The time until it may begin is not spent waiting for others.
+        wait_s = expected.wait_s - max(job.not_before - job.created_at, 0.0)
+        if max_wait_s is not None and wait_s > max_wait_s:
+            message = f"Videos of class {job.priority!r} would wait for {wait_s:.0f} s, the limit is {max_wait_s:g}."
+            raise WaitTooLong(message, wait_s - max_wait_s)
 
     async def _add(self, job: Job, deadline_s: float | None, max_queued: int | None) -> Job | None:
         """Give a job its id and times and store it. If its request came before, store nothing and return that job."""
@@ -220,14 +280,12 @@ class JobStore(Queries, Leases, Upkeep, Maintenance):
                 before = await _known(session, job.owner, job.idempotency_key, job.request_digest)
                 if before is not None:
                     return before
-            job.id, job.created_at = new_id()
             # The database's clock will judge the deadline, and this host's may be off by more than that.
             now = await self._db.clock(session)
-            await check_quota(session, job.owner, now)
-            if max_queued is not None and await self._count(session) >= max_queued:
+            await check_quota(session, job.owner, now, job.work or 0.0)
+            if max_queued is not None and await self._count_queued(session) >= max_queued:
                 raise QueueFull(f"{max_queued} jobs wait already.", self._pace.seconds_per_job)
             job.deadline_at = None if deadline_s is None else now + deadline_s
-            job.effective_deadline = job.waits_since + getattr(self._ageing, job.priority)
             # A job that begins later is announced when it is due; a lost announcement is repeated.
             job.announced_at = job.created_at if job.waits_since <= job.created_at else 0.0
             session.add(job)

@@ -1,0 +1,24 @@
+"""Jobs know what their groups spent on them, what was predicted and how far they are saved; keys bound queued work."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    """Migrate the tables to this revision."""
+    op.add_column("jobs", sa.Column("saved_step", sa.Integer(), nullable=False, server_default="0"))
+    for name in ("group_s", "passes", "predicted_s"):
+        op.add_column("jobs", sa.Column(name, sa.Double(), nullable=True))
+    op.add_column("keys", sa.Column("queued_tflop", sa.Double(), nullable=True))
+    op.create_table(
+        "replicas",
+        sa.Column("application", sa.String(128), primary_key=True),
+        sa.Column("deployment", sa.String(128), primary_key=True),
+        sa.Column("count", sa.Integer(), nullable=False),
+        sa.Column("at", sa.Double(), nullable=False),
+    )
+    columns = ["status", "turn", "id", "owner", "priority", "work", "not_before"]
+    op.create_index("jobs_by_wait", "jobs", columns)
