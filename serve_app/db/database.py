@@ -102,8 +102,11 @@ class Database:
         """The folder of the SQLite file; None on PostgreSQL."""
         return self.file.parent if self.file else None
 
-    async def start(self) -> None:
+    async def start(self, *, migrate_tables: bool = True) -> None:
         """Connect, and create the tables or migrate them to this version.
+
+        Args:
+            migrate_tables: False leaves the tables as they are, for whoever only reads.
 
         Raises:
             ConfigError: the database cannot be opened, or its tables are of a newer version.
@@ -111,7 +114,7 @@ class Database:
         if self._engine is not None:
             return
         try:
-            self._engine = await self._open()
+            self._engine = await self._open(migrate_tables)
         except ImportError as error:
             raise ConfigError(f"{self._said}: needs the package {error.name!r}") from None
         except TimeoutError:
@@ -121,9 +124,11 @@ class Database:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             raise ConfigError(f"{self._said}: cannot be opened: {reason}") from error
 
-    async def _open(self) -> AsyncEngine:
+    async def _open(self, migrate_tables: bool) -> AsyncEngine:
         if self._sqlite:
             assert self._url.database
+            if not migrate_tables:
+                self._check_file()
             Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
             engine = create_async_engine(self._url, connect_args={"timeout": _BUSY_S})
             event.listen(engine.sync_engine, "connect", _prepare_sqlite)
@@ -132,6 +137,8 @@ class Database:
         else:
             limits = {"timeout": _CONNECT_S, "command_timeout": _ANSWER_S}
             engine = create_async_engine(self._url, pool_pre_ping=True, connect_args=limits)
+        if not migrate_tables:
+            return engine
         try:
             # On SQLite this transaction is the only writer from its beginning on.
             async with engine.begin() as connection:
@@ -142,6 +149,11 @@ class Database:
             await engine.dispose()
             raise
         return engine
+
+    def _check_file(self) -> None:
+        """Check that the file of SQLite is there, which otherwise makes an empty one."""
+        if self.file is not None and not self.file.exists():
+            raise FileNotFoundError(f"no such file: '{self.file}'")
 
     async def close(self) -> None:
         """Close every connection."""

@@ -1,0 +1,67 @@
+"""The work that waits or runs, by class, and how fast one group does it: all that autoscaling and degrading look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from serve_app.db.tables import Job
+from serve_app.jobs.estimate import Pace, measure
+from serve_app.jobs.order import not_paused
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """The work at one moment.
+
+    Attributes:
+        work: TFLOP that is left, by priority class: of jobs that run, and of those that wait, are due and not paused.
+        jobs: number of these jobs.
+        denoising: number of jobs that groups hold.
+        work_per_group_s: TFLOP per second of one group; None if not known.
+        shares: seconds of an encoder and of a decoder for each second of a group, by the name of the stage.
+    """
+
+    work: Mapping[str, float] = field(default_factory=dict)
+    jobs: int = 0
+    denoising: int = 0
+    work_per_group_s: float | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+
+async def read_backlog(session: AsyncSession, now: float) -> Backlog:
+    """Read the backlog.
+
+    Args:
+        session: an open session.
+        now: the database's time.
+    """
+    pace = await measure(session)
+    work = func.coalesce(Job.work, pace.typical_work)
+    waits = (Job.status == "queued", Job.not_before <= now, not_paused())
+    waiting = await session.execute(
+        select(Job.priority, func.count(), func.sum(work)).where(*waits).group_by(Job.priority)
+    )
+    left = work * (100 - Job.progress) / 100.0
+    running = await session.execute(
+        select(Job.priority, func.count(), func.sum(left)).where(Job.status == "in_progress").group_by(Job.priority)
+    )
+    held = select(func.count()).where(Job.status == "in_progress", Job.stage == "denoise")
+    total: dict[str, float] = {}
+    jobs = 0
+    for priority, count, amount in (*waiting, *running):
+        total[priority] = total.get(priority, 0.0) + (amount or 0.0)
+        jobs += count
+    return Backlog(total, jobs, await session.scalar(held) or 0, pace.work_per_group_s, _shares(pace))
+
+
+def _shares(pace: Pace) -> dict[str, float]:
+    measured = [job for job in pace.finished if job.timings]
+    group_s = sum(job.cost_s for job in measured)
+    if group_s <= 0:
+        return {}
+    decode_s = sum(job.timings.get("decode", 0.0) + job.timings.get("store", 0.0) for job in measured)
+    return {"encoder": len(measured) * pace.encode_s / group_s, "decoder": decode_s / group_s}
