@@ -106,7 +106,7 @@ def gateway(args: dict[str, Any]) -> Application:
         num_replicas=1,
         ray_actor_options={"num_cpus": config.dispatcher.num_cpus},
         max_constructor_retry_count=_STARTS,
-    ).bind(config)
+    ).bind(config, expert)
     return _deployment(
         Gateway,
         num_replicas=config.gateway.num_replicas,

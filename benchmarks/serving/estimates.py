@@ -29,9 +29,9 @@ from serve_app.server import Server
 
 SIZES: tuple[dict[str, Any], ...] = (
     {"size": "64x64", "num_frames": 9, "num_inference_steps": 6},
+    {"size": "64x64", "num_frames": 17, "num_inference_steps": 12},
     {"size": "96x96", "num_frames": 17, "num_inference_steps": 12},
-    {},
-    {"size": "192x128", "num_inference_steps": 20},
+    {"size": "128x128", "num_frames": 17, "num_inference_steps": 16},
 )
 CLASSES = ("interactive", "standard", "standard", "batch")
 

@@ -74,8 +74,21 @@ class Keys:
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    async def create(self, name: str, scopes: Sequence[Scope], limits: KeyLimits | None = None) -> tuple[Key, str]:
-        """Create a key. Return it with its text, which cannot be read again later."""
+    async def create(
+        self,
+        name: str,
+        scopes: Sequence[Scope],
+        limits: KeyLimits | None = None,
+        degrade: dict[str, Any] | None = None,
+    ) -> tuple[Key, str]:
+        """Create a key. Return it with its text, which cannot be read again later.
+
+        Args:
+            name: whose it is.
+            scopes: what it may be used for.
+            limits: how much.
+            degrade: what its requests agree to under load if they do not say, as in a request; None for nothing.
+        """
         key_id, secret = secrets.token_hex(8), secrets.token_hex(32)
         async with self._db.write() as session:
             key = Key(
@@ -84,6 +97,7 @@ class Keys:
                 name=name,
                 scopes=[scope for scope in SCOPES if scope in scopes],
                 created_at=await self._db.clock(session),
+                degrade=degrade,
                 **vars(limits or KeyLimits()),
             )
             session.add(key)
@@ -130,8 +144,8 @@ class Keys:
         return key
 
 
-async def check_quota(session: AsyncSession, owner: str, now: float, work: float = 0.0) -> None:
-    """Check that the owner may create a job now.
+async def check_quota(session: AsyncSession, owner: str, now: float, work: float = 0.0) -> Key | None:
+    """Check that the owner may create a job now; return their key, if they have one.
 
     The key's row stays locked to the end of the transaction, so that jobs of one key are created one after the other.
 
@@ -146,7 +160,7 @@ async def check_quota(session: AsyncSession, owner: str, now: float, work: float
     """
     key = await session.get(Key, owner, with_for_update=True) if owner else None
     if key is None:
-        return
+        return None
     if key.queued_jobs is not None:
         waiting = select(func.count()).where(Job.owner == owner, Job.status == "queued")
         if (await session.scalar(waiting) or 0) >= key.queued_jobs:
@@ -166,6 +180,7 @@ async def check_quota(session: AsyncSession, owner: str, now: float, work: float
             total = sum(row.gpu_seconds for row in used)
             message = f"This key used {total:.0f} GPU-seconds in 24 hours, its limit is {key.gpu_seconds_per_day:g}."
             raise OverLimit("gpu_seconds", message, wait_s)
+    return key
 
 
 def at_running_limit() -> Select[Any]:

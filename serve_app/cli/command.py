@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from serve_app import __version__
+from serve_app.cli.degrade import degrade
 from serve_app.cli.jobs import jobs
 from serve_app.cli.keys import keys
 from serve_app.cli.prepare import prepare
@@ -40,7 +41,7 @@ def version() -> None:
     print(__version__)
 
 
-for _command in (check, up, demo, generate, prepare):
+for _command in (check, up, demo, generate, prepare, degrade):
     cli.command()(_command)
 cli.add_typer(videos, name="videos")
 cli.add_typer(jobs, name="jobs")

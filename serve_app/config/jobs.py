@@ -76,6 +76,14 @@ class AdmissionConfig(Section):
     """Answer 422 `deadline_infeasible` to a request whose deadline would be missed, with the earliest likely one."""
 
 
+class DegradeConfig(Section):
+    """Less for requests that allow it, while waits exceed `denoiser.autoscaling.target_wait_s`."""
+
+    start_s: PositiveFloat = 300
+    """Seconds in which another group can be there. As long as the expected wait exceeds its target by less than this,
+    and there are fewer groups than `max_replicas`, starting one comes first."""
+
+
 class StoreConfig(Section):
     """The database of jobs."""
 

@@ -60,7 +60,11 @@ class Job(Base):
     status: Mapped[str] = mapped_column(String(16), default="queued")
     model: Mapped[str]
     params: Mapped[dict[str, Any]]
-    """A `serve_app.request.Params` as JSON."""
+    """A `serve_app.request.Params` as JSON: what is made."""
+    degrade: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """A `serve_app.degrade.Floor` as JSON, to which the request agrees; None if to nothing."""
+    requested: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """The parameters that were asked for and differ from what is made; None if none does."""
     work: Mapped[float | None]
     """TFLOP of its denoising (`serve_app.wan.cost.video_tflop`); None if its creator did not know the model."""
     ranks: Mapped[int] = mapped_column(default=1)
@@ -215,6 +219,19 @@ class Replicas(Base):
     at: Mapped[float]
 
 
+class DegradeState(Base):
+    """The level of load that all dispatchers share: one row. See `serve_app.degrade.Level`."""
+
+    __tablename__ = "degrade"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    mode: Mapped[str] = mapped_column(String(16))
+    level: Mapped[int]
+    changed_at: Mapped[float]
+    over_since: Mapped[float | None]
+    under_since: Mapped[float | None]
+
+
 class Key(Base):
     """An API key. Its id is the `owner` of the jobs that are created with it. A limit that is None does not hold."""
 
@@ -234,6 +251,8 @@ class Key(Base):
     running_jobs: Mapped[int | None]
     gpu_seconds_per_day: Mapped[float | None]
     queued_tflop: Mapped[float | None]
+    degrade: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Floor that its requests agree to if they do not say; None if to nothing."""
 
 
 class Usage(Base):

@@ -36,13 +36,16 @@ from serve_app.dispatch.dispatcher import Dispatcher
 from serve_app.dispatch.fleet import FleetReporter
 from serve_app.dispatch.rabbitmq import broker
 from serve_app.dispatch.run import PipelineUnavailable
+from serve_app.dispatch.steering import DegradeLoop
 from serve_app.errors import JobFailed
 from serve_app.events import Event
 from serve_app.job_spec import JobSpec
+from serve_app.jobs.degrading import Steering
 from serve_app.jobs.store import JobStore
 from serve_app.notify.notifier import Notifier
 from serve_app.replica import alive_hosts, check_hosts, starting, this_process
 from serve_app.storage import Storage
+from serve_app.wan.cost import video_tflop
 
 # Failures of a machine or a replica rather than of a request: another attempt may well succeed. Each stands for its
 # subclasses too: ObjectLostError for an owner that died and for what cannot be reconstructed, RayActorError for an
@@ -152,15 +155,26 @@ async def replicas(application: str) -> dict[str, int]:
     return {name: one.replica_states.get("RUNNING", 0) for name, one in there.deployments.items()}
 
 
+def steering(config: Config) -> Steering:
+    """Return when to offer less."""
+    options = config.denoiser.autoscaling
+    groups = options.max_replicas
+    if config.denoiser.experts == "split":
+        groups += (config.denoiser.low_noise_autoscaling or options).max_replicas
+    return Steering(options.target_wait_s.model_dump(), groups, config.degrade.start_s)
+
+
 @serve.deployment(name="dispatcher")
 class DispatcherDeployment:
     """A replica with one dispatcher and one notifier. Replicas share jobs and deliveries through the store."""
 
-    async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: Config, expert: dict[str, Any] | None = None
+    ) -> None:
         with starting():
             check_hosts(config, alive_hosts())
             self._broker = broker(config)
-            self._store = JobStore.of(config)
+            self._store = JobStore.of(config, work_of=None if expert is None else partial(video_tflop, expert))
             await self._store.start()
             storage = Storage(config.storage_options)
         if self._broker is not None:
@@ -171,9 +185,11 @@ class DispatcherDeployment:
         self._fleet = FleetReporter(
             self._store, config.dispatcher.pipeline, partial(replicas, config.dispatcher.pipeline)
         )
+        self._degrade = DegradeLoop(self._store, steering(config))
         self._dispatcher.start()
         self._notifier.start()
         self._fleet.start()
+        self._degrade.start()
         self._preparing = asyncio.create_task(pipeline.prepare(), name="prepare")
 
     async def wake(self) -> None:
@@ -187,7 +203,9 @@ class DispatcherDeployment:
 
     async def __del__(self) -> None:
         if hasattr(self, "_notifier"):
-            await asyncio.gather(self._dispatcher.stop(), self._notifier.stop(), self._fleet.stop())
+            await asyncio.gather(
+                self._dispatcher.stop(), self._notifier.stop(), self._fleet.stop(), self._degrade.stop()
+            )
             if self._broker is not None:
                 await self._broker.close()
             await self._store.close()

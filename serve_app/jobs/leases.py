@@ -16,8 +16,9 @@ from serve_app.db.tables import Job
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
 from serve_app.jobs import transitions
+from serve_app.jobs.degrading import Degrading
 from serve_app.jobs.order import due, next_job, not_paused
-from serve_app.jobs.rows import Rows, held_by
+from serve_app.jobs.rows import held_by
 
 # Percent at which each stage begins and ends. Denoising takes nearly all of the time on every model and device.
 _SPANS = {"encode": (0, 2), "denoise": (2, 92), "decode": (92, 99)}
@@ -31,7 +32,7 @@ def percent(progress: Progress) -> int:
     return int(low + (high - low) * min(progress.step / max(progress.steps, 1), 1))
 
 
-class Leases(Rows):
+class Leases(Degrading):
     """The dispatchers' half of a `JobStore`."""
 
     async def claim(self, owner: str, lease_s: float) -> Job | None:
@@ -67,6 +68,8 @@ class Leases(Rows):
                     .execution_options(synchronize_session=False, populate_existing=True)
                 )
                 job = claimed.one_or_none()
+                if job is not None:
+                    await self._reduce(session, job)
             if job is not None:
                 return job
             # Other dispatchers hold all due jobs of the owner who was next, so another owner is next now.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
@@ -19,12 +19,12 @@ from serve_app.accounts.keys import Keys, check_quota
 from serve_app.config import Ageing, Config, RetentionConfig
 from serve_app.db.database import Database
 from serve_app.db.tables import CANCELLED, Job, new_id
+from serve_app.degrade import Floor
 from serve_app.errors import DeadlineInfeasible, ServeAppError
 from serve_app.jobs import transitions
 from serve_app.jobs.forecast import Fleet
 from serve_app.jobs.leases import Leases
 from serve_app.jobs.maintenance import Maintenance
-from serve_app.jobs.outlook import Outlook
 from serve_app.jobs.queries import Queries
 from serve_app.jobs.upkeep import Upkeep
 from serve_app.request import Params, Urgency
@@ -80,11 +80,11 @@ class Announcer(Protocol):
         """Announce jobs, quickly and without raising; return whether dispatchers will hear of all of them."""
 
 
-class JobStore(Queries, Outlook, Leases, Upkeep, Maintenance):
+class JobStore(Queries, Leases, Upkeep, Maintenance):
     """Jobs in SQLite or PostgreSQL.
 
-    This class creates, cancels and deletes jobs for users; `Queries` reads, `Outlook` predicts, `Leases` and `Upkeep`
-    are for dispatchers, `Maintenance` for operators.
+    This class creates, cancels and deletes jobs for users; `Queries` reads, `Outlook` predicts, `Degrading` offers
+    less, `Leases` and `Upkeep` are for dispatchers, `Maintenance` for operators.
 
     Args:
         url: a SQLAlchemy URL; the driver may be left out.
@@ -225,6 +225,7 @@ class JobStore(Queries, Outlook, Leases, Upkeep, Maintenance):
             model=model,
             params=params.model_dump(),
             work=None if self._work_of is None else self._work_of(params),
+            degrade=urgency.degrade.to_json() if isinstance(urgency.degrade, Floor) else None,
             ranks=self._ranks,
             idempotency_key=None if idempotency is None else idempotency.key,
             request_digest=None if idempotency is None else idempotency.digest,
@@ -240,7 +241,7 @@ class JobStore(Queries, Outlook, Leases, Upkeep, Maintenance):
         # Before the transaction, which should be short. Gateways that admit at the same moment do not see each other.
         await self._admit(job, urgency.deadline_s if check_deadline else None, max_wait_s)
         try:
-            before = await self._add(job, urgency.deadline_s, max_queued)
+            before = await self._add(job, urgency, max_queued)
         except IntegrityError:
             # Another process created the job between our look and our insert. Now we see it.
             before = None if idempotency is None else await self.known(owner, idempotency)
@@ -273,7 +274,7 @@ class JobStore(Queries, Outlook, Leases, Upkeep, Maintenance):
             message = f"Videos of class {job.priority!r} would wait for {wait_s:.0f} s, the limit is {max_wait_s:g}."
             raise WaitTooLong(message, wait_s - max_wait_s)
 
-    async def _add(self, job: Job, deadline_s: float | None, max_queued: int | None) -> Job | None:
+    async def _add(self, job: Job, urgency: Urgency, max_queued: int | None) -> Job | None:
         """Give a job its id and times and store it. If its request came before, store nothing and return that job."""
         async with self._db.write() as session:
             if job.idempotency_key is not None:
@@ -282,10 +283,12 @@ class JobStore(Queries, Outlook, Leases, Upkeep, Maintenance):
                     return before
             # The database's clock will judge the deadline, and this host's may be off by more than that.
             now = await self._db.clock(session)
-            await check_quota(session, job.owner, now, job.work or 0.0)
+            key = await check_quota(session, job.owner, now, job.work or 0.0)
+            if urgency.degrade is None and key is not None:
+                job.degrade = key.degrade
             if max_queued is not None and await self._count_queued(session) >= max_queued:
                 raise QueueFull(f"{max_queued} jobs wait already.", self._pace.seconds_per_job)
-            job.deadline_at = None if deadline_s is None else now + deadline_s
+            job.deadline_at = None if urgency.deadline_s is None else now + urgency.deadline_s
             # A job that begins later is announced when it is due; a lost announcement is repeated.
             job.announced_at = job.created_at if job.waits_since <= job.created_at else 0.0
             session.add(job)
@@ -299,6 +302,9 @@ class JobStore(Queries, Outlook, Leases, Upkeep, Maintenance):
         """
         async with self._db.read() as session:
             return await _known(session, owner, idempotency.key, idempotency.digest)
+
+    def _work(self, params: dict[str, Any]) -> float | None:
+        return None if self._work_of is None else self._work_of(Params(**params))
 
     async def delete(self, video_id: str, owner: str | None = None) -> bool:
         """Delete a job and have its files removed; False if there is none. A run of it ends when it next reports."""

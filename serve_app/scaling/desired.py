@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from serve_app.config import Priority
-from serve_app.scaling.backlog import Backlog
+from serve_app.jobs.backlog import Backlog
 
 # A count this little above a whole number is that number: sums of floating-point work are not exact.
 _ROUNDING = 1e-6

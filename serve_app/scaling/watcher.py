@@ -11,8 +11,8 @@ from weakref import WeakValueDictionary, finalize
 
 from serve_app.db.database import Database
 from serve_app.errors import one_line
+from serve_app.jobs.backlog import Backlog, read_backlog
 from serve_app.logs import get_logger
-from serve_app.scaling.backlog import Backlog, read_backlog
 
 logger = get_logger(__name__)
 
@@ -25,7 +25,7 @@ _STALE_POLLS = 3
 
 @dataclass
 class Figures:
-    """What the thread has read last. Knows nothing of who looks at it, so that it does not keep them alive."""
+    """The latest figures of a thread. It knows nothing of who looks at it, so that it does not keep them alive."""
 
     backlog: Backlog | None = None
     hosts: Sequence[Mapping[str, float]] | None = None

@@ -22,11 +22,13 @@ from tests.support.shapes import A14B
 ROOT = Path(__file__).parents[2]
 
 
+COLUMNS_0003 = ("saved_step", "group_s", "passes", "predicted_s", "degrade", "requested")
 UNDO_0003 = (
     "DROP INDEX jobs_by_wait",
     "DROP TABLE replicas",
-    *(f"ALTER TABLE jobs DROP COLUMN {name}" for name in ("saved_step", "group_s", "passes", "predicted_s")),
-    "ALTER TABLE keys DROP COLUMN queued_tflop",
+    "DROP TABLE degrade",
+    *(f"ALTER TABLE jobs DROP COLUMN {name}" for name in COLUMNS_0003),
+    *(f"ALTER TABLE keys DROP COLUMN {name}" for name in ("queued_tflop", "degrade")),
 )
 
 

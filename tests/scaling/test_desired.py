@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.scaling.backlog import Backlog
+from serve_app.jobs.backlog import Backlog
 from serve_app.scaling.desired import desired_groups, desired_of_stage
 from serve_app.scaling.watcher import fitting
 

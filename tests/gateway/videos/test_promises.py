@@ -50,3 +50,22 @@ async def test_a_wait_beyond_the_limit(known: Server) -> None:
 async def test_models_tell_how_good_estimates_are(known: Server) -> None:
     (model,) = (await known.http.get("/v1/models")).json()["data"]
     assert model["estimates"] == {"videos": 1, "median_error": 0.2, "p90_error": 0.2, "p90_factor": 1.0}
+
+
+async def test_less_openly(known: Server, held: asyncio.Event) -> None:
+    await known.store.set_degrade("3")
+    body = {"prompt": "a red circle moves right", "size": "256x256", "seed": 7}
+    for degrade in ("always", {"min_size": 7}, {"min_pixels": 5}, 3):
+        answer = await known.http.post("/v1/videos", json={**body, "degrade": degrade})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "degrade"
+    held.set()
+    whole = await known.completed(size="256x256", seed=7)
+    assert (whole["size"], whole["degraded"], whole["requested_size"]) == ("256x256", False, None)
+    less = await known.completed(size="256x256", seed=7, degrade={"min_size": "128x128", "min_steps": 2})
+    assert (less["size"], less["num_inference_steps"], less["degraded"]) == ("128x128", 2, True)
+    assert (less["requested_size"], less["requested_steps"]) == ("256x256", 4)
+    assert "256x256" in less["warnings"][0]
+    form = {**body, "degrade": '{"min_size": "128x128"}'}
+    sent = {name: (None, str(value)) for name, value in form.items()}
+    made = (await known.http.post("/v1/videos", files=sent)).json()
+    assert (await known.ended(made["id"]))["size"] == "128x128"

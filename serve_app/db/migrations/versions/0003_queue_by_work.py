@@ -12,7 +12,19 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("saved_step", sa.Integer(), nullable=False, server_default="0"))
     for name in ("group_s", "passes", "predicted_s"):
         op.add_column("jobs", sa.Column(name, sa.Double(), nullable=True))
+    for name in ("degrade", "requested"):
+        op.add_column("jobs", sa.Column(name, sa.JSON(), nullable=True))
     op.add_column("keys", sa.Column("queued_tflop", sa.Double(), nullable=True))
+    op.add_column("keys", sa.Column("degrade", sa.JSON(), nullable=True))
+    op.create_table(
+        "degrade",
+        sa.Column("name", sa.String(64), primary_key=True),
+        sa.Column("mode", sa.String(16), nullable=False),
+        sa.Column("level", sa.Integer(), nullable=False),
+        sa.Column("changed_at", sa.Double(), nullable=False),
+        sa.Column("over_since", sa.Double(), nullable=True),
+        sa.Column("under_since", sa.Double(), nullable=True),
+    )
     op.create_table(
         "replicas",
         sa.Column("application", sa.String(128), primary_key=True),

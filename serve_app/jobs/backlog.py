@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from serve_app.config import Priority
 from serve_app.db.tables import Job
 from serve_app.jobs.estimate import Pace, measure
 from serve_app.jobs.order import not_paused
@@ -65,3 +67,23 @@ def _shares(pace: Pace) -> dict[str, float]:
         return {}
     decode_s = sum(job.timings.get("decode", 0.0) + job.timings.get("store", 0.0) for job in measured)
     return {"encoder": len(measured) * pace.encode_s / group_s, "decoder": decode_s / group_s}
+
+
+def pressure(backlog: Backlog, groups: int, target_wait_s: Mapping[str, float]) -> float | None:
+    """Return the expected wait as a share of its target, of the class for which that is largest; None if not known.
+
+    Args:
+        backlog: the work.
+        groups: number of groups that do it.
+        target_wait_s: seconds within which the work of a class should be done, with that of all more urgent ones.
+    """
+    if not backlog.jobs:
+        return 0.0
+    if not backlog.work_per_group_s or not groups:
+        return None
+    ahead, most = 0.0, 0.0
+    for priority in get_args(Priority):
+        if work := backlog.work.get(priority, 0.0):
+            ahead += work
+            most = max(most, ahead / (backlog.work_per_group_s * groups * target_wait_s[priority]))
+    return most
