@@ -24,9 +24,10 @@ _FIRST_LEVEL: dict[Priority, int] = {"batch": 1, "standard": 2, "interactive": 3
 # Share of its target that a wait must exceed for a level to rise to the next one, and for how long.
 _RISE_ABOVE = (1.0, 1.5, 2.0)
 _RISE_AFTER_S = 60.0
-# Share below which it falls by one, and for how long.
+# Share below which it falls by one, and for how long. While a load lasts that one level is too much for and the other
+# too little, the level swings: this bounds how often, to two falls and as many rises an hour.
 _FALL_BELOW = 0.6
-_FALL_AFTER_S = 300.0
+_FALL_AFTER_S = 1800.0
 
 
 @dataclass(frozen=True)

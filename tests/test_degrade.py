@@ -96,12 +96,22 @@ def played(pressures: list[float | None], every_s: float = 5.0, may_rise: bool =
 
 
 def test_a_step_of_load_makes_four_changes_an_hour_at_most() -> None:
-    """Twice the target for half an hour, then half of it: up by threes, and down once it is over."""
-    levels = played([1.8] * 360 + [0.5] * 360)
+    """Half an hour at 1.8 times the target, then an hour at half of it: up to 2, and down to 0."""
+    levels = played([1.8] * 360 + [0.5] * 730)
     assert levels[11] == 0 and levels[12] == 1 and max(levels) == 2 and levels[-1] == 0
     changes = [nth for nth in range(1, len(levels)) if levels[nth] != levels[nth - 1]]
     assert len(changes) == 4
-    assert levels[360 + 59] == 2 and levels[360 + 61] == 1
+    assert levels[360 + 359] == 2 and levels[360 + 361] == 1
+
+
+def test_a_load_between_two_levels_swings_slowly() -> None:
+    """Each level ends the load that made it rise, and without it the load is back at once."""
+    state, changes = Level(), 0
+    for second in range(0, 10 * 3600, 5):
+        after = steer(state, 1.5 if state.level == 0 else 0.1, True, float(second))
+        changes += after.level != state.level
+        state = after
+    assert changes <= 4 * 10
 
 
 def test_between_the_thresholds_nothing_moves() -> None:

@@ -15,6 +15,7 @@ from serve_app.cli.jobs import jobs
 from serve_app.cli.keys import keys
 from serve_app.cli.prepare import prepare
 from serve_app.cli.serve import check, demo, up
+from serve_app.cli.simulate import simulate
 from serve_app.cli.videos import generate, videos
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -41,7 +42,7 @@ def version() -> None:
     print(__version__)
 
 
-for _command in (check, up, demo, generate, prepare, degrade):
+for _command in (check, up, demo, generate, prepare, degrade, simulate):
     cli.command()(_command)
 cli.add_typer(videos, name="videos")
 cli.add_typer(jobs, name="jobs")

@@ -9,7 +9,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from serve_app.config import DenoiserConfig
@@ -39,13 +39,6 @@ class VirtualSample:
     after_s: float = 0.0
     denoise_at: float = math.inf
     done_at: float = math.inf
-
-
-@dataclass(order=True)
-class _Event:
-    at: float
-    number: int
-    call: Callable[[float], None] = field(compare=False)
 
 
 def fewest_samples(groups: Sequence[VirtualGroup], now: float) -> VirtualGroup:
@@ -88,7 +81,7 @@ class VirtualPipeline:
         self._options = options
         self._choose = choose
         self._ended = ended
-        self._events: list[_Event] = []
+        self._events: list[tuple[float, int, Callable[[float], Any]]] = []
         self._numbers = itertools.count()
         self._samples: dict[str, VirtualSample] = {}
         self._due: dict[int, float] = {}
@@ -104,11 +97,11 @@ class VirtualPipeline:
     @property
     def next_at(self) -> float:
         """The time of the next event; infinity if there is none."""
-        return self._events[0].at if self._events else math.inf
+        return self._events[0][0] if self._events else math.inf
 
     def at(self, when: float, call: Callable[[float], Any]) -> None:
         """Have a function called with the time once it is `when`."""
-        heapq.heappush(self._events, _Event(max(when, self.now), next(self._numbers), call))
+        heapq.heappush(self._events, (max(when, self.now), next(self._numbers), call))
 
     def add_group(self) -> VirtualGroup:
         """Add a group, which takes the samples that wait for one."""
@@ -135,9 +128,8 @@ class VirtualPipeline:
 
     def run_next(self) -> None:
         """Go on to the next event."""
-        event = heapq.heappop(self._events)
-        self.now = event.at
-        event.call(event.at)
+        self.now, _, call = heapq.heappop(self._events)
+        call(self.now)
 
     def _denoise(self, sample: VirtualSample, now: float) -> None:
         if sample.entry.finished:

@@ -69,6 +69,21 @@ def _shares(pace: Pace) -> dict[str, float]:
     return {"encoder": len(measured) * pace.encode_s / group_s, "decoder": decode_s / group_s}
 
 
+def expected_wait_s(backlog: Backlog, groups: int, priority: Priority) -> float | None:
+    """Return the seconds until the work of a class is done, with that of all more urgent ones; None if not known.
+
+    Args:
+        backlog: the work.
+        groups: number of groups that do it.
+        priority: the class.
+    """
+    classes = get_args(Priority)
+    ahead = sum(backlog.work.get(name, 0.0) for name in classes[: classes.index(priority) + 1])
+    if not ahead:
+        return 0.0
+    return ahead / (backlog.work_per_group_s * groups) if backlog.work_per_group_s and groups else None
+
+
 def pressure(backlog: Backlog, groups: int, target_wait_s: Mapping[str, float]) -> float | None:
     """Return the expected wait as a share of its target, of the class for which that is largest; None if not known.
 
@@ -77,13 +92,10 @@ def pressure(backlog: Backlog, groups: int, target_wait_s: Mapping[str, float]) 
         groups: number of groups that do it.
         target_wait_s: seconds within which the work of a class should be done, with that of all more urgent ones.
     """
-    if not backlog.jobs:
-        return 0.0
-    if not backlog.work_per_group_s or not groups:
-        return None
-    ahead, most = 0.0, 0.0
+    shares = []
     for priority in get_args(Priority):
-        if work := backlog.work.get(priority, 0.0):
-            ahead += work
-            most = max(most, ahead / (backlog.work_per_group_s * groups * target_wait_s[priority]))
-    return most
+        if backlog.work.get(priority):
+            if (wait_s := expected_wait_s(backlog, groups, priority)) is None:
+                return None
+            shares.append(wait_s / target_wait_s[priority])
+    return max(shares, default=0.0)

@@ -106,7 +106,7 @@ async def test_the_level_follows_the_queue(store: JobStore, monkeypatch: pytest.
     levels = []
     for _ in range(4):
         levels.append(await store.steer(STEERING))
-        await pass_s(200)
+        await pass_s(1000)
     assert levels == [2, 2, 1, 1]
     await store.set_degrade("off")
     assert await store.steer(STEERING) == 0
