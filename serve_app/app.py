@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from serve_app.capacity import needs
 from serve_app.compute import SEE_ALL_GPUS
@@ -218,6 +218,7 @@ def _denoiser(deployment: Any, config: Config) -> Any:
         placement_group_bundles=[{"CPU": stage.coordinator_cpus}] + [rank] * stage.parallel.size,
         placement_group_strategy=stage.placement,
         **labels,
+        request_router_config=RequestRouterConfig(request_router_class="serve_app.stages.router:EmptiestGroup"),
         **_stage(stage, _by_work(config, "denoiser", stage.autoscaling)),
         graceful_shutdown_timeout_s=stage.shutdown_timeout_s,
     )

@@ -56,6 +56,7 @@ _KINDS = {
     "launch/test_startup.py": "ray",
     "notify": "db",
     "scaling": "db",
+    "stages/test_router.py": "unit",
     "scaling/test_desired.py": "unit",
     "scaling/test_live.py": "ray",
     "stages": "ray",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from serve_app.parameters import Priority
 SIDES = st.integers(1, 90).map(lambda side: 16 * side)
 AMOUNTS = st.builds(Amount, SIDES, SIDES, st.integers(1, 100))
 FLOORS = st.builds(
-    lambda size, steps: Floor(*(size or (None, None)), steps),
+    lambda size, steps: Floor(size and size[0], size and size[1], steps),
     st.none() | st.tuples(SIDES, SIDES),
     st.none() | st.integers(1, 100),
 )
@@ -86,7 +87,7 @@ def test_floors_as_requests_spell_them() -> None:
         assert floor is not None and floor.to_json() == said
 
 
-def played(pressures: list[float | None], every_s: float = 5.0, may_rise: bool = True) -> list[int]:
+def played(pressures: Sequence[float | None], every_s: float = 5.0, may_rise: bool = True) -> list[int]:
     """Return the level after each look."""
     state, levels = Level(), []
     for nth, pressure in enumerate(pressures):

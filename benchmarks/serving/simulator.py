@@ -26,7 +26,7 @@ from serve_app.simulate.simulation import Result, Simulation
 from serve_app.simulate.trace import Arrival, drawn
 
 PARTS = ("theory", "fleets", "overload", "order", "day")
-DEMAND = {"load": 0.55, "peak": 1.7, "burst_shape": 4.0}
+DEMAND = {"load": 0.55, "peak": 1.7, "burst_shape": 8.0}
 
 
 def main() -> None:
@@ -133,25 +133,18 @@ def wait_mdc(servers: int, load: float, states: int = 200) -> float:
 
 def fleets(options: argparse.Namespace) -> None:
     """Print late jobs at equal GPU-hours."""
-    print("\n| GPUs | hours | policy | GPU-hours | groups busy | late | late by work / late |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("\n| GPUs | hours | policy | router | GPU-hours | groups busy | late | late by work / late |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for groups in options.groups:
         least = max(groups // 8, 1)
         made = fleet(groups, options.hours, options.seed, {"by": "work", "min_replicas": least})
         ours = played(made)
         hours, share = gpu_hours(made, ours), late(made, ours)
         _print_fleet(options, groups, "work", made, ours, share)
-        low, high = 0.2, 8.0  # more requests for a group are fewer groups
-        for _ in range(7):
-            target = math.sqrt(low * high)
-            scaling = {"by": "requests", "min_replicas": least, "target_queue_length": target}
-            made = fleet(groups, options.hours, options.seed, scaling)
-            theirs = played(made)
-            low, high = (target, high) if gpu_hours(made, theirs) > hours else (low, target)
-            if abs(gpu_hours(made, theirs) / hours - 1) < 0.01:
-                break
-        _print_fleet(options, groups, f"requests, {target:.2f} a group", made, theirs, share)
-        count = max(round(groups * hours / (groups * made.gpus * ours.ended_at / 3600)), 1)
+        for router in ("two", "emptiest"):
+            made, theirs, target = _by_requests(options, groups, least, router, hours)
+            _print_fleet(options, groups, f"requests, {target:.2f} a group", made, theirs, share)
+        count = max(round(hours / made.gpus / (ours.ended_at / 3600)), 1)
         base = fleet(groups, options.hours, options.seed, {"min_replicas": groups})
         fixed = fleet(count, options.hours, options.seed, {"min_replicas": count}, running_jobs=4 * groups)
         # The demand is that of the whole fleet.
@@ -159,11 +152,28 @@ def fleets(options: argparse.Namespace) -> None:
         _print_fleet(options, groups, f"fixed, {count} groups", fixed, result, share)
 
 
+def _by_requests(
+    options: argparse.Namespace, groups: int, least: int, router: str, hours: float
+) -> tuple[Fleet, Result, float]:
+    """Return a fleet that is scaled by request counts to so many GPU-hours, its result and its target."""
+    low, high = 0.5, 8.0  # more requests for a group are fewer groups
+    for _ in range(7):
+        target = math.sqrt(low * high)
+        scaling = {"by": "requests", "min_replicas": least, "target_queue_length": target}
+        made = fleet(groups, options.hours, options.seed, scaling, router=router)
+        result = played(made)
+        used = gpu_hours(made, result)
+        low, high = (target, high) if used > hours else (low, target)
+        if abs(used / hours - 1) < 0.01:
+            break
+    return made, result, target
+
+
 def _print_fleet(options: argparse.Namespace, groups: int, name: str, made: Fleet, result: Result, ours: float) -> None:
     share = late(made, result)
     ratio = f"{ours / share:.2f}" if share else ""
     print(
-        f"| {groups * made.gpus} | {options.hours:g} | {name} | {gpu_hours(made, result):.0f} "
+        f"| {groups * made.gpus} | {options.hours:g} | {name} | {made.router} | {gpu_hours(made, result):.0f} "
         f"| {result.busy_s / result.group_s:.1%} | {share:.2%} | {ratio} |",
         flush=True,
     )
@@ -214,7 +224,7 @@ def order(options: argparse.Namespace) -> None:
     )
     for load in (0.7, 0.9):
         for kind in (Scheduler, BySlack, BySlackBuckets):
-            for router in ("two", "soonest") if kind is Scheduler else ("two",):
+            for router in ("two", "emptiest", "soonest") if kind is Scheduler else ("emptiest",):
                 virtual_group.Scheduler = kind  # type: ignore[misc]
                 demand = {"load": load, "burst_shape": 4.0}
                 made = fleet(32, 12, options.seed, {"min_replicas": 32}, demand=demand, router=router)

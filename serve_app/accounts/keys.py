@@ -166,8 +166,8 @@ async def check_quota(session: AsyncSession, owner: str, now: float, work: float
         if (await session.scalar(waiting) or 0) >= key.queued_jobs:
             raise OverLimit("queued_jobs", f"{key.queued_jobs} jobs of this key wait already, its limit.")
     if key.queued_tflop is not None:
-        waiting = select(func.sum(Job.work)).where(Job.owner == owner, Job.status == "queued")
-        queued = await session.scalar(waiting) or 0.0
+        work_waiting = select(func.sum(Job.work)).where(Job.owner == owner, Job.status == "queued")
+        queued = await session.scalar(work_waiting) or 0.0
         if queued and queued + work > key.queued_tflop:
             limit = f"the limit is {key.queued_tflop:g}"
             message = f"{queued:.0f} TFLOP of this key wait, and this video has {work:.0f}: {limit}."

@@ -38,14 +38,14 @@ class Resources(Section):
 
 
 class TargetWait(Section):
-    """Seconds within which the queued work of each priority class should be done."""
+    """Seconds within which the jobs of each priority class should begin."""
 
     interactive: PositiveFloat = 60
     """Seconds for `interactive` jobs."""
     standard: PositiveFloat = 600
-    """Seconds for `standard` jobs, and all before them."""
+    """Seconds for `standard` jobs."""
     batch: PositiveFloat = 3600
-    """Seconds for `batch` jobs, and all before them."""
+    """Seconds for `batch` jobs."""
 
 
 class Autoscaling(Section):

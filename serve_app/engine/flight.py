@@ -42,19 +42,20 @@ class Flight:
     _step_s: float | None = None
     _last_step: float = field(default_factory=time.monotonic)
 
-    def advance(self, seconds: float, saved: bool, share: float = 1.0) -> None:
+    def advance(self, seconds: float, saved: bool, passed_s: float, share: float) -> None:
         """Tell the listener of a step that was made.
 
         Args:
             seconds: how long it took on the ranks.
             saved: whether the state after it is being saved.
+            passed_s: seconds until the ranks had answered.
             share: the sample's share of the work in it.
         """
         now = time.monotonic()
         took, self._last_step = now - self._last_step, now
         self._step_s = took if self._step_s is None else self._step_s + _NEWEST * (took - self._step_s)
         self.unsaved_s = 0.0 if saved else self.unsaved_s + seconds
-        self.group_s += seconds * share
+        self.group_s += passed_s * share
         self.passes += share
         if saved:
             self.saved_step = self.entry.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -78,6 +79,7 @@ class Passes:
         """
         self.stepping = entries
         save = {entry.id: prefix for entry in entries if (prefix := self._save_to(entry.id))}
+        began = time.monotonic()
         try:
             result = await self._group.step(StepRequest([entry.id for entry in entries], park, save))
         except GroupLost:
@@ -85,7 +87,7 @@ class Passes:
         except Exception as error:  # whatever the model raised: it concerns samples, not the group
             seconds = await self._step_alone(entries, error)
         else:
-            seconds = await self._account(entries, result, save)
+            seconds = await self._account(entries, result, save, time.monotonic() - began)
         self.counters.step_s += seconds
         self.counters.latest_s.append(seconds)
         return seconds
@@ -115,6 +117,7 @@ class Passes:
             if entry.id not in self._flights:  # left meanwhile
                 continue
             self.stepping = [entry]
+            began = time.monotonic()
             others = [sample_id for sample_id in self._flights if sample_id != entry.id] if short else []
             try:
                 result = await self._group.step(StepRequest([entry.id], others))
@@ -123,11 +126,21 @@ class Passes:
             except Exception as alone:
                 self._fail_by(entry, alone)
             else:
-                seconds += await self._account([entry], result, {})
+                seconds += await self._account([entry], result, {}, time.monotonic() - began)
         return seconds
 
-    async def _account(self, entries: list[Entry], result: StepResult, save: dict[str, str]) -> float:
-        """Note what a pass did to each of its samples. Returns the seconds that it took."""
+    async def _account(self, entries: list[Entry], result: StepResult, save: dict[str, str], passed_s: float) -> float:
+        """Note what a pass did to each of its samples.
+
+        Args:
+            entries: the samples.
+            result: what the ranks answered.
+            save: where states are being saved, by sample.
+            passed_s: seconds until the ranks had answered.
+
+        Returns:
+            Seconds that it took on the ranks.
+        """
         self.counters.steps += 1
         self.counters.advanced += len(entries)
         self._scheduler.note_pass(entries, result.seconds)
@@ -139,7 +152,7 @@ class Passes:
             entry.step += 1
             flight = self._flights.get(entry.id)
             if flight is not None:  # otherwise it left during the step
-                flight.advance(result.seconds, saved=entry.id in save, share=entry.work / work if work else 1.0)
+                flight.advance(result.seconds, entry.id in save, passed_s, entry.work / work if work else 1.0)
                 if entry.finished:
                     await self.finish(flight)
         return result.seconds

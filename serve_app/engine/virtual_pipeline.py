@@ -42,7 +42,7 @@ class VirtualSample:
 
 
 def fewest_samples(groups: Sequence[VirtualGroup], now: float) -> VirtualGroup:
-    """Return the group with the fewest samples, which Serve's router looks for among two at random."""
+    """Return the group with the fewest samples, as `serve_app.stages.router` does."""
     return min(groups, key=len)
 
 

@@ -21,17 +21,36 @@ class Backlog:
 
     Attributes:
         work: TFLOP that is left, by priority class: of jobs that run, and of those that wait, are due and not paused.
-        jobs: number of these jobs.
+        counts: number of these jobs, by class.
         denoising: number of jobs that groups hold.
         work_per_group_s: TFLOP per second of one group; None if not known.
         shares: seconds of an encoder and of a decoder for each second of a group, by the name of the stage.
     """
 
     work: Mapping[str, float] = field(default_factory=dict)
-    jobs: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
     denoising: int = 0
     work_per_group_s: float | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def jobs(self) -> int:
+        """Number of all these jobs."""
+        return sum(self.counts.values())
+
+    def seconds_up_to(self, priority: Priority) -> tuple[float, float] | None:
+        """Return the seconds of one group for the work of a class and all more urgent ones, and those of a mean job.
+
+        None if the speed of a group is not known.
+        """
+        classes = get_args(Priority)
+        names = classes[: classes.index(priority) + 1]
+        work, jobs = sum(self.work.get(name, 0.0) for name in names), sum(self.counts.get(name, 0) for name in names)
+        if not work or not jobs:
+            return 0.0, 0.0
+        if not self.work_per_group_s:
+            return None
+        return work / self.work_per_group_s, work / self.work_per_group_s / jobs
 
 
 async def read_backlog(session: AsyncSession, now: float) -> Backlog:
@@ -53,11 +72,11 @@ async def read_backlog(session: AsyncSession, now: float) -> Backlog:
     )
     held = select(func.count()).where(Job.status == "in_progress", Job.stage == "denoise")
     total: dict[str, float] = {}
-    jobs = 0
+    counts: dict[str, int] = {}
     for priority, count, amount in (*waiting, *running):
         total[priority] = total.get(priority, 0.0) + (amount or 0.0)
-        jobs += count
-    return Backlog(total, jobs, await session.scalar(held) or 0, pace.work_per_group_s, _shares(pace))
+        counts[priority] = counts.get(priority, 0) + count
+    return Backlog(total, counts, await session.scalar(held) or 0, pace.work_per_group_s, _shares(pace))
 
 
 def _shares(pace: Pace) -> dict[str, float]:
@@ -70,18 +89,20 @@ def _shares(pace: Pace) -> dict[str, float]:
 
 
 def expected_wait_s(backlog: Backlog, groups: int, priority: Priority) -> float | None:
-    """Return the seconds until the work of a class is done, with that of all more urgent ones; None if not known.
+    """Return the seconds after which the last job of a class begins; None if not known.
+
+    The work of the class and of all more urgent ones goes before, except for that of the job itself.
 
     Args:
         backlog: the work.
         groups: number of groups that do it.
         priority: the class.
     """
-    classes = get_args(Priority)
-    ahead = sum(backlog.work.get(name, 0.0) for name in classes[: classes.index(priority) + 1])
-    if not ahead:
-        return 0.0
-    return ahead / (backlog.work_per_group_s * groups) if backlog.work_per_group_s and groups else None
+    found = backlog.seconds_up_to(priority)
+    if found is None or not groups:
+        return None if backlog.jobs else 0.0
+    seconds, own_s = found
+    return max(seconds / groups - own_s, 0.0)
 
 
 def pressure(backlog: Backlog, groups: int, target_wait_s: Mapping[str, float]) -> float | None:
@@ -90,7 +111,7 @@ def pressure(backlog: Backlog, groups: int, target_wait_s: Mapping[str, float]) 
     Args:
         backlog: the work.
         groups: number of groups that do it.
-        target_wait_s: seconds within which the work of a class should be done, with that of all more urgent ones.
+        target_wait_s: seconds within which the jobs of a class should begin.
     """
     shares = []
     for priority in get_args(Priority):

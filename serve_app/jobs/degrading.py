@@ -25,7 +25,7 @@ class Steering:
     """The options of `Degrading.steer`.
 
     Attributes:
-        target_wait_s: seconds within which the work of each class should be done.
+        target_wait_s: seconds within which the jobs of each class should begin.
         most_groups: largest number of groups that autoscaling may start.
         start_s: seconds in which another group can be there.
     """

@@ -16,7 +16,7 @@ class WorkPolicy:
     Args:
         store_url: SQLAlchemy URL of the job store.
         stage: `denoiser`, `encoder` or `decoder`.
-        target_wait_s: seconds within which the work of each class should be done.
+        target_wait_s: seconds within which the jobs of each class should begin.
         places: samples that a group can hold.
         bundles: resources of each process of a replica.
         one_host: whether these have to be on one host.

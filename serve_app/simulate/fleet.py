@@ -76,13 +76,11 @@ class Demand(Section):
     """Exponent of the owners' shares: the n-th has 1/n to this power. 0 is all alike."""
     clips: tuple[Clip, ...] = (Clip(weight=0.3), Clip(width=832, height=480, weight=0.7))
     """Kinds of videos."""
-    classes: dict[Priority, NonNegativeFloat] = Field(
-        default_factory=lambda: {"interactive": 0.2, "standard": 0.5, "batch": 0.3}
-    )
+    classes: dict[Priority, NonNegativeFloat] = Field({"interactive": 0.2, "standard": 0.5, "batch": 0.3})
     """Shares of the priority classes."""
     may_degrade: float = Field(0.0, ge=0, le=1)
     """Share of the jobs that agree to `floor` under load."""
-    floor: dict[str, str | int] = Field(default_factory=lambda: {"min_size": "832x480", "min_steps": 20})
+    floor: dict[str, str | int] = Field({"min_size": "832x480", "min_steps": 20})
     """The least that these agree to, as a request spells it."""
 
 
@@ -113,8 +111,9 @@ class Fleet(Section):
     """Jobs that the dispatchers drive at once."""
     look_s: PositiveFloat = 30
     """Seconds between two looks of autoscaling and degrading."""
-    router: Literal["two", "soonest"] = "two"
-    """`two`: Serve's router, the emptier of two groups at random. `soonest`: the group with the least work left."""
+    router: Literal["emptiest", "two", "soonest"] = "emptiest"
+    """`emptiest`: the group with the fewest samples, as the server has it. `two`: Serve's own router, the emptier of
+    two groups at random. `soonest`: the group with the least work left."""
     denoiser: DenoiserConfig = DenoiserConfig()
     ageing: Ageing = Ageing()
     admission: AdmissionConfig = AdmissionConfig()

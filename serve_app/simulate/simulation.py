@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from serve_app.config import Priority
 from serve_app.degrade import Amount, Level, reduced, steer
 from serve_app.engine.virtual_group import VirtualGroup
-from serve_app.engine.virtual_pipeline import VirtualPipeline, VirtualSample
+from serve_app.engine.virtual_pipeline import VirtualPipeline, VirtualSample, fewest_samples
 from serve_app.jobs.backlog import Backlog, expected_wait_s, pressure
 from serve_app.jobs.claim_order import ClaimOrder, Waiting
 from serve_app.jobs.forecast import entry_of
@@ -89,7 +89,7 @@ class Simulation:
             fleet.denoiser,
             self._target,
             fleet.decoders,
-            choose=self._soonest if fleet.router == "soonest" else self._two,
+            choose={"two": self._two, "emptiest": fewest_samples, "soonest": self._soonest}[fleet.router],
             ended=self._ended,
         )
         self._order = ClaimOrder()
@@ -100,6 +100,7 @@ class Simulation:
         self._gone_busy_s = 0.0
         self._level = Level()
         self._queued: dict[Priority, float] = {}
+        self._counts: dict[str, int] = {}
         self._inside: dict[str, tuple[Outcome, VirtualSample]] = {}
         self._ids = 0
         self._coming = True
@@ -134,6 +135,7 @@ class Simulation:
                 return
         self._ids += 1
         self._queued[arrival.priority] = self._queued.get(arrival.priority, 0.0) + work_of(arrival.params)
+        self._counts[arrival.priority] = self._counts.get(arrival.priority, 0) + 1
         effective = now + getattr(self._fleet.ageing, arrival.priority)
         self._order.add(Waiting(f"{self._ids:09d}", arrival.owner, effective, now, content=outcome))
         self._fill(now)
@@ -165,6 +167,7 @@ class Simulation:
     def _ended(self, sample: VirtualSample, now: float) -> None:
         outcome, _ = self._inside.pop(sample.entry.id)
         outcome.done_at = now
+        self._counts[outcome.arrival.priority] -= 1
         self.result.ended_at = now
         self._order.ended(outcome.arrival.owner)
         self._fill(now)
@@ -211,6 +214,7 @@ class Simulation:
             self._cancelled -= 1
             return
         self._pipeline.add_group()
+        self._fill(now)
         self.result.most_groups = max(self.result.most_groups, len(self._pipeline.groups))
 
     def _backlog(self) -> Backlog:
@@ -222,7 +226,7 @@ class Simulation:
             denoising += sample.denoise_at < math.inf
         held = min(denoising, len(self._pipeline.groups) * self._fleet.denoiser.resident_samples)
         rate = work_of(self._reference) / self._seconds(self._reference)
-        return Backlog(work, len(self._inside) + len(self._order), held, rate)
+        return Backlog(work, self._counts, held, rate)
 
     def _seconds(self, params: Params) -> float:
         """Return the seconds of a video's passes."""

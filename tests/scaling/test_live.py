@@ -77,7 +77,7 @@ def test_from_nothing_to_several_groups_and_back(tmp_path: Path, checkpoint: Pat
         assert groups() == 0
         assert completed(create(num_inference_steps=200)) and groups() >= 1
         classes = ("interactive", "standard", "batch")
-        ids = [create(num_inference_steps=50 * (1 + nth % 12), priority=classes[nth % 3]) for nth in range(36)]
+        ids = [create(num_inference_steps=50 * (1 + nth % 6), priority=classes[nth % 3]) for nth in range(18)]
         assert seen(lambda count: count >= 2)
         assert all(completed(video_id) for video_id in ids)
         assert seen(lambda count: count == 0)

@@ -139,9 +139,9 @@ def test_a_day_and_its_bursts() -> None:
 
 def test_delays_of_the_scaler() -> None:
     options = Autoscaling(by="work", max_replicas=9, upscale_delay_s=10, downscale_delay_s=100)
-    scaler, busy, idle = Scaler(options, 8), Backlog({"standard": 3000.0}, 1, 0, 1.0), Backlog()
-    assert [scaler.target(busy, 0, 1, now) for now in (0.0, 9.0, 10.0)] == [1, 1, 5]
-    assert [scaler.target(idle, 0, 5, now) for now in (20.0, 119.0, 120.0)] == [5, 5, 1]
+    scaler, busy, idle = Scaler(options, 8), Backlog({"standard": 3000.0}, {"standard": 999}, 0, 1.0), Backlog()
+    assert [scaler.target(busy, 0, 1, now) for now in (0.0, 9.0, 10.0)] == [1, 1, 9]
+    assert [scaler.target(idle, 0, 9, now) for now in (20.0, 119.0, 120.0)] == [9, 9, 1]
     requests = Scaler(Autoscaling(max_replicas=9, upscale_delay_s=0), 8)
     assert requests.target(idle, 7, 1, 0.0) == 4
 
