@@ -22,13 +22,14 @@ from serve_app.errors import ConfigError, ServeAppError
 from serve_app.launch import claim, guard
 from serve_app.launch.address import base_url
 from serve_app.launch.applications import Applications
+from serve_app.launch.gpu_fit import cards_here, cards_of, check_gpus
 from serve_app.launch.preflight import preflight
 from serve_app.launch.ray_session import RaySession
 from serve_app.launch.startup import Startup
 from serve_app.launch.targets import build, serve_options, where_data_goes
 from serve_app.model import departures, makes_videos, open_model
 from serve_app.replica import alive_hosts, check_hosts
-from serve_app.shortage import refuse_the_impossible
+from serve_app.shortage import hosts, refuse_the_impossible
 
 Say = Callable[[str], None]
 
@@ -110,10 +111,14 @@ class Server:
             self._ray.join()
             self._check_serve(self._applications)
         self._check_services()
+        if self._ray.own and makes_videos(self._file):
+            check_gpus(self.config, cards_here(self.config))
         if self._ray.own:
             self._ray.start()
         check_hosts(self.config, alive_hosts())
         refuse_the_impossible(self._built.needs)
+        if makes_videos(self._file):
+            check_gpus(self.config, cards_of(hosts()))
         guard.set_stop(guard.Stop.IN_ORDER)
         serve.start(**serve_options({**self._file, "http_options": self._http}))
         if self.config.auth.mode == "none" and self.url:

@@ -12,9 +12,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from tests.support.prometheus import prometheus_bin
 from tests.support.s3 import s3_credentials, s3_options, s3_server, s3_storage
 
-__all__ = ["s3_credentials", "s3_options", "s3_server", "s3_storage"]
+__all__ = ["prometheus_bin", "s3_credentials", "s3_options", "s3_server", "s3_storage"]
 
 # Threads of math that have nothing to do would otherwise spin, while others' processes want the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -43,8 +44,10 @@ _KINDS = {
     "cluster": "cluster",
     "db": "db",
     "dispatch": "db",
-    "dispatch/test_deployment.py": "ray",
+    "dispatch/test_deployment.py": "unit",
     "docs/test_examples.py": "db",
+    "doctor/test_cluster.py": "ray",
+    "doctor/test_services.py": "db",
     "gateway": "db",
     "gateway/test_serve.py": "ray",
     "gateway/test_serve_rabbitmq.py": "ray",
@@ -52,14 +55,21 @@ _KINDS = {
     "jobs": "db",
     "jobs/test_forecast.py": "unit",
     "launch/test_applications.py": "ray",
+    "launch/test_preflight.py": "db",
     "launch/test_ray_life.py": "ray",
     "launch/test_startup.py": "ray",
+    "metrics/test_restarts.py": "ray",
     "notify": "db",
+    "observability": "db",
     "scaling": "db",
     "stages/test_router.py": "unit",
     "scaling/test_desired.py": "unit",
     "scaling/test_live.py": "ray",
     "stages": "ray",
+    "stages/test_client_liveness.py": "unit",
+    "stages/test_decode_again.py": "unit",
+    "stages/test_decoder.py": "unit",
+    "stages/test_encoder.py": "unit",
     "storage": "db",
     "test_deployment.py": "ray",
     "test_wheel.py": "ray",
@@ -86,11 +96,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests by their paths, put the longest lane first, and skip what is slow unless asked for."""
+    """Mark tests by their paths, put the longest lane and long files first, and skip what is slow unless asked for."""
     here = Path(__file__).parent
     for item in items:
         item.add_marker(_kind(item.path.relative_to(here)))
-    items.sort(key=lambda item: _lane(item.path.relative_to(here)) != "ray")
+    first = ("cluster", "ray", "ranks")
+    items.sort(key=lambda item: first.index(kind) if (kind := _kind(item.path.relative_to(here))) in first else 3)
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
@@ -133,7 +144,8 @@ def ray_cluster() -> Iterator[str]:
     """A Ray with one node and more CPUs than the machine has, so that placement is never the obstacle."""
     import ray
 
-    context = ray.init(address="local", num_cpus=16, include_dashboard=True, log_to_driver=False, namespace="serve")
+    # Without the dashboard, whose ten processes want more of the processor than most tests.
+    context = ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, namespace="serve")
     yield context.address_info["gcs_address"]
     from ray import serve
 

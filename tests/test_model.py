@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from serve_app.errors import ConfigError, InvalidRequest
 from serve_app.model import departures, fit, open_model
 from serve_app.request import parse, resolve
 from serve_app.wan.weights.checkpoint import Checkpoint
+from tests.support.warm_command import run
 
 
 @pytest.fixture
@@ -116,19 +115,9 @@ def test_commands_say_it_in_one_line(copy: Path, tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump({"applications": applications}))
     alone = tmp_path / "gateway.yaml"
     alone.write_text(yaml.safe_dump({"applications": applications[1:]}))
-    commands = [("check", file), ("prepare", copy, tmp_path / "out", "--tensor", 1), ("up", file, "--own-ray")]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "serve_app.cli", *map(str, command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for command in [*commands, ("check", alone)]
-    ]
-    for process in running[:-1]:
-        said, errors = process.communicate(timeout=120)
-        assert (process.returncode, errors.count("\n"), said) == (1, 1, ""), (said, errors)
-        assert f"{path}: has " in errors and "it was not copied completely" in errors
-    said, errors = running[-1].communicate(timeout=120)
-    assert running[-1].returncode == 0, errors
+    for command in (("check", file), ("prepare", copy, tmp_path / "out", "--tensor", 1), ("up", file, "--own-ray")):
+        done = run(*command)
+        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (1, 1, ""), done
+        assert f"{path}: has " in done.stderr and "it was not copied completely" in done.stderr
+    done = run("check", alone)
+    assert done.returncode == 0, done.stderr

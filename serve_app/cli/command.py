@@ -11,8 +11,11 @@ import typer
 
 from serve_app import __version__
 from serve_app.cli.degrade import degrade
+from serve_app.cli.doctor import doctor
 from serve_app.cli.jobs import jobs
 from serve_app.cli.keys import keys
+from serve_app.cli.manifests import manifests
+from serve_app.cli.plan import plan
 from serve_app.cli.prepare import prepare
 from serve_app.cli.serve import check, demo, up
 from serve_app.cli.simulate import simulate
@@ -42,7 +45,7 @@ def version() -> None:
     print(__version__)
 
 
-for _command in (check, up, demo, generate, prepare, degrade, simulate):
+for _command in (plan, simulate, check, up, demo, generate, prepare, degrade, manifests, doctor):
     cli.command()(_command)
 cli.add_typer(videos, name="videos")
 cli.add_typer(jobs, name="jobs")

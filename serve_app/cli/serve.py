@@ -28,13 +28,23 @@ ConfigArgument = Annotated[
 ]
 
 
-def check(config: ConfigArgument) -> None:
-    """Check a configuration file and the folders that it names, without network and GPU."""
+def check(
+    config: ConfigArgument,
+    gpu: Annotated[
+        str | None, typer.Option(help="Kind of GPU that it has to fit on, such as `h100-80`; else this machine's.")
+    ] = None,
+) -> None:
+    """Check a configuration file and the folders that it names, without network, and what fits on a GPU."""
     from serve_app.config import load_file
+    from serve_app.launch.gpu_fit import cards_here, check_gpus
     from serve_app.launch.targets import LEFT_OUT, build, where_data_goes
+    from serve_app.model import makes_videos
+    from serve_app.planning.cards import card
 
     content, options = load_file(config)
     notes = build(config, content, options).notes
+    if makes_videos(content):
+        check_gpus(options, [card(gpu)] if gpu is not None else cards_here(options))
     for line in (*notes, where_data_goes(options), f"not looked at: {LEFT_OUT}; `wan-serve up` does, before it starts"):
         console.print(line, soft_wrap=True, markup=False)
     console.print(f"{config}: fine", soft_wrap=True, markup=False)

@@ -52,3 +52,10 @@ def migrate(connection: Connection) -> None:
         )
     if heads != (scripts.get_current_head(),):
         command.upgrade(config, "head")
+
+
+def revisions(connection: Connection) -> tuple[str | None, str | None]:
+    """Return the revision of a database's tables, None if it has none, and the newest that this version knows."""
+    scripts = ScriptDirectory.from_config(alembic_config(connection))
+    heads = MigrationContext.configure(connection).get_current_heads()
+    return (heads[0] if heads else None), scripts.get_current_head()

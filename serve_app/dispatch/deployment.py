@@ -34,6 +34,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from serve_app.config import Config
 from serve_app.dispatch.dispatcher import Dispatcher
 from serve_app.dispatch.fleet import FleetReporter
+from serve_app.dispatch.gauges import Gauges
 from serve_app.dispatch.rabbitmq import broker
 from serve_app.dispatch.run import PipelineUnavailable
 from serve_app.dispatch.steering import DegradeLoop
@@ -42,6 +43,7 @@ from serve_app.events import Event
 from serve_app.job_spec import JobSpec
 from serve_app.jobs.degrading import Steering
 from serve_app.jobs.store import JobStore
+from serve_app.metrics import export
 from serve_app.notify.notifier import Notifier
 from serve_app.replica import alive_hosts, check_hosts, starting, this_process
 from serve_app.storage import Storage
@@ -182,14 +184,13 @@ class DispatcherDeployment:
         pipeline = ServePipeline(config.dispatcher.pipeline)
         self._dispatcher = Dispatcher(self._store, storage, pipeline, config.dispatcher, self._broker)
         self._notifier = Notifier(self._store.database, config)
-        self._fleet = FleetReporter(
-            self._store, config.dispatcher.pipeline, partial(replicas, config.dispatcher.pipeline)
-        )
+        name = config.dispatcher.pipeline
+        self._fleet = FleetReporter(self._store, name, partial(replicas, name))
         self._degrade = DegradeLoop(self._store, steering(config))
-        self._dispatcher.start()
-        self._notifier.start()
-        self._fleet.start()
-        self._degrade.start()
+        self._gauges = Gauges(self._store, storage)
+        export.start("dispatcher")
+        for one in (self._dispatcher, self._notifier, self._gauges, self._fleet, self._degrade):
+            one.start()
         self._preparing = asyncio.create_task(pipeline.prepare(), name="prepare")
 
     async def wake(self) -> None:
@@ -197,15 +198,15 @@ class DispatcherDeployment:
         self._dispatcher.wake()
 
     async def check_health(self) -> None:
-        """Raise if the dispatcher or the notifier has ended: Serve then replaces the replica."""
+        """Raise if one of the loops has ended: Serve then replaces the replica."""
         self._dispatcher.raise_if_ended()
         self._notifier.raise_if_ended()
+        self._gauges.raise_if_ended()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_notifier"):
-            await asyncio.gather(
-                self._dispatcher.stop(), self._notifier.stop(), self._fleet.stop(), self._degrade.stop()
-            )
+        if hasattr(self, "_gauges"):
+            running = (self._dispatcher, self._notifier, self._gauges, self._fleet, self._degrade)
+            await asyncio.gather(*(one.stop() for one in running))
             if self._broker is not None:
                 await self._broker.close()
             await self._store.close()

@@ -21,6 +21,7 @@ from serve_app.events import Done, Event, Progress
 from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 from serve_app.request import Params
 from serve_app.storage import Storage
 
@@ -162,6 +163,16 @@ class Run:
             # The gateway's clock gave the time of creation.
             took = {"predicted_s": job.predicted_s, "took_s": round(time.time() - job.created_at, 3)}
             logger.info("completed", extra={"job": job.id, "attempt": job.attempt, "seconds": seconds, **took})
+            self._measure(done, seconds)
+
+    def _measure(self, done: Done, seconds: float) -> None:
+        """Record how long a completed job took."""
+        size = metrics.size_of(self.job.params["width"], self.job.params["height"])
+        metrics.job_run_seconds.observe(seconds, size=size)
+        for stage in metrics.STAGES:
+            if stage in done.timings:
+                metrics.stage_seconds.observe(done.timings[stage], stage=stage, size=size)
+        metrics.gpu_seconds.inc(done.timings.get("denoise", 0.0) * self.job.ranks)
 
     async def _follow(self) -> Done:
         """Follow the pipeline's events up to the video or the deadline; return the video."""
@@ -202,6 +213,7 @@ class Run:
 
     async def _failed(self, error: JobFailed) -> None:
         job, store = self.job, self._store
+        metrics.attempts_failed.inc(reason=error.code)
         logger.warning(
             "attempt failed",
             extra={

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from serve_app.engine.errors import NotAdmitting
 from serve_app.errors import JobFailed
+from serve_app.metrics import catalog as metrics
 
 
 @dataclass(frozen=True)
-class Claim:
+class Candidate:
     """A sample that asks for a place.
 
     Attributes:
@@ -44,17 +45,18 @@ class AdmissionQueue:
         self._free = places
         self._closed = False
         self._inside: set[str] = set()
-        self._waiting: dict[str, tuple[Claim, asyncio.Future[None]]] = {}
+        self._waiting: dict[str, tuple[Candidate, asyncio.Future[None]]] = {}
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self._inside
 
-    def next_claim(self) -> Claim | None:
-        """Return the claim that would get the next place; None if no sample waits."""
+    def next_candidate(self) -> Candidate | None:
+        """Return the candidate that would get the next place; None if no sample waits."""
         now = time.time()
-        return min((claim for claim, _ in self._waiting.values()), key=lambda claim: claim.key(now), default=None)
+        waiting = (candidate for candidate, _ in self._waiting.values())
+        return min(waiting, key=lambda candidate: candidate.key(now), default=None)
 
-    async def wait_for_place(self, claim: Claim) -> None:
+    async def wait_for_place(self, candidate: Candidate) -> None:
         """Take a place as soon as there is one.
 
         Raises:
@@ -63,31 +65,35 @@ class AdmissionQueue:
         """
         if self._closed:
             raise NotAdmitting("this group takes no more samples")
-        if claim.id in self._inside or claim.id in self._waiting:
-            raise JobFailed("duplicate", f"sample {claim.id} is being denoised already")
+        if candidate.id in self._inside or candidate.id in self._waiting:
+            raise JobFailed("duplicate", f"sample {candidate.id} is being denoised already")
         if self._free:
             self._free -= 1
-            self._inside.add(claim.id)
+            self._inside.add(candidate.id)
+            self._measure()
             return
         given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting[claim.id] = claim, given
+        self._waiting[candidate.id] = candidate, given
+        self._measure()
         try:
             await given
         except asyncio.CancelledError:
-            self._waiting.pop(claim.id, None)
-            if claim.id in self._inside:  # the place was given in the very moment in which the wait was cancelled
-                self.free_place(claim.id)
+            self._waiting.pop(candidate.id, None)
+            self._measure()
+            if candidate.id in self._inside:  # the place was given in the very moment in which the wait was cancelled
+                self.free_place(candidate.id)
             raise
 
     def free_place(self, sample_id: str) -> None:
         """Give a sample's place to the next one."""
         self._inside.remove(sample_id)
-        claim = self.next_claim()
-        if claim is None:
+        candidate = self.next_candidate()
+        if candidate is None:
             self._free += 1
         else:
-            self._inside.add(claim.id)
-            self._waiting.pop(claim.id)[1].set_result(None)
+            self._inside.add(candidate.id)
+            self._waiting.pop(candidate.id)[1].set_result(None)
+        self._measure()
 
     def close(self) -> None:
         """Give no more places, and send away the samples that wait."""
@@ -96,7 +102,12 @@ class AdmissionQueue:
             if not given.done():
                 given.set_exception(NotAdmitting("this group takes no more samples"))
         self._waiting.clear()
+        self._measure()
 
     def open(self) -> None:
         """Give places again."""
         self._closed = False
+
+    def _measure(self) -> None:
+        metrics.resident_samples.set(len(self._inside))
+        metrics.waiting_samples.set(len(self._waiting))

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, get_args
 
 from serve_app.config import Config, Priority
-from serve_app.engine.admission_queue import AdmissionQueue, Claim
+from serve_app.engine.admission_queue import AdmissionQueue, Candidate
 from serve_app.engine.errors import GroupLost, NotAdmitting
 from serve_app.engine.flight import Flight
 from serve_app.engine.group import Group
@@ -23,6 +23,7 @@ from serve_app.engine.scheduler import Entry, Scheduler
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Progress
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 
 if TYPE_CHECKING:
     from serve_app.wan.weights.checkpoint import Expert
@@ -92,9 +93,9 @@ class Engine:
             JobFailed: the sample has a place already.
             NotAdmitting: `drain` was called, or the group is lost.
         """
-        claim = Claim(request.id, get_args(Priority).index(request.priority), self._effective_deadline(request))
+        candidate = Candidate(request.id, get_args(Priority).index(request.priority), self._effective_deadline(request))
         self._work.set()  # a less urgent sample may have to give up its place
-        await self._admission_queue.wait_for_place(claim)
+        await self._admission_queue.wait_for_place(candidate)
         try:
             yield
         finally:
@@ -223,7 +224,9 @@ class Engine:
                 entries = self._scheduler.pick(now)
                 if entries:
                     seconds = await self._passes.step(entries, self._scheduler.parked_off_device(entries, now))
-                    self.counters.overhead_s += time.monotonic() - began - seconds
+                    overhead = time.monotonic() - began - seconds
+                    self.counters.overhead_s += overhead
+                    metrics.step_overhead_seconds.inc(overhead)
                 else:
                     self._work.clear()
                     await self._work.wait()
@@ -235,7 +238,7 @@ class Engine:
 
     async def _move_away(self) -> None:
         """Hand out the samples that are not to be stepped here, or not now."""
-        urgent = self._admission_queue.next_claim()
+        urgent = self._admission_queue.next_candidate()
         order = self._scheduler.order(time.time())
         for flight in list(self._flights.values()):
             entry = flight.entry
@@ -258,7 +261,7 @@ class Engine:
     def _can_step(self, entry: Entry) -> bool:
         return self._experts is None or ("transformer" if entry.high_noise else "transformer_2") in self._experts
 
-    def _yields(self, entry: Entry, urgent: Claim) -> bool:
+    def _yields(self, entry: Entry, urgent: Candidate) -> bool:
         """Return whether a sample gives its place to one that waits: only to a more urgent class."""
         return entry.priority > urgent.priority and entry.effective_deadline > time.time()
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from serve_app.config import DenoiserConfig
-from serve_app.engine.admission_queue import Claim
+from serve_app.engine.admission_queue import Candidate
 from serve_app.engine.scheduler import Entry, Scheduler
 
 # A pass that ends this little after a moment ends at it: sums of floating-point seconds are not exact.
@@ -74,7 +74,7 @@ class VirtualGroup:
             costly_switch=options.experts == "swap",
         )
         self._inside: dict[str, Entry] = {}
-        self._waiting: dict[str, tuple[Claim, Entry]] = {}
+        self._waiting: dict[str, tuple[Candidate, Entry]] = {}
         self._stretch: _Stretch | None = None
         self._begins_at = math.inf
         """When an idle group makes its next pass. Samples that come at the same moment all take part in the choice."""
@@ -185,4 +185,4 @@ class VirtualGroup:
             self._enter(first)
 
     def _wait(self, entry: Entry) -> None:
-        self._waiting[entry.id] = Claim(entry.id, entry.priority, entry.effective_deadline), entry
+        self._waiting[entry.id] = Candidate(entry.id, entry.priority, entry.effective_deadline), entry

@@ -9,10 +9,12 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse
 
+from serve_app import __version__
 from serve_app.config import Config
 from serve_app.gateway.http import docs, errors
 from serve_app.gateway.http.auth import AnyCaller, Guard, bearer
 from serve_app.gateway.http.envelope import ErrorEnvelope
+from serve_app.gateway.http.measure import Measured
 from serve_app.gateway.http.middleware import Exchange
 from serve_app.gateway.http.origins import Cors
 from serve_app.gateway.http.prefix import SlashAfterPrefix
@@ -54,6 +56,7 @@ def create_app(
     """
     app = FastAPI(
         title="serve_app",
+        version=__version__,
         summary="Wan2.2 text to video: the OpenAI videos API",
         docs_url=None,
         redoc_url=None,
@@ -65,7 +68,8 @@ def create_app(
     app.include_router(webhooks.router(config, store.database))
     app.add_middleware(Exchange, body_bytes=config.limits.body_bytes, answer_request_id=answer_request_id)
     app.add_middleware(SlashAfterPrefix)
-    app.add_middleware(Cors, options=config.gateway)  # outermost: the answers of all others need its headers
+    app.add_middleware(Cors, options=config.gateway)  # outside: the answers of all others need its headers
+    app.add_middleware(Measured)
     errors.install(app)
     app.include_router(docs.router(app.title))
     app.include_router(_rest(config, Readiness(store, videos.admission, ready), store))

@@ -19,6 +19,7 @@ from serve_app.jobs import transitions
 from serve_app.jobs.degrading import Degrading
 from serve_app.jobs.order import due, next_job, not_paused
 from serve_app.jobs.rows import held_by
+from serve_app.metrics import catalog as metrics
 
 # Percent at which each stage begins and ends. Denoising takes nearly all of the time on every model and device.
 _SPANS = {"encode": (0, 2), "denoise": (2, 92), "decode": (92, 99)}
@@ -71,6 +72,8 @@ class Leases(Degrading):
                 if job is not None:
                     await self._reduce(session, job)
             if job is not None:
+                if job.attempt == 1:
+                    metrics.job_wait_seconds.observe(now - job.waits_since, priority=job.priority)
                 return job
             # Other dispatchers hold all due jobs of the owner who was next, so another owner is next now.
         return None

@@ -62,11 +62,6 @@ class Queries(Rows):
             jobs = (await session.scalars(query)).all()
         return jobs[:limit], len(jobs) > limit
 
-    async def count_queued(self) -> int:
-        """Count the jobs that wait."""
-        async with self._db.read() as session:
-            return await self._count_queued(session)
-
     async def position(self, video_id: str) -> int | None:
         """Return the place in the queue, 1 being next; None if the job does not wait.
 

@@ -119,7 +119,7 @@ def _watch(url: str, poll_s: float, free_hosts: FreeHosts | None, figures: Figur
 
 async def _read_on(url: str, poll_s: float, free_hosts: FreeHosts | None, figures: Figures) -> None:
     database = Database(url)
-    await database.start(migrate_tables=False)
+    await database.connect()
     try:
         while not figures.stop.is_set():
             async with database.read() as session:

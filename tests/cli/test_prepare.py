@@ -1,4 +1,4 @@
-"""`wan-serve prepare` as a process of its own."""
+"""`wan-serve prepare`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ import yaml
 from serve_app.config import validate
 from serve_app.wan.weights.checkpoint import Checkpoint
 from serve_app.wan.weights.sharded import MANIFEST, ShardedCheckpoint
+from tests.support import warm_command
 
 COMMAND = (sys.executable, "-m", "serve_app.cli", "prepare")
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    ended = subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    ended = warm_command.run("prepare", *arguments, imports="serve_app.wan.weights.writer")
     return ended.returncode, ended.stdout, ended.stderr
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from serve_app.cli import cli
 from serve_app.cli.client import Api, retry_after_s, shown_status
 from serve_app.errors import ServeAppError
+from tests.support import warm_command
 from tests.support.scripted import BYTES, VIDEO_ID, Reply, refusal, resource, scripted
 
 CREATE, GET, CONTENT = "POST /v1/videos", f"GET /v1/videos/{VIDEO_ID}", f"GET /v1/videos/{VIDEO_ID}/content"
@@ -39,9 +40,8 @@ def start(url: str, *words: str | Path) -> subprocess.Popen[str]:
 
 
 def run(url: str, *words: str | Path) -> tuple[int, str, str]:
-    process = start(url, *words)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    done = warm_command.run(*words, "--url", url)
+    return done.returncode, done.stdout, done.stderr
 
 
 def invoke(url: str, *words: str | Path) -> tuple[int, str, str]:

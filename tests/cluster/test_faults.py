@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.faults.strikes import FAULTS, find, strike
 from cluster.dev import Cluster
+from tests.support.plain_http import http
 from tests.support.serving import QUICK, Serving
 
 pytestmark = pytest.mark.slow
@@ -56,7 +57,7 @@ def undisturbed(serving) -> bytes:
 
 def content(serving: Serving, video: dict[str, Any]) -> bytes:
     assert video["status"] == "completed", video
-    return httpx.get(f"{serving.url}/v1/videos/{video['id']}/content", timeout=30).raise_for_status().content
+    return http.get(f"{serving.url}/v1/videos/{video['id']}/content", timeout=30).raise_for_status().content
 
 
 def pixels(file: bytes) -> bytes:
@@ -73,7 +74,7 @@ def frames(file: bytes) -> np.ndarray:
 def status(serving: Serving, video: dict[str, Any]) -> dict[str, Any]:
     while True:
         try:
-            answer = httpx.get(f"{serving.url}/v1/videos/{video['id']}", timeout=10)
+            answer = http.get(f"{serving.url}/v1/videos/{video['id']}", timeout=10)
             if answer.status_code == 200:
                 return answer.json()
         except httpx.HTTPError:

@@ -18,7 +18,9 @@ from tests.support.fakes import PARAMS, FakePipeline, until
 from tests.support.links import LinkTo
 
 
-async def test_a_running_job_survives_a_full_disk(small_disk: Disk, tmp_path_factory: pytest.TempPathFactory) -> None:
+async def test_a_running_job_survives_a_full_disk(
+    small_disk: Disk, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
     storage = Storage(str(tmp_path_factory.mktemp("elsewhere")))
     store = JobStore(f"sqlite:///{small_disk.folder / 'jobs.db'}")
     await store.start()
@@ -44,7 +46,14 @@ async def test_a_running_job_survives_a_full_disk(small_disk: Disk, tmp_path_fac
         return video_id in pipeline.ended
 
     await until(made)
+    caplog.clear()
     clock.advance(31)  # its lease is over by then
+
+    async def noticed() -> bool:
+        return "store unreachable" in caplog.messages
+
+    # A dispatcher renews leases three times in their length, so one whose lease is over has seen that it cannot.
+    await until(noticed)
     job = await store.get(video_id)
     assert job is not None and job.status == "in_progress"
     dispatcher.raise_if_ended()

@@ -16,6 +16,7 @@ from serve_app.events import Done
 from serve_app.jobs.store import JobStore
 from serve_app.request import Urgency
 from serve_app.wan.cost import video_tflop
+from tests.support.databases import count_queued
 from tests.support.fakes import PARAMS
 from tests.support.shapes import A14B
 
@@ -151,5 +152,5 @@ async def test_processes_that_start_at_once_do_not_clash(empty_url: str) -> None
     assert [process.returncode for process in processes] == [0, 0, 0], said
     store = JobStore(empty_url)
     await store.start()
-    assert await store.count_queued() == 3
+    assert await count_queued(store) == 3
     await store.close()

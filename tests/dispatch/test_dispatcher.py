@@ -17,6 +17,7 @@ from serve_app.jobs.store import JobStore
 from serve_app.logs import JsonFormatter
 from serve_app.storage import Storage
 from tests.support.clock import MovableClock
+from tests.support.databases import count_queued
 from tests.support.fakes import PARAMS, FakePipeline, files, until
 from tests.support.running import OPTIONS, Start, create, ended, expected_files, lease_until, running
 
@@ -54,7 +55,7 @@ async def test_runs_no_more_than_it_may(store: JobStore, storage: Storage, start
 
     await until(busy)
     await asyncio.sleep(0.15)
-    assert dispatcher.running == 2 and await store.count_queued() == 4
+    assert dispatcher.running == 2 and await count_queued(store) == 4
     gate.set()
     for video_id in ids:
         await ended(store, video_id, "completed")
@@ -70,7 +71,7 @@ async def test_wake_beats_the_poll(store: JobStore, storage: Storage, start: Sta
 
     store.claim = told  # type: ignore[assignment, method-assign]
     dispatcher = start(FakePipeline(storage), poll_s=30)
-    await asyncio.wait_for(looked.wait(), 10)
+    await asyncio.wait_for(looked.wait(), 60)
     video_id = await create(store)
     dispatcher.wake()
     await ended(store, video_id, "completed")
@@ -207,7 +208,7 @@ async def test_store_away_for_a_while(store: JobStore, storage: Storage, start: 
 
     database.write = database.read = away  # type: ignore[method-assign]
     gate.set()
-    await asyncio.wait_for(often.wait(), 20)
+    await asyncio.wait_for(often.wait(), 60)
     dispatcher.raise_if_ended()
     del database.write, database.read
     assert (await ended(store, video_id, "completed")).attempt == 1
@@ -236,7 +237,7 @@ async def test_an_outage_costs_nobody_a_lease(
     for one in asked:
         one._db.write = one._db.read = partial(away, one)  # type: ignore[method-assign]
     for noticed in asked.values():
-        await asyncio.wait_for(noticed.wait(), 20)
+        await asyncio.wait_for(noticed.wait(), 60)
     clock.advance(OPTIONS.lease_s + 1)
     del other._db.write, other._db.read
     new = await create(other)

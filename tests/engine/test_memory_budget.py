@@ -10,10 +10,12 @@ from benchmarks.model import dummy_checkpoint
 from serve_app.config import Config
 from serve_app.engine.memory_budget import MemoryBudget
 from serve_app.errors import ConfigError
+from serve_app.wan.cost import symmetric_bytes
 from serve_app.wan.offload.block_store import FileBlocks, HostBlocks
 from serve_app.wan.offload.block_swap import BlockSwap
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.weights.checkpoint import Checkpoint
+from tests.support.shapes import A14B
 
 CPU, GPU = torch.device("cpu"), torch.device("meta")  # any that is not a CPU will do
 GB = 1e9
@@ -60,7 +62,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(a14b: Path) -> N
         everything.block_swap(50 * GB, GPU)
     budget(a14b, Mesh(tensor=2)).check_fits(50 * GB)
     budget(a14b, experts="swap").check_fits(50 * GB)
-    with pytest.raises(ConfigError, match=r"18\.6 GiB of this GPU, expected 32\.4"):
+    with pytest.raises(ConfigError, match=r"18\.6 GiB of this GPU, expected 33\.2"):
         budget(a14b, experts="swap").check_fits(20 * GB)
 
 
@@ -81,10 +83,12 @@ def test_what_is_said_to_fit_is_what_was_seen_to(
     benchmarks/results/2026-11-25-a14b-2xh100.md, 2026-11-26-a14b-2xh200.md, 2026-11-28-a14b-cross-attention-2xh200.md.
     """
     for (width, height), seen in (((832, 480), at_480p), ((1280, 720), at_720p)):
+        # Beyond what the allocator held, ranks that share weights hold memory to exchange results through.
+        exchanged = symmetric_bytes(A14B, width * height // 256 * 21, 2, Mesh(tensor=tensor))
         needed = budget(a14b, Mesh(tensor=tensor), width, height, experts=experts, compile=True)
         with pytest.raises(ConfigError):
-            needed.check_fits(0.97 * seen * GB)
-        needed.check_fits(1.03 * seen * GB)
+            needed.check_fits(0.97 * seen * GB + exchanged)
+        needed.check_fits(1.03 * seen * GB + exchanged)
 
 
 def test_texts_count_as_far_as_they_are_kept(a14b: Path) -> None:
@@ -116,6 +120,7 @@ def test_where_blocks_wait(a14b: Path) -> None:
     for offload, store in (("cpu", HostBlocks), ("disk", FileBlocks)):
         block_swap = budget(a14b, experts="swap", offload=offload, compile=True).block_swap(40 * GB, CPU)
         assert isinstance(block_swap, BlockSwap) and isinstance(block_swap._store, store)
-        # Of 40 GB: less the largest request (720p, 161 frames), texts, waiting samples and what is not in blocks.
-        left = 40 - 13.2 - 2 * 1.07 - 4.29 - 0.97
+        # Of 40 GB: less the largest request (720p, 161 frames), the allocator's slack, texts, waiting samples and what
+        # is not in blocks.
+        left = 40 - 9.3 - 3.7 - 2 * 1.07 - 4.29 - 0.97
         assert block_swap._budget_bytes / GB == pytest.approx(left, abs=0.3)

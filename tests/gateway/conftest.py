@@ -30,6 +30,7 @@ from tests.support.databases import empty_sqlite, postgres_url, store, store_url
 from tests.support.disks import small_disk
 from tests.support.fakes import FakePipeline, until
 from tests.support.links import link_to
+from tests.support.quick_app import share
 from tests.support.shapes import A14B
 from tests.support.sites import sdk, site
 
@@ -47,6 +48,8 @@ __all__ = [
     "store",
     "store_url",
 ]
+
+share()
 
 
 @dataclass

@@ -12,7 +12,6 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -21,6 +20,7 @@ from serve_app.errors import InvalidRequest, JobFailed, Unavailable
 from serve_app.events import Event
 from serve_app.job_spec import JobSpec
 from tests.stages.conftest import until
+from tests.support.plain_http import http
 
 serve = pytest.importorskip("ray.serve")
 
@@ -86,9 +86,9 @@ def url(ray_cluster: str, home: Path) -> Iterator[str]:
     # The gateway starts before there is a pipeline: it is not ready, and jobs wait without losing an attempt.
     port = _get_global_client().http_config.port  # another, if Serve ran already
     url = f"http://127.0.0.1:{port}"
-    answer = httpx.get(f"{url}/readyz")
+    answer = http.get(f"{url}/readyz")
     assert answer.status_code == 503 and "'fake' is not deployed" in answer.text
-    early = httpx.post(f"{url}/v1/videos", json={"prompt": "early"}).json()
+    early = http.post(f"{url}/v1/videos", json={"prompt": "early"}).json()
     time.sleep(1)
     serve.run(Pipeline.bind(config.storage_url), name="fake", route_prefix=None)
     assert wait(url, early["id"])["status"] == "completed"
@@ -97,10 +97,10 @@ def url(ray_cluster: str, home: Path) -> Iterator[str]:
         serve.delete(application)
 
 
-def wait(url: str, video_id: str, within_s: float = 30) -> dict[str, Any]:
+def wait(url: str, video_id: str, within_s: float = 120) -> dict[str, Any]:
     end = time.monotonic() + within_s
     while time.monotonic() < end:
-        video = dict(httpx.get(f"{url}/v1/videos/{video_id}").json())
+        video = dict(http.get(f"{url}/v1/videos/{video_id}").json())
         if video["status"] in ("completed", "failed"):
             return video
         time.sleep(0.05)
@@ -108,31 +108,31 @@ def wait(url: str, video_id: str, within_s: float = 30) -> dict[str, Any]:
 
 
 def make(url: str, prompt: str) -> dict[str, Any]:
-    return wait(url, httpx.post(f"{url}/v1/videos", json={"prompt": prompt}).json()["id"])
+    return wait(url, http.post(f"{url}/v1/videos", json={"prompt": prompt}).json()["id"])
 
 
 def test_http(url: str) -> None:
-    assert httpx.get(f"{url}/readyz").status_code == 200
-    answer = httpx.post(f"{url}/v1/videos", json={"prompt": "一只猫"}, headers={"x-request-id": "mine"})
+    assert http.get(f"{url}/readyz").status_code == 200
+    answer = http.post(f"{url}/v1/videos", json={"prompt": "一只猫"}, headers={"x-request-id": "mine"})
     assert answer.headers.get_list("x-request-id") == ["mine"]
     video = wait(url, answer.json()["id"])
     assert (video["status"], video["attempts"], video["prompt"]) == ("completed", 1, "一只猫")
     content = f"{url}/v1/videos/{video['id']}/content"
-    assert len(httpx.get(content).content) == 200_192
-    assert httpx.get(content, headers={"range": "bytes=1-3"}).content == b"\x01\x02\x03"
-    head = httpx.head(content)
+    assert len(http.get(content).content) == 200_192
+    assert http.get(content, headers={"range": "bytes=1-3"}).content == b"\x01\x02\x03"
+    head = http.head(content)
     assert (head.status_code, head.headers["content-length"]) == (200, "200192")
-    assert httpx.get(f"{url}/").status_code == 200 and httpx.get(f"{url}/docs").status_code == 200
-    assert httpx.get(f"{url}/nothing").json()["error"]["code"] == "not_found"
+    assert http.get(f"{url}/").status_code == 200 and http.get(f"{url}/docs").status_code == 200
+    assert http.get(f"{url}/nothing").json()["error"]["code"] == "not_found"
     for path in ("/healthz", "/", "/v1/models", f"/v1/videos/{video['id']}", f"/v1/videos/{video['id']}/events"):
-        head = httpx.head(url + path)
+        head = http.head(url + path)
         assert (head.status_code, head.content) == (200, b""), path
-    answer = httpx.request("PATCH", f"{url}/v1/videos")
+    answer = http.request("PATCH", f"{url}/v1/videos")
     assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD, POST")
-    assert httpx.get(f"{url}/v1/videos?after=%ff").status_code == 400
+    assert http.get(f"{url}/v1/videos?after=%ff").status_code == 400
     for host, status in (("evil.example", 403), ("localhost:1", 200)):
-        assert httpx.get(f"{url}/v1/videos", headers={"host": host}).status_code == status
-    foreign = httpx.post(f"{url}/v1/videos", json={"prompt": "x"}, headers={"origin": "https://evil.example"})
+        assert http.get(f"{url}/v1/videos", headers={"host": host}).status_code == status
+    foreign = http.post(f"{url}/v1/videos", json={"prompt": "x"}, headers={"origin": "https://evil.example"})
     assert (foreign.status_code, foreign.json()["error"]["code"]) == (403, "foreign_origin")
 
 
@@ -162,13 +162,13 @@ def test_a_webhook_is_called_by_the_dispatchers_process(url: str) -> None:
     with HTTPServer(("127.0.0.1", 0), Receiver) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         body = {"url": f"http://127.0.0.1:{server.server_port}/", "name": "x", "event_types": ["video.completed"]}
-        endpoint = httpx.post(f"{url}/v1/webhook_endpoints", json=body).json()
+        endpoint = http.post(f"{url}/v1/webhook_endpoints", json=body).json()
         video = make(url, "a cat")
-        content, headers = told.get(timeout=30)
+        content, headers = told.get(timeout=120)
         server.shutdown()
     event = openai.OpenAI(api_key="none").webhooks.unwrap(content, headers, secret=endpoint["signing_secret"])
     assert (event.type, event.data.id) == ("video.completed", video["id"])
-    answer = httpx.delete(f"{url}/v1/webhook_endpoints/{endpoint['id']}")
+    answer = http.delete(f"{url}/v1/webhook_endpoints/{endpoint['id']}")
     assert answer.status_code == 200
 
 
@@ -182,9 +182,9 @@ def test_other_machines_are_not_answered_without_keys(url: str) -> None:
         pytest.skip(f"this host's address is {address} and Serve, started by others, listens on {host}")
     other = url.replace("127.0.0.1", address)
     for method, path in (("GET", "/v1/videos"), ("POST", "/v1/videos"), ("GET", "/v1/models")):
-        answer = httpx.request(method, other + path, headers={"host": "127.0.0.1"})
+        answer = http.request(method, other + path, headers={"host": "127.0.0.1"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_open")
-    assert httpx.get(f"{url}/v1/videos").status_code == 200
+    assert http.get(f"{url}/v1/videos").status_code == 200
 
 
 def test_body_limit_behind_the_proxy(url: str) -> None:
@@ -193,35 +193,35 @@ def test_body_limit_behind_the_proxy(url: str) -> None:
             yield b"x" * 65536
 
     for content in (chunks(), b"x" * 4_000_000):
-        answer = httpx.post(f"{url}/v1/videos", content=content, headers={"content-type": "application/json"})
+        answer = http.post(f"{url}/v1/videos", content=content, headers={"content-type": "application/json"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
 
 
 def test_events_behind_the_proxy(url: str) -> None:
     """Events come while a video runs, not all at its end; and a client that leaves frees its place."""
-    video = httpx.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()
+    video = http.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()
     events = f"{url}/v1/videos/{video['id']}/events"
     cancelled, names = False, []
-    with httpx.stream("GET", events, timeout=30) as answer:
+    with http.stream("GET", events, timeout=30) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         for line in answer.iter_lines():
             if line.startswith("event: "):
                 names.append(line.removeprefix("event: "))
             if '"stage":"denoise"' in line and not cancelled:
-                cancelled = httpx.post(f"{url}/v1/videos/{video['id']}/cancel").status_code == 200
+                cancelled = http.post(f"{url}/v1/videos/{video['id']}/cancel").status_code == 200
     assert "in_progress" in names and names[-1] == "failed"
-    video = httpx.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()
+    video = http.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()
     events = f"{url}/v1/videos/{video['id']}/events"
     for _ in range(3 * STREAMS):
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while True:
-            with httpx.stream("GET", events, timeout=30) as answer:
+            with http.stream("GET", events, timeout=30) as answer:
                 if answer.status_code == 200:
                     assert next(answer.iter_lines()) == "retry: 2000"
                     break
                 assert answer.status_code == 503 and time.monotonic() < end
             time.sleep(0.1)
-    assert httpx.delete(f"{url}/v1/videos/{video['id']}").status_code == 200
+    assert http.delete(f"{url}/v1/videos/{video['id']}").status_code == 200
 
 
 def test_failures_cross_the_handle(url: str) -> None:
@@ -240,22 +240,28 @@ def test_a_replica_dies(url: str) -> None:
 
 
 def test_a_deadline_reaches_the_pipeline(url: str) -> None:
-    video = httpx.post(f"{url}/v1/videos", json={"prompt": "wait", "deadline_s": 4, "priority": "interactive"}).json()
-    assert (video["priority"], video["deadline_at"] - video["created_at"]) in (("interactive", 4), ("interactive", 5))
-    video = wait(url, video["id"], 20)
-    assert (video["error"]["code"], video["stage"]) == ("deadline_exceeded", "denoise")
+    for seconds in (4, 16, 64):  # a busy machine needs the longer ones to begin
+        body = {"prompt": "wait", "deadline_s": seconds, "priority": "interactive"}
+        video = http.post(f"{url}/v1/videos", json=body).json()
+        assert video["priority"] == "interactive"
+        assert video["deadline_at"] - video["created_at"] in (seconds, seconds + 1)
+        video = wait(url, video["id"])
+        assert video["error"]["code"] == "deadline_exceeded"
+        if video["stage"] == "denoise":
+            break
+    assert video["stage"] == "denoise"
     assert make(url, "after")["status"] == "completed"
 
 
 def test_jobs_wait_for_a_pipeline_that_is_deployed_anew(url: str, home: Path) -> None:
     serve.delete("fake")
-    video = httpx.post(f"{url}/v1/videos", json={"prompt": "patient"}).json()
-    end = time.monotonic() + 30
+    video = http.post(f"{url}/v1/videos", json={"prompt": "patient"}).json()
+    end = time.monotonic() + 120
     while not (video["status"] == "queued" and video["attempts"] >= 2):  # put back twice
         assert video["status"] in ("queued", "in_progress") and video["last_error"] is None, video
         assert time.monotonic() < end
         time.sleep(0.05)
-        video = httpx.get(f"{url}/v1/videos/{video['id']}").json()
+        video = http.get(f"{url}/v1/videos/{video['id']}").json()
     serve.run(Pipeline.bind(str(home / "videos")), name="fake", route_prefix=None)
     video = wait(url, video["id"])
     assert (video["status"], video["error"]) == ("completed", None)
@@ -263,14 +269,14 @@ def test_jobs_wait_for_a_pipeline_that_is_deployed_anew(url: str, home: Path) ->
 
 def test_cancel_and_delete_reach_the_pipeline(url: str) -> None:
     for action in ("cancel", "delete"):
-        video_id = httpx.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()["id"]
-        while httpx.get(f"{url}/v1/videos/{video_id}").json()["stage"] != "denoise":
+        video_id = http.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()["id"]
+        while http.get(f"{url}/v1/videos/{video_id}").json()["stage"] != "denoise":
             time.sleep(0.05)
         if action == "cancel":
-            httpx.post(f"{url}/v1/videos/{video_id}/cancel")
-            assert wait(url, video_id, 5)["error"]["code"] == "cancelled"
+            http.post(f"{url}/v1/videos/{video_id}/cancel")
+            assert wait(url, video_id)["error"]["code"] == "cancelled"
         else:
-            assert httpx.delete(f"{url}/v1/videos/{video_id}").status_code == 200
+            assert http.delete(f"{url}/v1/videos/{video_id}").status_code == 200
         assert make(url, "after")["status"] == "completed"
 
 
@@ -377,8 +383,8 @@ def test_stopping_hands_jobs_back(url: str, home: Path) -> None:
     """A dispatcher that Serve stops releases its jobs at once, long before their leases run out."""
     from serve_app.jobs.store import JobStore
 
-    video_id = httpx.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()["id"]
-    while httpx.get(f"{url}/v1/videos/{video_id}").json()["stage"] != "denoise":
+    video_id = http.post(f"{url}/v1/videos", json={"prompt": "wait"}).json()["id"]
+    while http.get(f"{url}/v1/videos/{video_id}").json()["stage"] != "denoise":
         time.sleep(0.05)
     serve.delete("gateway")
 

@@ -1,4 +1,4 @@
-"""Mistakes of newcomers, with the real command: each is soon answered by one line and leaves nothing behind.
+"""Mistakes of newcomers, on the command line: each is soon answered by one line and leaves nothing behind.
 
 No test here gets as far as starting Ray: that nothing was started is part of what is tested.
 """
@@ -6,7 +6,6 @@ No test here gets as far as starting Ray: that nothing was started is part of wh
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import subprocess
 import sys
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
@@ -25,10 +23,12 @@ from serve_app.launch.preflight import preflight
 from tests.support.brokers import SERVER as BROKER
 from tests.support.brokers import queue_options
 from tests.support.databases import SERVER, postgres_url
+from tests.support.deployed import REPOSITORY
 from tests.support.disks import Disk, small_disk
+from tests.support.ports import free_port
 from tests.support.private_postgres import PASSWORD, USER, strict_postgres
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
-from tests.test_deployment import BIN, REPOSITORY, free_port
+from tests.support.warm_command import run
 
 __all__ = ["postgres_url", "queue_options", "small_disk", "strict_postgres"]
 
@@ -64,29 +64,14 @@ def file(tmp_path: Path) -> Callable[[Change], Path]:
 
 
 def refused(*command: object, **environment: str) -> str:
-    """Run a command that refuses, check that it leaves nothing, and return its one line."""
-    mark = secrets.token_hex(8)
+    """Run a command that refuses and leaves nothing, and return its one line."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "WAN_SERVE", "RAY_ADD"))}
-    done = subprocess.run(
-        [BIN / "wan-serve", *map(str, command)],
-        env={**clean, "WAN_TEST_MARK": mark, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run(*command, environment={**clean, **environment})
     assert done.returncode in (1, 2), done
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("wan-serve: "), done.stderr
     assert "starting Ray" not in done.stdout and "Traceback" not in done.stdout + done.stderr
     assert "secret" not in done.stdout + done.stderr
-    assert [process for process in psutil.process_iter() if _mark(process) == mark] == []
     return done.stderr.removeprefix("wan-serve: ").strip()
-
-
-def _mark(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get("WAN_TEST_MARK")
-    except (psutil.Error, OSError):
-        return None
 
 
 def test_postgresql(file: Callable[[Change], Path], postgres_url: str, silent: int) -> None:

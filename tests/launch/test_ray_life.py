@@ -17,7 +17,8 @@ import psutil
 import pytest
 import ray
 
-from tests.test_deployment import BIN, REPOSITORY, end, free_port, wait_ready, write_config
+from tests.support.deployed import BIN, REPOSITORY, end, wait_ready, write_config
+from tests.support.ports import free_port
 
 ENDS_WITHIN_S = 60
 
@@ -100,21 +101,24 @@ def test_up_on_a_ray_of_its_own(config, tmp_path):
         # As another shell would, elsewhere and with another Python in front.
         shell = {**bare_environment(tmp_path), "PATH": f"/usr/bin:/bin:{BIN}"}
         del shell["PYTHONPATH"]
-        for command in (
-            ["ray", "status"],
-            ["serve", "status"],
-            ["ray", "job", "submit", "--", "python", "-c", "import serve_app; print('in', serve_app.__file__)"],
-        ):
-            done = subprocess.run(
-                [BIN / command[0], *command[1:]],
+        running = [
+            subprocess.Popen(
+                [BIN / program, *arguments],
                 env={**shell, **exports},
                 cwd="/",
-                capture_output=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 text=True,
-                timeout=240,
             )
-            assert done.returncode == 0, (command, done.stdout, done.stderr)
-        assert f"in {REPOSITORY}" in done.stdout
+            for program, *arguments in (
+                ("ray", "status"),
+                ("serve", "status"),
+                ("ray", "job", "submit", "--", "python", "-c", "import serve_app; print('in', serve_app.__file__)"),
+            )
+        ]
+        said = [command.communicate(timeout=240)[0] for command in running]
+        assert [command.returncode for command in running] == [0, 0, 0], said
+        assert f"in {REPOSITORY}" in said[-1]
 
         family = up.family()
         up.process.terminate()

@@ -1,23 +1,4 @@
-from tests.support.brokers import queue_options
-from tests.support.clock import clock
-from tests.support.databases import empty_sqlite, empty_url, postgres_url, store, store_url
-from tests.support.disks import small_disk
-from tests.support.links import link_to
-from tests.support.running import start, storage
+from tests.support.job_fixtures import *  # noqa: F403
 from tests.support.sending import endpoints, notify
 
-__all__ = [
-    "clock",
-    "empty_sqlite",
-    "empty_url",
-    "endpoints",
-    "link_to",
-    "notify",
-    "postgres_url",
-    "queue_options",
-    "small_disk",
-    "start",
-    "storage",
-    "store",
-    "store_url",
-]
+__all__ = ["endpoints", "notify"]

@@ -141,7 +141,7 @@ async def test_small_files_do_not_wait_for_the_encoder(
 
     monkeypatch.setattr(decoder._storage, "put", told)
     call = asyncio.create_task(decoder.decode(latents(), PARAMS, "videos/a/1", "a"))
-    await asyncio.wait_for(second.wait(), 20)
+    await asyncio.wait_for(second.wait(), 60)
     assert set(stored(tmp_path / "videos")) == {"thumbnail.jpg", "spritesheet.jpg"}
     go_on.set()
     await call

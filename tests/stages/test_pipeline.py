@@ -17,14 +17,19 @@ from serve_app.events import Done, Progress
 from serve_app.wan.vae.decoder import VideoDecoder
 from serve_app.wan.video import read_metadata
 from serve_app.wan.weights.checkpoint import Checkpoint
-from tests.stages.conftest import Wan, processes
-
-BATCH = {"batch": {"size": 4, "wait_s": 0.3}}
+from tests.stages.conftest import Wan, deploy_ranks, processes
 
 
 @pytest.fixture(scope="module", params=[pytest.param(1, id="tp1", marks=pytest.mark.slow), pytest.param(2, id="tp2")])
 def app(request, deploy) -> Wan:
-    return deploy(denoiser={"parallel": {"tensor": request.param}, **BATCH}, encoder=BATCH, decoder=BATCH)
+    return deploy_ranks(deploy, request.param)
+
+
+@pytest.fixture(scope="module")
+def reference(app: Wan) -> WanPipeline:
+    pipeline = WanPipeline.from_pretrained(app.config.model.folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def frames(path) -> np.ndarray:
@@ -75,12 +80,10 @@ def test_a_truncated_prompt_is_said(app):
     ],
     ids=lambda fields: f"seed{fields['seed']}",
 )
-def test_latents_equal_wan_pipeline_on_the_same_folder(app, fields):
+def test_latents_equal_wan_pipeline_on_the_same_folder(app, reference, fields):
     params = app.params(**fields)
     ours = denoise(app, f"parity-{fields['seed']}-{app.config.denoiser.parallel.size}", params)
-    reference = WanPipeline.from_pretrained(app.config.model.folder, torch_dtype=torch.float32)
     reference.scheduler = UniPCMultistepScheduler.from_config(reference.scheduler.config, flow_shift=params.flow_shift)
-    reference.set_progress_bar_config(disable=True)
     theirs = reference(**arguments(params), output_type="latent").frames.numpy()
     error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
     assert error <= (1e-5 if app.config.denoiser.parallel.size == 1 else 1e-4)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from serve_app.errors import JobFailed
 from serve_app.events import Done
-from tests.stages.conftest import until
-from tests.support.disks import Disk, small_disk
-
-__all__ = ["small_disk"]
+from tests.stages.conftest import Wan, until
+from tests.support.disks import Disk, mounted
 
 
-def test_latents_are_kept_until_the_video_can_be_stored(deploy, small_disk: Disk) -> None:
-    app = deploy(storage={"url": str(small_disk.folder)}, decoder={"store_wait_s": 4})
+@pytest.fixture
+def small_disk(pair: Wan) -> Iterator[Disk]:
+    """A disk for the videos of this test."""
+    videos = pair.path("videos")
+    videos.mkdir(exist_ok=True)
+    with mounted(videos) as disk:
+        yield disk
+
+
+def test_latents_are_kept_until_the_video_can_be_stored(pair: Wan, small_disk: Disk) -> None:
+    app = pair
     job = app.job(seed=3)
     events: list[Any] = []
 

@@ -23,7 +23,7 @@ async def queue_options() -> AsyncIterator[config.QueueConfig]:
     import aio_pika
 
     try:
-        connection = await aio_pika.connect(SERVER, timeout=5)
+        connection = await aio_pika.connect(SERVER, timeout=30)
     except (OSError, TimeoutError) as error:
         reason = f"RabbitMQ at 127.0.0.1:{PORT} cannot be used: {error}"
         if os.environ.get("CI") == "true":

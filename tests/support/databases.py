@@ -27,7 +27,7 @@ def postgres_url() -> Iterator[str]:
         import asyncpg
 
         async def run(statement: str) -> None:
-            connection = await asyncpg.connect(SERVER, timeout=5)
+            connection = await asyncpg.connect(SERVER, timeout=30)
             try:
                 await connection.execute(statement)
             finally:
@@ -56,6 +56,13 @@ def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     asyncio.run(make())
     return path
+
+
+async def count_queued(store: JobStore) -> int:
+    """Count the jobs that wait, of which there are less than a hundred."""
+    jobs, more = await store.list(limit=100, status="queued")
+    assert not more
+    return len(jobs)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,22 @@ class Disk:
         self._ballast.unlink()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Disk]:
-    """Yield a disk of eight megabytes: `tmp_path` itself, so that whatever a test has lies on it."""
+@contextmanager
+def mounted(folder: Path) -> Iterator[Disk]:
+    """Mount a disk of eight megabytes on a folder, as long as the block runs."""
     mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if mount.returncode:
         pytest.skip(f"no file system can be mounted, which takes root: {mount.stderr.strip()}")
-    yield Disk(tmp_path)
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+    try:
+        yield Disk(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Disk]:
+    """Yield a small disk: `tmp_path` itself, so that whatever a test has lies on it."""
+    with mounted(tmp_path) as disk:
+        yield disk

@@ -114,7 +114,7 @@ class FakePipeline:
         return outputs
 
 
-async def until(condition: Callable[[], Awaitable[Any]], within_s: float = 30) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], within_s: float = 120) -> Any:
     """Wait for the first true value of `condition` and return it."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(within_s):

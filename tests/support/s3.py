@@ -27,6 +27,7 @@ from obstore.store import S3Store
 
 from serve_app import config
 from serve_app.storage import Storage
+from tests.support.plain_http import http
 
 ACCESS_KEY = "test:tester"
 SECRET_KEY = "testing"
@@ -178,7 +179,7 @@ class S3Server:
     def make_bucket(self) -> str:
         """Make an empty bucket, and return its name."""
         bucket = f"test-{secrets.token_hex(6)}"
-        httpx.put(self.sign("PUT", bucket, "")).raise_for_status()
+        http.put(self.sign("PUT", bucket, "")).raise_for_status()
         return bucket
 
     def sign(self, method: Any, bucket: str, key: str, expires_s: int = 60) -> str:
@@ -228,7 +229,7 @@ class S3Server:
             except OSError:
                 return False
         with suppress(httpx.HTTPError):
-            return httpx.get(f"{self.endpoint}/healthcheck", timeout=1).status_code == 200
+            return http.get(f"{self.endpoint}/healthcheck", timeout=1).status_code == 200
         return False
 
     def _signal(self, number: int) -> None:

@@ -14,6 +14,7 @@ import psutil
 import yaml
 
 from cluster.dev import Cluster
+from tests.support.plain_http import http
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -87,7 +88,7 @@ class Serving:
         while True:
             assert self.process.poll() is None, self.log[-5000:]
             try:
-                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
+                if http.get(f"{self.url}/readyz", timeout=5).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
@@ -96,7 +97,7 @@ class Serving:
 
     def create(self, **fields: Any) -> dict[str, Any]:
         """Create a job."""
-        answer = httpx.post(f"{self.url}/v1/videos", json={"prompt": "a star", **fields}, timeout=30)
+        answer = http.post(f"{self.url}/v1/videos", json={"prompt": "a star", **fields}, timeout=30)
         assert answer.status_code < 300, answer.text
         return answer.json()
 
@@ -107,7 +108,7 @@ class Serving:
             assert time.monotonic() < deadline, f"{video}\n{self.log[-5000:]}"
             time.sleep(0.1)
             try:
-                answer = httpx.get(f"{self.url}/v1/videos/{video['id']}", timeout=10)
+                answer = http.get(f"{self.url}/v1/videos/{video['id']}", timeout=10)
             except httpx.HTTPError:
                 continue
             if answer.status_code == 200:

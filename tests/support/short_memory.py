@@ -1,16 +1,17 @@
 """A decode where memory is really short: a process of its own that is refused what goes beyond a limit.
 
-    python -m tests.support.short_memory MIB
+    python -m tests.support.short_memory MIB...
 
-prints, as JSON, for each of two decodes under that limit how many tiles there were in the end, how many did not fit and
-how far the frames are from those made without a limit; and after how many without it tiles are `whole` again. Or
-`error`.
+prints a line of JSON for each limit: for each of two decodes under it how many tiles there were in the end, how many
+did not fit and how far the frames are from those made without a limit; and after how many without it tiles are `whole`
+again. Or `error`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import resource
 import sys
@@ -46,7 +47,7 @@ class Count(logging.Handler):
         self.records += 1
 
 
-def main() -> None:
+def decode(mib: float) -> None:
     torch.set_num_threads(1)
     count = Count()
     logging.getLogger("serve_app").addHandler(count)
@@ -54,7 +55,7 @@ def main() -> None:
     decoder.decode(latents()[..., :8, :8])  # what is loaded on first use
     held = re.search(r"^VmData:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert held is not None
-    limit = (int(held[1]) << 10) + int(float(sys.argv[1]) * 2**20)
+    limit = (int(held[1]) << 10) + int(mib * 2**20)
     told = []
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
@@ -77,6 +78,17 @@ def main() -> None:
     for video, one in zip(videos, told, strict=True):
         one["off"] = int((video.int() - expected).abs().max())
     print(json.dumps({"decodes": told, "levels": int(expected.max() - expected.min()), "whole": whole}))
+
+
+def main() -> None:
+    """Decode under each limit in a process of its own, which has the imports of this one."""
+    for mib in sys.argv[1:]:
+        if (pid := os.fork()) == 0:
+            decode(float(mib))
+            sys.stdout.flush()
+            os._exit(0)
+        if os.waitpid(pid, 0)[1]:
+            sys.exit(f"the decode with {mib} MiB broke off")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from serve_app.wan.generate import Generator
 from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.weights.checkpoint import Checkpoint
 
-SLOW = [Mesh(sequence=4), Mesh(sequence=2, tensor=2), Mesh(guidance=2, tensor=2), Mesh(guidance=2, sequence=2)]
+SLOW = [mesh for mesh in MESHES if mesh.ranks == 4]
 """Four processes each, along axes that others have too."""
 
 

@@ -3,13 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.model.loading import load
 from benchmarks.model.rank_memory import MB, SIZES, measure, write_large
 from serve_app.wan.weights.checkpoint import Checkpoint
-from serve_app.wan.weights.reader import Weights
-from serve_app.wan.weights.shard_spec import held_bytes
+from serve_app.wan.weights.cut import rank_bytes
 from serve_app.wan.weights.writer import prepare
 
 
@@ -21,9 +19,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_rank_holds_and_reads_its_shard_only(large: Path, size: int) -> None:
     whole = sum(file.stat().st_size for file in (large / "transformer").glob("*.safetensors"))
-    with Weights(large / "transformer") as weights:
-        # Embeddings, the projection of the timestep, queries and outputs of cross-attention are not cut.
-        expected = sum(held_bytes(weights, torch.float32, size).values())
+    # Embeddings, the projection of the timestep, queries and outputs of cross-attention are not cut.
+    expected = sum(rank_bytes(Checkpoint(large).expert_shape("transformer").tensors(), 4, size).values())
     assert whole / size - MB <= expected <= whole / size + 75 * MB
     for rank in measure(large, size):
         assert rank["shard"] == pytest.approx(expected, abs=MB)

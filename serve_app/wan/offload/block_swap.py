@@ -22,14 +22,12 @@ from serve_app.errors import ConfigError
 from serve_app.logs import get_logger
 from serve_app.wan.offload.block_store import BlockStore, Key, Layout
 from serve_app.wan.offload.copies import Copies, PlainCopies, StreamCopies
+from serve_app.wan.offload.passing import PASSING_SLOTS, no_room_for_blocks
 from serve_app.wan.weights.checkpoint import Expert
 from serve_app.wan.weights.reader import Weights
 from serve_app.wan.weights.shard_spec import ShardSlice
 
 logger = get_logger(__name__)
-
-PASSING_SLOTS = 2
-"""Slots for the blocks that are not resident: one to use, one to fill."""
 
 
 @dataclass
@@ -171,11 +169,7 @@ class BlockSwap:
         fit = layers if budget >= layers * layout.nbytes else int(budget // layout.nbytes)
         count = min(layers, fit if self._resident_blocks is None else self._resident_blocks + PASSING_SLOTS)
         if count < min(layers, PASSING_SLOTS):
-            raise ConfigError(
-                f"denoiser.memory_fraction leaves {max(0.0, budget) / 2**20:.0f} MiB for blocks beside a step of "
-                f"the largest request, expected {PASSING_SLOTS * layout.nbytes / 2**20:.0f} MiB or more, for "
-                f"{PASSING_SLOTS} blocks"
-            )
+            raise ConfigError(no_room_for_blocks(budget, layout.nbytes))
         resident = count if count == layers else count - PASSING_SLOTS
         for _ in range(count):
             memory = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)

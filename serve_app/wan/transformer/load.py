@@ -27,9 +27,10 @@ from serve_app.wan.transformer.forward import ForwardPass
 from serve_app.wan.transformer.rotary import Rotary
 from serve_app.wan.transformer.text_cache import TextCache
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
+from serve_app.wan.weights.cut import cut_dim
 from serve_app.wan.weights.random_weights import RandomWeights
 from serve_app.wan.weights.reader import Weights
-from serve_app.wan.weights.shard_spec import ShardSlice, cut_dim, empty_expert, read_in_file_order, shard_slices
+from serve_app.wan.weights.shard_spec import ShardSlice, empty_expert, read_in_file_order, shard_slices
 from serve_app.wan.weights.sharded import REMEDY, ShardedCheckpoint
 
 logger = get_logger(__name__)

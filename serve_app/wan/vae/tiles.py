@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from serve_app.wan.weights.tensors import VaeConfig
+
 MIN_SIDE = 8
 """Latent pixels along a side of the smallest tile. A smaller tile would be mostly halo."""
 
@@ -109,6 +111,46 @@ def levels(decoder: nn.Module) -> tuple[Level, ...]:
                 reach_after=reach_after,
                 channels_out=channels_out,
                 remembered=remembered + sum(layer.in_channels for layer in convolutions),
+                work=work,
+            )
+        )
+        frames *= more_frames
+    return tuple(found)
+
+
+def levels_of(config: VaeConfig) -> tuple[Level, ...]:
+    """Return the levels of the decoder that a VAE's configuration describes, as `levels` finds them in its layers."""
+    base = config.decoder_base_dim or config.base_dim
+    widths = [base * factor for factor in (config.dim_mult[-1], *reversed(config.dim_mult))]
+    doubles = [*reversed(config.temperal_downsample), False]
+    found: list[Level] = []
+    frames = 1
+    for number, (inputs, width) in enumerate(itertools.pairwise(widths)):
+        first, last = inputs // 2 if number else inputs, number == len(config.dim_mult) - 1
+        ins = [first, *[width] * config.num_res_blocks]
+        work = frames * sum(27 * width * (one + width) + (one * width if one != width else 0) for one in ins)
+        remembered = sum(one + width for one in ins)
+        reach = 2 * len(ins)
+        more_frames = 2 if doubles[number] else 1
+        if last:
+            work += frames * 27 * width * config.out_channels
+            remembered, reach = remembered + width, reach + 1
+        else:
+            work += frames * more_frames * 4 * 9 * width * (width // 2)
+            if doubles[number]:
+                work += frames * 3 * width * 2 * width
+                remembered += width
+        found.append(
+            Level(
+                channels_in=first,
+                channels=width,
+                frames=frames,
+                reach=reach,
+                scale=1 if last else 2,
+                more_frames=more_frames,
+                reach_after=0 if last else 1,
+                channels_out=width if last else width // 2,
+                remembered=remembered,
                 work=work,
             )
         )
@@ -212,16 +254,20 @@ class Picture:
 
     def tiles(self, max_tile_bytes: float = math.inf, devices: int = 1) -> list[Tile]:
         """Return the grid of tiles that fit which `devices` devices finish first; the smallest tiles if none fit."""
-        found: list[tuple[tuple[bool, float], list[Tile]]] = []
-        for rows, columns in itertools.product(_cuts(self.whole.rows[1]), _cuts(self.whole.columns[1])):
-            count = len(rows) * len(columns)
-            # The tile with the most halo stands for all tiles: they differ in little else.
-            widest = Tile(self._widest(rows, self.whole.rows[1]), self._widest(columns, self.whole.columns[1]))
-            size = self.tile_bytes(widest)
+        found: list[tuple[tuple[bool, float, int], list[Span], list[Span]]] = []
+        # The tile with the most halo stands for all tiles: they differ in little else.
+        cuts = [
+            [(spans, self._widest(spans, size)) for spans in _cuts(size)]
+            for size in (self.whole.rows[1], self.whole.columns[1])
+        ]
+        for (rows, tallest), (columns, widest) in itertools.product(*cuts):
+            count, tile = len(rows) * len(columns), Tile(tallest, widest)
+            size = self.tile_bytes(tile)
             fits = size <= max_tile_bytes
-            cost = math.ceil(count / devices) * self.work(widest) if fits else size
-            found.append(((not fits, cost), [Tile(*both) for both in itertools.product(rows, columns)]))
-        return min(found, key=lambda one: (one[0], len(one[1])))[1]
+            cost = math.ceil(count / devices) * self.work(tile) if fits else size
+            found.append(((not fits, cost, count), rows, columns))
+        _, rows, columns = min(found, key=lambda one: one[0])
+        return [Tile(*both) for both in itertools.product(rows, columns)]
 
     def _axis(self, start: int, stop: int, size: int) -> Iterator[Span]:
         scale = 1

@@ -50,6 +50,7 @@ class Checkpoint:
         num_train_timesteps: timesteps of the noise schedule, 1000 for Wan.
         flow_shift: the folder's value, which WanPipeline samples with; the server samples with `defaults.flow_shift`.
         scheduler_config, vae_config: the components' configurations as stored.
+        text, vae: the configurations of text encoder and VAE, checked.
         revision: twelve hex digits that change with the configurations and the weight files' names and sizes.
 
     Raises:
@@ -82,8 +83,8 @@ class Checkpoint:
         self.vae_config = self._component("vae", "config.json")
         text_config = self._component("text_encoder", "config.json")
         self._configs = {name: self._parse(ExpertConfig, name, self._experts[name]) for name in self.experts}
-        vae = self._parse(VaeConfig, "vae", self.vae_config)
-        text = self._parse(TextConfig, "text_encoder", text_config)
+        self.vae = vae = self._parse(VaeConfig, "vae", self.vae_config)
+        self.text = text = self._parse(TextConfig, "text_encoder", text_config)
         self._check_components_match(vae, text)
         self._check_tokenizer(text)
         for name, expert in self._configs.items():
@@ -129,6 +130,10 @@ class Checkpoint:
         if expert not in self._experts:
             raise CheckpointError(f"{self.folder / expert}: is not part of this checkpoint, it has one expert only")
         return self._experts[expert]
+
+    def expert_shape(self, expert: Expert) -> ExpertConfig:
+        """Return the checked configuration of an expert, whose `tensors` its files' headers were found to have."""
+        return self._configs[expert]
 
     def _read_json(self, name: str) -> dict[str, Any]:
         content = read_json(self.folder / name)

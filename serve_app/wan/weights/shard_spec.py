@@ -6,7 +6,6 @@ Knows the model and the scheme by which DeepSpeed cuts it. Needs no group: `prep
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from diffusers import WanTransformer3DModel
 from serve_app.compat.model import float32_modules
 from serve_app.errors import CheckpointError
 from serve_app.wan.weights.checkpoint import Checkpoint, Expert
+from serve_app.wan.weights.cut import cut_dim
 from serve_app.wan.weights.reader import Weights
 
 T = TypeVar("T")
@@ -25,29 +25,12 @@ T = TypeVar("T")
 _READERS = 4
 """Number of threads that read the weights of an expert."""
 
-# A rank's part of a column-parallel layer makes the outputs of the rank's heads; their norms are cut in the same way.
-# Its part of a row-parallel layer takes some of the inputs, and the ranks' results are summed: the bias is added after
-# that and is whole. In cross-attention only keys and values are cut, see `CrossAttention`.
-_CUT = re.compile(
-    r"blocks\.\d+\.(?:"
-    r"(?P<outputs>(?:attn1\.(?:to_q|norm_q)|attn[12]\.(?:to_[kv]|norm_k)|ffn\.net\.0\.proj)\.(?:weight|bias))"
-    r"|(?P<inputs>(?:attn1\.to_out\.0|ffn\.net\.2)\.weight))"
-)
-
 
 def empty_expert(checkpoint: Checkpoint, expert: Expert) -> Any:
     """Return the whole expert, a `WanTransformer3DModel`, without memory for its parameters."""
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(checkpoint.expert_config(expert))
     return model.eval().requires_grad_(False)
-
-
-def cut_dim(name: str) -> int | None:
-    """Return the dimension along which the ranks of a group cut a parameter; None if each rank has all of it."""
-    found = _CUT.fullmatch(name)
-    if found is None:
-        return None
-    return 0 if found["outputs"] else 1
 
 
 def shard_shapes(checkpoint: Checkpoint, expert: Expert, size: int) -> dict[str, tuple[int, ...]]:
@@ -132,16 +115,6 @@ def read_in_file_order(
         return
     with ThreadPoolExecutor(_READERS, "weights") as readers:
         yield from zip(ordered, readers.map(read, ordered), strict=True)
-
-
-def held_bytes(weights: Weights, dtype: torch.dtype, tensor: int) -> dict[str, float]:
-    """Return the bytes of each of an expert's parameters on one of `tensor` ranks, by name."""
-    return {
-        name: math.prod(weights.shape(name))
-        * _dtype_of(name, dtype).itemsize
-        / (1 if cut_dim(name) is None else tensor)
-        for name in weights.names()
-    }
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:

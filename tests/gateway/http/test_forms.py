@@ -8,6 +8,7 @@ import pytest
 
 from serve_app.errors import InvalidRequest
 from tests.gateway.conftest import Server
+from tests.support.databases import count_queued
 
 STAR = "一个黄色的星星"
 UTF8 = STAR.encode()
@@ -102,7 +103,7 @@ async def test_refused(server: Server) -> None:
         assert answer.status_code == 400, (kind, content, answer.text)
         message = answer.json()["error"]["message"]
         assert said in message and "\n" not in message, (kind, content, message)
-    assert await server.store.count_queued() == 0 and server.pipeline.jobs == []
+    assert await count_queued(server.store) == 0 and server.pipeline.jobs == []
 
 
 async def test_on_every_route(server: Server) -> None:

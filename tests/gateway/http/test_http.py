@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fastapi.openapi.utils import get_openapi
 
+from serve_app import __version__
 from serve_app.gateway.app import model_card
 from tests.gateway.conftest import Server
 
@@ -155,7 +156,7 @@ async def test_page(server: Server) -> None:
 
 async def test_openapi(server: Server) -> None:
     schema = (await server.http.get("/openapi.json")).json()
-    assert schema == json.loads(json.dumps(get_openapi(title="serve_app", version="0.1.0", routes=[]))) | schema
+    assert schema == json.loads(json.dumps(get_openapi(title="serve_app", version=__version__, routes=[]))) | schema
     create = schema["paths"]["/v1/videos"]["post"]
     assert set(create["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
     assert "num_frames" in create["requestBody"]["content"]["application/json"]["schema"]["properties"]

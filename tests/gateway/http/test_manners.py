@@ -39,7 +39,7 @@ async def test_head_is_get_without_a_body(server: Server) -> None:
 async def test_head_of_events_ends(server: Server, held: asyncio.Event) -> None:
     video = await server.create()
     async with listening(server.app) as url:
-        answer = await asyncio.wait_for(server.http.head(f"{url}/v1/videos/{video['id']}/events"), 10)
+        answer = await asyncio.wait_for(server.http.head(f"{url}/v1/videos/{video['id']}/events"), 60)
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
 
 

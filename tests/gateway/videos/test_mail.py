@@ -9,6 +9,7 @@ import httpx
 from serve_app.config import MailConfig
 from serve_app.gateway.app import create_app
 from tests.gateway.conftest import Server
+from tests.support.databases import count_queued
 
 
 async def test_mail_is_wanted_where_there_is_none(server: Server) -> None:
@@ -17,7 +18,7 @@ async def test_mail_is_wanted_where_there_is_none(server: Server) -> None:
         answer = await server.http.post("/v1/videos", **fields)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "notify_email")
         assert "sends no mails" in answer.json()["error"]["message"]
-    assert await server.store.count_queued() == 0
+    assert await count_queued(server.store) == 0
 
 
 async def test_mail_is_wanted(server: Server) -> None:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from tests.gateway.conftest import Server
+from tests.support.databases import count_queued
 
 BAD: list[tuple[dict[str, Any], str | None]] = [
     ({}, "prompt"),
@@ -80,7 +81,7 @@ async def test_bad_fields(server: Server) -> None:
         assert (error["param"], error["type"]) == (param, "invalid_request_error"), (case, error)
         assert error["message"] and "\n" not in error["message"] and len(error["message"]) < 400, case
         assert answer.headers["x-should-retry"] == "false"
-    assert await server.store.count_queued() == 0 and server.pipeline.jobs == []
+    assert await count_queued(server.store) == 0 and server.pipeline.jobs == []
 
 
 async def test_bad_bodies(server: Server) -> None:
@@ -103,7 +104,7 @@ async def test_bad_bodies(server: Server) -> None:
         answer = await server.http.post("/v1/videos", content=content, headers={"content-type": kind})
         assert answer.status_code == 400, (content[:80], answer.text)
         assert answer.json()["error"]["message"], content[:80]
-    assert await server.store.count_queued() == 0
+    assert await count_queued(server.store) == 0
 
 
 async def test_a_file_instead_of_text(server: Server) -> None:

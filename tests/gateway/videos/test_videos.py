@@ -11,6 +11,7 @@ import pytest
 from serve_app.gateway.videos.service import Videos
 from serve_app.request import Params
 from tests.gateway.conftest import Server
+from tests.support.databases import count_queued
 from tests.support.fakes import files, until
 
 
@@ -225,7 +226,7 @@ async def test_queue_bound(server: Server, held: asyncio.Event) -> None:
     assert answer.json()["error"]["code"] == "queue_full"
     assert answer.json()["error"]["type"] == "rate_limit_error"
     assert int(answer.headers["retry-after"]) > 0 and answer.headers["x-should-retry"] == "true"
-    assert await server.store.count_queued() == 30
+    assert await count_queued(server.store) == 30
 
 
 async def test_failed_video(server: Server) -> None:

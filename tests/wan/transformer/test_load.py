@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -17,15 +18,18 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from benchmarks.model.parity import CASES, relative_error
+from benchmarks.model.parity import CASES, relative_error, run_ranks
 from serve_app.wan.generate import Generator
-from serve_app.wan.parallel.process_groups import ProcessGroups, _interface_towards
+from serve_app.wan.parallel.mesh import Mesh
+from serve_app.wan.parallel.process_groups import ProcessGroups, _interface_towards, init_process_groups
 from serve_app.wan.transformer.load import load_expert
 from serve_app.wan.weights.checkpoint import Checkpoint
+from tests.support import ranks
 from tests.support.ranks import CASE
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
+_CLONE_NEWNET = 0x40000000
 
 
 @dataclass
@@ -37,17 +41,17 @@ class Ended:
     stderr: str
 
 
-def run_two(folder: Path, output: Path, address: str, dtypes: list[str], env: dict[str, str], prefixes: Any) -> Ended:
-    """Two ranks as processes of their own, each behind a command prefix."""
+def run_two(folder: Path, output: Path, dtypes: list[str], env: dict[str, str]) -> Ended:
+    """Two ranks as processes that begin anew, in an environment of the test's."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     processes = []
-    for rank, prefix in enumerate(prefixes):
+    for rank in range(2):
         arguments = {
             "rank": rank,
             "size": 2,
-            "address": address,
+            "address": "127.0.0.1",
             "port": port,
             "folder": str(folder),
             "output": str(output),
@@ -55,7 +59,7 @@ def run_two(folder: Path, output: Path, address: str, dtypes: list[str], env: di
         }
         processes.append(
             subprocess.Popen(
-                [*prefix, sys.executable, "-m", "tests.support.ranks", json.dumps(arguments)],
+                [sys.executable, "-m", "tests.support.ranks", json.dumps(arguments)],
                 cwd=ROOT,
                 env=env,
                 text=True,
@@ -81,7 +85,7 @@ def bare(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     env = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "GLOO_SOCKET_IFNAME")}
     env |= {"PATH": str(empty), "TORCH_EXTENSIONS_DIR": str(empty)}
     assert not any(shutil.which(name, path=env["PATH"]) for name in ("c++", "g++", "gcc", "cc", "clang++", "ninja"))
-    ended = run_two(checkpoint, output, "127.0.0.1", ["float32", "bfloat16"], env, [[], []])
+    ended = run_two(checkpoint, output, ["float32", "bfloat16"], env)
     assert list(empty.iterdir()) == []
     return ended
 
@@ -139,21 +143,17 @@ def test_a_group_of_one_does_without_deepspeed(checkpoint: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_ranks_that_never_come() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    code = (
-        "import torch\n"
-        "from serve_app.wan.parallel.mesh import Mesh\n"
-        "from serve_app.wan.parallel.process_groups import init_process_groups\n"
-        "try:\n"
-        f"    init_process_groups(0, Mesh(tensor=2), '127.0.0.1', {port}, torch.device('cpu'), 2)\n"
-        "except torch.distributed.DistError:\n"
-        "    raise SystemExit(3)"
-    )
-    ended = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, check=False, text=True)
-    assert ended.returncode == 3, ended.stderr
+def _waiting(rank: int, mesh: Mesh, port: int, raised: Path) -> None:
+    """Wait as the first of two ranks, of which the second ends at once."""
+    if rank == 0:
+        with pytest.raises(torch.distributed.DistError):
+            init_process_groups(0, mesh, "127.0.0.1", port, CPU, 2)
+        raised.touch()
+
+
+def test_ranks_that_never_come(tmp_path: Path) -> None:
+    run_ranks(_waiting, Mesh(tensor=2), tmp_path / "raised")
+    assert (tmp_path / "raised").exists()
 
 
 def test_the_interface_is_that_of_the_route() -> None:
@@ -168,8 +168,8 @@ def test_the_interface_is_that_of_the_route() -> None:
 
 
 @pytest.fixture
-def two_hosts() -> Iterator[list[list[str]]]:
-    """Command prefixes of two hosts: network namespaces joined by a cable, as good as apart for gloo."""
+def two_hosts() -> Iterator[list[str]]:
+    """Names of two hosts: network namespaces joined by a cable, as good as apart for gloo."""
     names = [f"wan-{os.getpid()}-{host}" for host in range(2)]
     commands = [
         *(f"ip netns add {name}" for name in names),
@@ -184,7 +184,7 @@ def two_hosts() -> Iterator[list[list[str]]]:
             except (OSError, subprocess.CalledProcessError) as error:
                 pytest.skip(f"network namespaces are not allowed here: `{command}`: {error}")
         time.sleep(0.2)  # the link comes up
-        yield [["ip", "netns", "exec", name] for name in names]
+        yield names
     finally:
         for name in names:
             with_ip = shutil.which("ip")
@@ -192,10 +192,18 @@ def two_hosts() -> Iterator[list[list[str]]]:
                 subprocess.run([with_ip, "netns", "del", name], capture_output=True, timeout=10, check=False)
 
 
+def _on_host(rank: int, mesh: Mesh, port: int, hosts: list[str], folder: Path, output: Path) -> None:
+    """Be a rank on a host."""
+    with Path("/run/netns", hosts[rank]).open() as host:
+        assert ctypes.CDLL(None).setns(host.fileno(), _CLONE_NEWNET) == 0
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    ranks.main(rank, mesh.ranks, "10.213.0.1", port, str(folder), str(output), ["float32"])
+
+
 def test_ranks_on_two_hosts(
-    checkpoint: Path, reference: dict[str, torch.Tensor], two_hosts: list[list[str]], tmp_path: Path
+    checkpoint: Path, reference: dict[str, torch.Tensor], two_hosts: list[str], tmp_path: Path
 ) -> None:
-    env = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
-    ended = run_two(checkpoint, tmp_path, "10.213.0.1", ["float32"], env, two_hosts)
-    for rank in ended.results["float32"]:
-        assert relative_error(rank["latents"], reference[CASE]) <= 1e-4
+    run_ranks(_on_host, Mesh(tensor=2), two_hosts, checkpoint, tmp_path)
+    for rank in range(2):
+        latents = torch.load(tmp_path / f"float32-{rank}.pt")["latents"]
+        assert relative_error(latents, reference[CASE]) <= 1e-4

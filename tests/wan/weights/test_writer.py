@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from benchmarks.model.parity import run_ranks
 from benchmarks.model.rank_memory import MB, write_large
 from serve_app.errors import CheckpointError, ConfigError
+from serve_app.wan.parallel.mesh import Mesh
 from serve_app.wan.weights.checkpoint import Checkpoint
 from serve_app.wan.weights.sharded import FORMAT, MANIFEST
 from serve_app.wan.weights.writer import prepare
@@ -20,19 +23,19 @@ from tests.support.disks import Disk, small_disk
 __all__ = ["small_disk"]
 
 ROOT = Path(__file__).parents[3]
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from serve_app.wan.weights.checkpoint import Checkpoint
-from serve_app.wan.weights.writer import prepare
-left = int(sys.argv[3])
-def watch(what, count, total):
-    global left
-    left -= count
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-prepare(Checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), 2, "bfloat16", watch=watch)
-"""
+
+
+def prepare_until(rank: int, mesh: Mesh, port: int, checkpoint: Path, out: Path, until: int) -> None:
+    """Prepare, and be killed after so many bytes."""
+    done = 0
+
+    def watch(what: str, count: int, total: int) -> None:
+        nonlocal done
+        done += count
+        if done > until:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    prepare(Checkpoint(checkpoint), out, 2, "bfloat16", watch=watch)
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -65,8 +68,8 @@ def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 def test_killed(checkpoint: Path, undisturbed: tuple[dict[str, bytes], int], tmp_path: Path, part: float) -> None:
     """Kill it while it hashes, in each of the files, and before the last file is renamed."""
     expected, total = undisturbed
-    command = (sys.executable, "-c", KILLED, str(checkpoint), str(tmp_path), str(int(part * total)))
-    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == -signal.SIGKILL
+    with pytest.raises(RuntimeError, match=rf"\[-{signal.SIGKILL:d}\]"):
+        run_ranks(prepare_until, Mesh(), checkpoint, tmp_path, int(part * total))
     left = contents(tmp_path)
     complete = {name for name in left if Path(name).name.startswith("rank-")}
     assert len(complete) < 4

@@ -7,20 +7,13 @@ import torch
 
 from benchmarks.model.parity import relative_error
 from serve_app.wan.generate import Generator
+from tests.stages.conftest import Wan
+from tests.stages.test_engine import deploy_two
 from tests.stages.test_pipeline import denoise
 
 
-@pytest.mark.parametrize(
-    ("parallel", "mesh"),
-    [
-        pytest.param({"ranks": 2}, "guidance 2 x sequence 1 x tensor 1", id="picked"),
-        pytest.param(
-            {"sequence": 2, "tensor": 2}, "guidance 1 x sequence 2 x tensor 2", marks=pytest.mark.slow, id="given"
-        ),
-    ],
-)
-def test_samples_that_share_passes_are_those_of_one_rank(deploy, parallel, mesh):
-    app = deploy(denoiser={"parallel": parallel})
+def check(app: Wan, mesh: str) -> None:
+    """Check the mesh, and that samples are those of one rank."""
     assert app.handle("Denoiser").describe.remote().result()["mesh"] == mesh
     generator = Generator(app.config.model.folder)
     # One frame of 80 x 48 is 15 tokens, which two ranks cannot share evenly.
@@ -29,3 +22,13 @@ def test_samples_that_share_passes_are_those_of_one_rank(deploy, parallel, mesh)
         ours = denoise(app, f"{mesh} {fields['seed']}", params)
         theirs = generator.latents(params)
         assert relative_error(torch.tensor(ours), theirs) <= 1e-4
+
+
+def test_passes_are_shared_where_nothing_is_said(deploy):
+    check(deploy_two(deploy), "guidance 2 x sequence 1 x tensor 1")
+
+
+@pytest.mark.slow
+def test_tokens_and_weights_are_shared(deploy):
+    app = deploy(denoiser={"parallel": {"sequence": 2, "tensor": 2}})
+    check(app, "guidance 1 x sequence 2 x tensor 2")
