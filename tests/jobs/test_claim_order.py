@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 
 from serve_app.accounts.keys import at_running_limit
 from serve_app.db.tables import Job, Key
@@ -75,7 +75,7 @@ def test_the_same_order(
     async def compare() -> None:
         async with store._db.write() as session:
             for table in (Job, Key):
-                await session.execute(table.__table__.delete())
+                await session.execute(delete(table))
             for owner, limit in limits.items():
                 key = {"id": owner, "digest": "", "name": "", "scopes": [], "created_at": NOW}
                 await session.execute(insert(Key).values(running_jobs=limit, **key))

@@ -15,7 +15,7 @@ from tests.support.fakes import PARAMS
 PACE = Pace([Finished(100, 0, 200, 110, 10.0), Finished(100, 0, 200, 104, 4.0)])
 
 
-def job(name: str, work: float = 4.0, **more: Any) -> Upcoming:
+def job(name: str, work: float | None = 4.0, **more: Any) -> Upcoming:
     return Upcoming(name, PARAMS.model_dump(), work, **{"effective_deadline": 1e9, **more})
 
 
