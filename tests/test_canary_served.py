@@ -16,8 +16,9 @@ from sqlalchemy import select
 
 from serve_app.db.rollouts import Shadow
 from serve_app.jobs.store import JobStore
+from tests.support.deployed import BIN, end, wait_ready, write_config
 from tests.support.plain_http import http
-from tests.test_deployment import BIN, end, free_port, wait_ready, write_config
+from tests.support.ports import free_port
 
 
 def on_store(folder: Path, work: Callable[[JobStore], Awaitable[Any]]) -> Any:

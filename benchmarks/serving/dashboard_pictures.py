@@ -82,7 +82,9 @@ def _panel(axes: Any, panel: Panel, prometheus: Prometheus, start: float, end: f
             times = [(float(at) - start) for at, _ in series["values"]]
             values = [float(value) for _, value in series["values"]]
             labels = series["metric"]
-            legend = re.sub(r"{{(\w+)}}", lambda found, labels=labels: labels.get(found[1], ""), target.legend)
+            legend = target.legend
+            for name in re.findall(r"{{(\w+)}}", legend):
+                legend = legend.replace("{{" + name + "}}", labels.get(name, ""))
             drawn.append((legend, times, values))
     if panel.kind == "stat":
         axes.axis("off")

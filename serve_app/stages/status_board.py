@@ -37,7 +37,7 @@ class StatusBoard:
     """
 
     def __init__(self, describe: Describe, period_s: float = PERIOD_S) -> None:
-        self._describe = WeakMethod(describe)  # type: ignore[arg-type]
+        self._describe = WeakMethod(describe)
         self._period_s = period_s
         own: Any = serve.get_replica_context().replica_id
         self._key = key_of(own.deployment_id.app_name, own.deployment_id.name, own.unique_id)
