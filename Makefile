@@ -11,7 +11,7 @@ NODES ?= 3
 LANES ?= 2
 CLUSTER ?=
 
-.PHONY: help setup demo serve cluster test test-fast test-all coverage bench bench-gpu lint format docs docs-reference clean
+.PHONY: help setup demo serve cluster test test-fast test-all coverage bench bench-gpu lint format docs docs-reference image clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -75,6 +75,9 @@ bench-gpu: setup ## those of A14B's size, on CUDA devices, with random weights
 	@$(BIN)/python -m benchmarks.model.vae_decode
 	@$(BIN)/python -m benchmarks.model.loading --device cuda --layers 8
 	@$(BIN)/python -m benchmarks.serving.a14b_serve
+
+image: ## an image of this tree, without a daemon (root, buildah, debootstrap; BUILD_ARGS="--build-arg TORCH=cuda")
+	@cluster/image/build.sh
 
 lint: setup ## ruff, codespell, the borders of imports, mypy
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell && $(BIN)/lint-imports --no-logo && $(BIN)/mypy

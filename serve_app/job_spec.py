@@ -29,3 +29,5 @@ class JobSpec:
     """When the job began to wait, in seconds since the epoch."""
     losses: int = 0
     """Number of groups of ranks that were lost during the same step of this job. Above 0 its steps are made alone."""
+    pipeline: str | None = None
+    """The pipeline application that makes it; None is the dispatcher's own."""

@@ -12,9 +12,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from tests.support.prometheus import prometheus_bin
 from tests.support.s3 import s3_credentials, s3_options, s3_server, s3_storage
 
-__all__ = ["s3_credentials", "s3_options", "s3_server", "s3_storage"]
+__all__ = ["prometheus_bin", "s3_credentials", "s3_options", "s3_server", "s3_storage"]
 
 # Threads of math that have nothing to do would otherwise spin, while others' processes want the processor.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -38,29 +39,38 @@ def _gradients() -> Iterator[None]:
 
 _KINDS = {
     "accounts": "db",
+    "cli/test_canary.py": "db",
     "cli/test_generate.py": "db",
     "cli/test_jobs.py": "db",
     "cluster": "cluster",
     "db": "db",
     "dispatch": "db",
     "dispatch/test_deployment.py": "unit",
+    "dispatch/test_same_pictures.py": "unit",
     "docs/test_examples.py": "db",
+    "doctor/test_cluster.py": "ray",
+    "doctor/test_services.py": "db",
     "gateway": "db",
     "gateway/test_serve.py": "ray",
     "gateway/test_serve_rabbitmq.py": "ray",
     "gpu": "gpu",
     "jobs": "db",
+    "jobs/test_assignment.py": "unit",
+    "jobs/test_verdict.py": "unit",
     "launch/test_applications.py": "ray",
     "launch/test_preflight.py": "db",
     "launch/test_ray_life.py": "ray",
     "launch/test_startup.py": "ray",
+    "metrics/test_restarts.py": "ray",
     "notify": "db",
+    "observability": "db",
     "stages": "ray",
     "stages/test_client_liveness.py": "unit",
     "stages/test_decode_again.py": "unit",
     "stages/test_decoder.py": "unit",
     "stages/test_encoder.py": "unit",
     "storage": "db",
+    "test_canary_served.py": "ray",
     "test_deployment.py": "ray",
     "test_wheel.py": "ray",
     "wan/parallel/test_collectives.py": "ranks",

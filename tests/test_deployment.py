@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import signal
-import socket
+import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,113 +15,43 @@ import httpx
 import openai
 import psutil
 import pytest
-import ray
 import yaml
 
+from cluster.observability.__main__ import FOLDER
+from cluster.observability.alerts import ALERTS
+from cluster.observability.dashboards import DASHBOARDS
+from serve_app.metrics.catalog import METRICS, PRIORITIES, STAGES
+from serve_app.wan.cost import video_tflop
+from serve_app.wan.weights.checkpoint import Checkpoint
+from tests.support.deployed import BIN, REPOSITORY, Deployment, deployment, write_config
+from tests.support.fakes import PARAMS
+from tests.support.load import Load, Seen
 from tests.support.plain_http import http
+from tests.support.ports import free_port
+from tests.support.prometheus import Prometheus, scraping
 from tests.support.warm_command import run
 
-BIN = Path(sys.executable).parent
-REPOSITORY = Path(__file__).parent.parent
+__all__ = ["deployment"]
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def write_config(folder: Path, checkpoint: Path, port: int) -> Path:
-    """Write configs/tiny.yaml for the random checkpoint, small and with its own home."""
-    content = yaml.safe_load((REPOSITORY / "configs/tiny.yaml").read_text())
-    content["http_options"]["port"] = port
-    args = content["applications"][0]["args"]
-    args["home"] = str(folder / "home")
-    args["model"].update(path=str(checkpoint), name="random")
-    args["defaults"].update(width=64, height=64, num_frames=9, num_inference_steps=6)
-    args["limits"]["num_inference_steps"] = 2000
-    for application in content["applications"]:
-        application["args"] = args
-    path = folder / "serve.yaml"
-    path.write_text(yaml.safe_dump(content, allow_unicode=True))
-    return path
-
-
-def wait_ready(url: str, process: subprocess.Popen, timeout_s: float = 900) -> None:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"the server ended with {process.returncode}"
-        try:
-            if http.get(f"{url}/readyz", timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.3)
-    raise AssertionError(f"not ready after {timeout_s} s")
-
-
-def end(process: subprocess.Popen, how: int = signal.SIGINT, timeout_s: float = 180) -> list[psutil.Process]:
-    """Signal a process and wait for its end. Return, and kill, descendants that are left."""
-    if process.poll() is not None:
-        return []
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(how)
-    process.wait(timeout_s)
-    _, left = psutil.wait_procs(family, timeout=20)
-    for one in left:
-        one.kill()
-    return left
-
-
-@dataclass
-class Deployment:
-    url: str
-    environment: dict[str, str]
-    dashboard: str
+RAYS_LABELS = {"__name__", "Component", "NodeAddress", "WorkerId", "instance", "job"}
 
 
 @pytest.fixture(scope="module")
-def deployment(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """`serve run` on a dev cluster that was started by `ray start`."""
-    folder = tmp_path_factory.mktemp("deployment")
-    port, dashboard, http = free_port(), free_port(), free_port()
-    environment = {**os.environ, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}", "PYTHONUNBUFFERED": "1"}
-    environment.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16))
-    config = write_config(folder, checkpoint, http)
-    with (folder / "ray.log").open("w") as log:
-        options = {
-            "port": port,
-            "dashboard-port": dashboard,
-            "dashboard-agent-listen-port": free_port(),
-            "ray-client-server-port": free_port(),
-            "num-cpus": 8,
-            "temp-dir": f"/tmp/ray-{port}",  # short: the path of a socket may have 107 characters
-        }
-        head = subprocess.Popen(
-            [BIN / "ray", "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())],
-            env={k: v for k, v in environment.items() if k != "RAY_ADDRESS"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        server = None
-        try:
-            deadline = time.monotonic() + 300
-            while "will now block forever" not in (folder / "ray.log").read_text():
-                time.sleep(0.1)
-                assert head.poll() is None and time.monotonic() < deadline, (folder / "ray.log").read_text()
-            server = subprocess.Popen(
-                [BIN / "serve", "run", config], env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT
-            )
-            url = f"http://127.0.0.1:{http}"
-            wait_ready(url, server)
-            yield Deployment(url, environment, f"http://127.0.0.1:{dashboard}")
-        except AssertionError:
-            print((folder / "ray.log").read_text()[-5000:])
-            raise
-        finally:
-            if server is not None:
-                end(server)
-            assert not end(head, signal.SIGTERM)
+def prometheus(
+    deployment: Deployment, prometheus_bin: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    with scraping(
+        prometheus_bin, tmp_path_factory.mktemp("prometheus"), deployment.metrics, FOLDER / "rules.yml"
+    ) as prometheus:
+        yield prometheus
+
+
+def test_metrics_are_exported_from_the_start(prometheus):
+    """Counters begin at 0: their first event is an increase, and no panel or alert is empty before it."""
+    prometheus.wait('ray_wan_jobs_ended_total{reason="poisonous",priority="batch"} == 0')
+    prometheus.wait('ray_wan_jobs_refused_total{reason="queue_full"} == 0')
+    prometheus.wait("ray_wan_store_reachable == 1 and on () ray_wan_storage_usable == 1")
+    assert {one["metric"]["priority"] for one in prometheus.query("ray_wan_queued_jobs")} == {*PRIORITIES}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -218,6 +145,27 @@ def test_generate_follows_a_running_server(deployment, tmp_path):
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and "'num_frames' is 6" in refused.stderr
 
 
+def test_doctor_finds_what_is_wrong(deployment: Deployment, tmp_path: Path) -> None:
+    """It reads the configuration that Serve has, which the fixture's own file says as well."""
+    token = {"Authorization": f"Bearer {deployment.environment['RAY_AUTH_TOKEN']}"}
+    details = httpx.get(f"{deployment.dashboard}/api/serve/applications/", headers=token, timeout=30).json()
+    applications = [one["deployed_app_config"] for one in details["applications"].values()]
+    config = tmp_path / "serve.yaml"
+
+    def doctor(port: int) -> tuple[int, dict[str, str]]:
+        http_options = {"host": "127.0.0.1", "port": port}
+        config.write_text(yaml.safe_dump({"http_options": http_options, "applications": applications}))
+        ended = run("doctor", "--config", config, "--json", environment=deployment.environment, timeout_s=300)
+        found = json.loads(ended.stdout)["findings"]
+        return ended.returncode, {one["check"]: one["level"] for one in found if one["check"] != "disk"}
+
+    well = dict.fromkeys(
+        ("database", "storage", "broker", "gateway", "applications", "clocks", "versions", "gpus", "weights"), "ok"
+    )
+    assert doctor(httpx.URL(deployment.url).port or 80)[1] == well
+    assert doctor(1) == (1, {**well, "gateway": "error"})
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
@@ -229,11 +177,71 @@ def test_generate_follows_a_running_server(deployment, tmp_path):
 )
 def test_up_on_a_cluster_that_serves_already_is_one_line(deployment, checkpoint, tmp_path, variables, said):
     config = write_config(tmp_path, checkpoint, free_port())
-    done = run("up", config, environment={**deployment.environment, **variables})
+    done = subprocess.run(
+        [BIN / "wan-serve", "up", config],
+        env={**deployment.environment, **variables},  # of which Ray keeps what it has read once
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     for part in (*said, deployment.environment["RAY_ADDRESS"]):
         assert part in done.stderr
     assert http.get(f"{deployment.url}/readyz").status_code == 200
+
+
+def test_metrics_say_what_was_done(deployment, prometheus, checkpoint):
+    """Numbers that a real Prometheus has scraped are those that the API tells of the same jobs."""
+    load = Load(deployment.url)
+    before = Seen.of(prometheus)
+    load.make()
+    prometheus.wait(f"{Seen.ENDED} == {before.ended + load.ended}")
+    after = Seen.of(prometheus)
+    assert after.created - before.created == load.created
+    assert after.refused - before.refused == load.refused
+    assert after.completed - before.completed == len(load.completed)
+    assert after.waits - before.waits == load.begun
+    told = {stage: sum(video["timings"][stage] for video in load.completed) for stage in STAGES}
+    for stage, seconds in told.items():
+        assert after.stages[stage] - before.stages[stage] == pytest.approx(seconds, abs=1e-3), stage
+    steps = sum(video["steps"] for video in load.completed)
+    prometheus.wait(f"{Seen.SAMPLES} >= {before.samples + steps} and on () sum(ray_wan_resident_samples) == 0")
+    after = Seen.of(prometheus)
+    params = PARAMS.model_copy(update={"num_inference_steps": 1})
+    work = video_tflop(Checkpoint(checkpoint).expert_config("transformer"), params)
+    assert after.work - before.work == pytest.approx(work * (after.samples - before.samples))
+    assert after.step_s - before.step_s > 0
+
+
+def test_every_metric_is_found_with_a_sane_value(prometheus, tmp_path):
+    for metric in METRICS:
+        for series in metric.series:
+            found = prometheus.wait(f"ray_{series}")
+            assert all(float(one["value"][1]) >= 0 for one in found), series
+            labels = {*metric.labels, *(["le"] if series.endswith("_bucket") else [])}
+            assert all({*one["metric"]} == labels | RAYS_LABELS for one in found), found[0]
+    memory = prometheus.query('ray_wan_rank_memory_bytes{component="process"}')
+    assert memory and all(float(one["value"][1]) > 50 * 2**20 for one in memory)
+    disk = shutil.disk_usage(tmp_path)
+    assert 0 < prometheus.value("max(ray_wan_free_storage_bytes)") <= disk.total
+    assert prometheus.value("max(ray_wan_oldest_wait_seconds)") < 600
+
+
+@pytest.mark.parametrize("board", DASHBOARDS, ids=lambda board: board.uid)
+def test_every_panel_has_data(prometheus, board):
+    for panel in board.panels:
+        for target in panel.targets:
+            if not target.gpu:
+                prometheus.wait(target.expression.replace("$__rate_interval", "2m"), 30)
+
+
+def test_no_alert_fires_on_a_service_that_is_well(prometheus):
+    """Rules are evaluated by the real Prometheus, and none has failed to be."""
+    groups = prometheus.rules()
+    assert {rule["name"] for rule in groups} == {alert.name for alert in ALERTS}
+    assert {rule["health"] for rule in groups} == {"ok"}
+    firing = {rule["name"] for rule in groups if rule["state"] == "firing"}
+    assert not firing
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ PIP = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout. It is built from a copy, since setuptools leaves a folder `build` where it works."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for folder in ("serve_app", "configs"):
+    for folder in ("serve_app", "configs", "cluster"):
         shutil.copytree(REPOSITORY / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / file, source)
@@ -35,6 +35,9 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
         for path in (REPOSITORY / "serve_app").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     } | {f"serve_app/configs/{path.name}" for path in (REPOSITORY / "configs").glob("*.yaml")}
+    observability = REPOSITORY / "cluster/observability"
+    made = [*observability.glob("rules.yml"), *observability.glob("dashboards/*.json")]
+    expected |= {f"serve_app/observability/{path.relative_to(observability).as_posix()}" for path in made}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == expected
@@ -62,6 +65,7 @@ def test_an_installed_wheel_makes_a_video_without_the_checkout(wheel: Path, tmp_
     assert str(REPOSITORY) not in found.splitlines() and "__editable__" not in found
 
     wan_serve = "from serve_app.cli import main; main()"
+    run(wan_serve, "manifests", "--config", "a14b-hosts", "-o", "manifests")
     assert run(wan_serve, "check", "tiny").endswith(f"{target / 'serve_app' / 'configs' / 'tiny.yaml'}: fine\n")
     run(wan_serve, "demo")
     (video,) = (elsewhere / "out").glob("video_*.mp4")

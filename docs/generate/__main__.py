@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: options, command line, API and errors.
+"""Write the reference pages from the code: options, command line, API, errors and metrics.
 
     python -m docs.generate [--check]
 
@@ -18,6 +18,7 @@ from docs.generate.api import api_page
 from docs.generate.cli import cli_page
 from docs.generate.errors import errors_page
 from docs.generate.markdown import Stale
+from docs.generate.metrics import metrics_page
 from docs.generate.options import options_page
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
@@ -35,6 +36,7 @@ def pages() -> dict[str, str]:
         "cli.md": cli_page(),
         "api.md": api_page(words),
         "errors.md": errors_page(words["api_errors"], words["job_errors"]),
+        "metrics.md": metrics_page(),
     }
 
 

@@ -10,8 +10,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from serve_app import __version__
+from serve_app.cli.canary import canary, generations
+from serve_app.cli.doctor import doctor
 from serve_app.cli.jobs import jobs
 from serve_app.cli.keys import keys
+from serve_app.cli.manifests import manifests
 from serve_app.cli.plan import plan
 from serve_app.cli.prepare import prepare
 from serve_app.cli.serve import check, demo, up
@@ -42,11 +45,13 @@ def version() -> None:
     print(__version__)
 
 
-for _command in (plan, check, up, demo, status, generate, prepare):
+for _command in (plan, check, up, demo, status, generate, prepare, manifests, doctor):
     cli.command()(_command)
 cli.add_typer(videos, name="videos")
 cli.add_typer(jobs, name="jobs")
 cli.add_typer(keys, name="keys")
+cli.add_typer(canary, name="canary")
+cli.add_typer(generations, name="generations")
 
 
 def main() -> None:

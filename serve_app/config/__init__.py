@@ -7,7 +7,7 @@ deployments.
 
 from serve_app.config.file import load_file, variables
 from serve_app.config.gateway import AuthConfig, GatewayConfig, is_loopback
-from serve_app.config.jobs import Ageing, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
+from serve_app.config.jobs import Ageing, CanaryConfig, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
 from serve_app.config.model import Defaults, Limits, ModelConfig
 from serve_app.config.notifications import MailConfig, WebhooksConfig, is_mail_address
 from serve_app.config.paths import below, home_of, placed
@@ -29,6 +29,7 @@ __all__ = [
     "Ageing",
     "AuthConfig",
     "Autoscaling",
+    "CanaryConfig",
     "Config",
     "DecoderConfig",
     "Defaults",

@@ -21,7 +21,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.util import await_only
 
-from serve_app.db.schema import migrate
+from serve_app.db.schema import migrate, revisions
 from serve_app.errors import ConfigError, without_password
 
 STORE_AWAY = (SQLAlchemyError, OSError)
@@ -121,17 +121,48 @@ class Database:
             reason = str(getattr(error, "orig", None) or error).splitlines()[0]
             raise ConfigError(f"{self._said}: cannot be opened: {reason}") from error
 
+    async def revisions(self) -> tuple[str | None, str | None]:
+        """Return the revision of the tables, None if there are none, and the newest that this version knows.
+
+        Raises:
+            RuntimeError: the database is not connected.
+        """
+        async with self._started().execution_options(read_only=True).connect() as connection:
+            return await connection.run_sync(revisions)
+
+    async def connect(self) -> None:
+        """Connect without making or changing tables, to look at a database that others use.
+
+        Raises:
+            ConfigError: there is no such database, or it cannot be opened.
+        """
+        if self.file is not None and not self.file.exists():
+            raise ConfigError(f"{self._said}: there is no database '{self.file}'")
+        engine = self._new_engine()
+        try:
+            async with engine.execution_options(read_only=True).connect() as connection:
+                await connection.execute(select(1))
+        except (SQLAlchemyError, OSError) as error:
+            await engine.dispose()
+            reason = str(getattr(error, "orig", None) or error or "no answer").splitlines()[0]
+            raise ConfigError(f"{self._said}: cannot be opened: {reason}") from error
+        self._engine = engine
+
+    def _new_engine(self) -> AsyncEngine:
+        if not self._sqlite:
+            limits = {"timeout": _CONNECT_S, "command_timeout": _ANSWER_S}
+            return create_async_engine(self._url, pool_pre_ping=True, connect_args=limits)
+        engine = create_async_engine(self._url, connect_args={"timeout": _BUSY_S})
+        event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+        event.listen(engine.sync_engine, "begin", _begin_sqlite)
+        event.listen(engine.sync_engine, "invalidate", _roll_back_sqlite)
+        return engine
+
     async def _open(self) -> AsyncEngine:
         if self._sqlite:
             assert self._url.database
             Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
-            engine = create_async_engine(self._url, connect_args={"timeout": _BUSY_S})
-            event.listen(engine.sync_engine, "connect", _prepare_sqlite)
-            event.listen(engine.sync_engine, "begin", _begin_sqlite)
-            event.listen(engine.sync_engine, "invalidate", _roll_back_sqlite)
-        else:
-            limits = {"timeout": _CONNECT_S, "command_timeout": _ANSWER_S}
-            engine = create_async_engine(self._url, pool_pre_ping=True, connect_args=limits)
+        engine = self._new_engine()
         try:
             # On SQLite this transaction is the only writer from its beginning on.
             async with engine.begin() as connection:

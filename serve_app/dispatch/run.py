@@ -20,6 +20,7 @@ from serve_app.events import Done, Event, Progress
 from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 from serve_app.request import Params
 from serve_app.storage import Storage
 
@@ -50,10 +51,11 @@ def spec_of(job: Job) -> JobSpec:
         params=Params(**job.params),
         prefix=job.prefix,
         attempt=job.attempt,
-        state_prefix=job.state_prefix,
+        state_prefix=job.sample_prefix,
         priority=cast(Priority, job.priority),
         created_at=job.waits_since,
         losses=job.losses,
+        pipeline=job.pipeline,
     )
 
 
@@ -141,6 +143,8 @@ class Run:
             await self._cut_off()
             return
         except PipelineUnavailable as error:
+            if await self._left_canary(error):
+                return
             self._pause()
             logger.warning("pipeline unavailable", extra={"job": job.id, "error": one_line(error)})
             await self._record(lambda: store.release(job.id, job.attempt))
@@ -159,6 +163,16 @@ class Run:
         if await self._record(lambda: store.complete(job.id, job.attempt, done)):
             seconds = round(self._clock.monotonic() - began, 3)
             logger.info("completed", extra={"job": job.id, "attempt": job.attempt, "seconds": seconds})
+            self._measure(done, seconds)
+
+    def _measure(self, done: Done, seconds: float) -> None:
+        """Record how long a completed job took."""
+        size = metrics.size_of(self.job.params["width"], self.job.params["height"])
+        metrics.job_run_seconds.observe(seconds, size=size)
+        for stage in metrics.STAGES:
+            if stage in done.timings:
+                metrics.stage_seconds.observe(done.timings[stage], stage=stage, size=size)
+        metrics.gpu_seconds.inc(done.timings.get("denoise", 0.0) * self.job.ranks)
 
     async def _follow(self) -> Done:
         """Follow the pipeline's events up to the video or the deadline; return the video."""
@@ -199,6 +213,7 @@ class Run:
 
     async def _failed(self, error: JobFailed) -> None:
         job, store = self.job, self._store
+        metrics.attempts_failed.inc(reason=error.code)
         logger.warning(
             "attempt failed",
             extra={
@@ -226,6 +241,20 @@ class Run:
             assert self.verdict is not None
             code, message = _CUT_OFF[self.verdict]
             await self._record(lambda: store.fail(job.id, job.attempt, code, message))
+
+    async def _left_canary(self, error: PipelineUnavailable) -> bool:
+        """Hand a job whose canary cannot be reached to the stable pipeline; return False if it stays where it is."""
+        job = self.job
+        if job.pipeline is None:
+            return False
+        try:
+            moved = await self._store.leave_canary(job.id, job.attempt)
+        except STORE_AWAY:
+            return False
+        if moved:
+            extra = {"job": job.id, "pipeline": job.pipeline, "error": one_line(error)}
+            logger.warning("canary unavailable, job moved", extra=extra)
+        return moved
 
     async def _record(self, write: Callable[[], Awaitable[bool]]) -> bool:
         """Write how a run ended, again until the store is back. Return False if the run was superseded."""

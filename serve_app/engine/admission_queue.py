@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from serve_app.engine.errors import NotAdmitting
 from serve_app.errors import JobFailed
+from serve_app.metrics import catalog as metrics
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,16 @@ class AdmissionQueue:
         if self._free:
             self._free -= 1
             self._inside.add(candidate.id)
+            self._measure()
             return
         given: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[candidate.id] = candidate, given
+        self._measure()
         try:
             await given
         except asyncio.CancelledError:
             self._waiting.pop(candidate.id, None)
+            self._measure()
             if candidate.id in self._inside:  # the place was given in the very moment in which the wait was cancelled
                 self.free_place(candidate.id)
             raise
@@ -94,6 +98,7 @@ class AdmissionQueue:
         else:
             self._inside.add(candidate.id)
             self._waiting.pop(candidate.id)[1].set_result(None)
+        self._measure()
 
     def close(self) -> None:
         """Give no more places, and send away the samples that wait."""
@@ -102,7 +107,12 @@ class AdmissionQueue:
             if not given.done():
                 given.set_exception(NotAdmitting("this group takes no more samples"))
         self._waiting.clear()
+        self._measure()
 
     def open(self) -> None:
         """Give places again."""
         self._closed = False
+
+    def _measure(self) -> None:
+        metrics.resident_samples.set(len(self._inside))
+        metrics.waiting_samples.set(len(self._waiting))

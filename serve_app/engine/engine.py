@@ -23,6 +23,7 @@ from serve_app.engine.scheduler import Entry, Scheduler
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Progress
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 
 if TYPE_CHECKING:
     from serve_app.wan.weights.checkpoint import Expert
@@ -241,7 +242,9 @@ class Engine:
                 entries = self._scheduler.pick(now)
                 if entries:
                     seconds = await self._passes.step(entries, self._scheduler.parked_off_device(entries, now))
-                    self.counters.overhead_s += time.monotonic() - began - seconds
+                    overhead = time.monotonic() - began - seconds
+                    self.counters.overhead_s += overhead
+                    metrics.step_overhead_seconds.inc(overhead)
                 else:
                     self._work.clear()
                     await self._work.wait()

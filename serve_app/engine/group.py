@@ -23,6 +23,7 @@ from serve_app.engine.errors import GroupLost
 from serve_app.engine.messages import Admitted, Loaded, RankStatus, StepRequest, StepResult, Survey
 from serve_app.engine.rank import RankActor
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 from serve_app.request import Params
 from serve_app.wan.cost import work_bytes
 from serve_app.wan.parallel.mesh import Mesh, default_mesh
@@ -179,6 +180,9 @@ class Group:
         for index, status in enumerate(self._statuses):
             if status.busy_s is not None and status.busy_s > limit:
                 raise GroupLost(f"rank {index} has been in one step for {status.busy_s:.0f} s, expected {limit:.0f} s")
+            held = {"process": status.rss_mib, "tensors": status.device_mib, "weights": status.weights_mib}
+            for component, mib in held.items():
+                metrics.rank_memory_bytes.set(mib * 2**20, rank=str(index), component=component)
         return self._statuses
 
     def kill(self) -> None:

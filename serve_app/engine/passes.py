@@ -14,9 +14,12 @@ from serve_app.engine.sample_request import Denoised
 from serve_app.engine.scheduler import Entry, Scheduler
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 
 logger = get_logger(__name__)
 
+# Pixels of a side of the video for one of its latents.
+_PIXELS = 8
 # Steps whose seconds are kept: as many as most videos have.
 _LATEST = 100
 
@@ -80,6 +83,7 @@ class Passes:
             GroupLost: the group cannot go on.
         """
         self.stepping = entries
+        metrics.parked_samples.set(len(park))
         save = {entry.id: prefix for entry in entries if (prefix := self._save_to(entry.id))}
         try:
             result = await self._group.step(StepRequest([entry.id for entry in entries], park, save))
@@ -108,6 +112,7 @@ class Passes:
         short = isinstance(error, OutOfMemory)
         if short:
             self.counters.out_of_memory += 1
+            metrics.steps_out_of_memory.inc()
             if len(entries) > 1:
                 self._scheduler.lower_token_bound(entries)
         elif len(entries) == 1:
@@ -134,6 +139,7 @@ class Passes:
         self.counters.steps += 1
         self.counters.advanced += len(entries)
         self._scheduler.note_pass(entries, result.seconds)
+        _measure(entries, result.seconds)
         self.pressure.note(result.headroom, result.largest)
         self._scheduler.tight = self.pressure.tight
         for entry in entries:
@@ -166,3 +172,15 @@ class Passes:
         self._scheduler.remove(entry.id)
         if (flight := self._flights.get(entry.id)) is not None:
             flight.events.put_nowait(JobFailed(code, message))
+
+
+def _measure(entries: list[Entry], seconds: float) -> None:
+    """Record a step that was made, before its samples count it."""
+    _, height, width = entries[0].latent_shape
+    metrics.step_seconds.observe(
+        seconds,
+        size=metrics.size_of(width * _PIXELS, height * _PIXELS),
+        expert="high_noise" if entries[0].high_noise else "low_noise",
+    )
+    metrics.stepped_samples.inc(len(entries))
+    metrics.work_tflop.inc(sum(entry.work for entry in entries) / 1e12)

@@ -14,6 +14,7 @@ from serve_app.config import Config
 from serve_app.gateway.http import docs, errors
 from serve_app.gateway.http.auth import AnyCaller, Guard, bearer
 from serve_app.gateway.http.envelope import ErrorEnvelope
+from serve_app.gateway.http.measure import Measured
 from serve_app.gateway.http.middleware import Exchange
 from serve_app.gateway.http.origins import Cors
 from serve_app.gateway.http.prefix import SlashAfterPrefix
@@ -66,7 +67,8 @@ def create_app(
     app.include_router(webhooks.router(config, store.database))
     app.add_middleware(Exchange, body_bytes=config.limits.body_bytes, answer_request_id=answer_request_id)
     app.add_middleware(SlashAfterPrefix)
-    app.add_middleware(Cors, options=config.gateway)  # outermost: the answers of all others need its headers
+    app.add_middleware(Cors, options=config.gateway)  # outside: the answers of all others need its headers
+    app.add_middleware(Measured)
     errors.install(app)
     app.include_router(docs.router(app.title))
     app.include_router(_rest(config, Readiness(store, videos.admission, ready)))

@@ -24,6 +24,7 @@ from serve_app.gateway.videos.schemas import Variant
 from serve_app.gateway.videos.service import Videos
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
+from serve_app.metrics import export
 from serve_app.replica import alive_hosts, check_hosts, starting
 from serve_app.storage import Storage
 from serve_app.wan.cost import video_tflop
@@ -74,6 +75,7 @@ class Gateway:
         if expert is None:
             where = f"model.path has value {config.model.path!r}, which could not be read where this was deployed"
             logger.warning("no estimates of jobs that wait", extra={"reason": where})
+        export.start("gateway")
         self._videos = Videos(config, self._store, self._storage, self._wake)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -147,7 +149,8 @@ class Gateway:
         Raises:
             Unavailable: as far as Serve knows, no video ever could be made.
         """
-        name = self._config.dispatcher.pipeline
+        served = (await self._store.rollout()).stable
+        name = self._config.dispatcher.pipeline if served is None else served.name
         status = await asyncio.to_thread(serve.status)
         application = status.applications.get(name)
         if application is None:

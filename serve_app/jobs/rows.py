@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from sqlalchemy import ColumnElement, select, tuple_
+from sqlalchemy import ColumnElement, event, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve_app.config import RetentionConfig
 from serve_app.db.database import Database
 from serve_app.db.tables import Base, Job, id_time
+from serve_app.metrics import catalog as metrics
 
 
 class Rows:
@@ -39,6 +40,17 @@ class Rows:
         if job.finished:
             keep_s = self._retention.completed_s if job.status == "completed" else self._retention.failed_s
             job.expires_at = now + keep_s if keep_s else None
+            count_end(session, job.error_code or metrics.COMPLETED, job.priority)
+
+
+def count_end(session: AsyncSession, reason: str, priority: str) -> None:
+    """Count a job that ends for good once its transaction is committed; a write that is tried again counts once."""
+    after_commit(session, lambda: metrics.jobs_ended.inc(reason=reason, priority=priority))
+
+
+def after_commit(session: AsyncSession, call: Callable[[], None]) -> None:
+    """Call something once the transaction of a session is committed, and never if it is rolled back."""
+    event.listen(session.sync_session, "after_commit", lambda _: call(), once=True)
 
 
 def held_by(held: Mapping[str, int]) -> ColumnElement[bool]:

@@ -20,10 +20,16 @@ from serve_app.db.database import Database
 from serve_app.db.tables import CANCELLED, Job, new_id
 from serve_app.errors import ServeAppError
 from serve_app.jobs import transitions
+from serve_app.jobs.depth import QueueDepth
+from serve_app.jobs.generations import Generations
 from serve_app.jobs.leases import Leases
 from serve_app.jobs.maintenance import Maintenance
 from serve_app.jobs.queries import Queries
+from serve_app.jobs.rollouts import Rollouts
+from serve_app.jobs.rows import count_end
+from serve_app.jobs.shadows import Shadows
 from serve_app.jobs.upkeep import Upkeep
+from serve_app.metrics import catalog as metrics
 from serve_app.request import Params, Urgency
 
 WorkOf = Callable[[Params], float]
@@ -68,11 +74,11 @@ class Announcer(Protocol):
         """Announce jobs, quickly and without raising; return whether dispatchers will hear of all of them."""
 
 
-class JobStore(Queries, Leases, Upkeep, Maintenance):
+class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Generations, Shadows):
     """Jobs in SQLite or PostgreSQL.
 
     This class creates, cancels and deletes jobs for users; `Queries` reads, `Leases` and `Upkeep` are for dispatchers,
-    `Maintenance` for operators.
+    `Maintenance` for operators; `Rollouts`, `Generations` and `Shadows` are about several versions at once.
 
     Args:
         url: a SQLAlchemy URL; the driver may be left out.
@@ -209,6 +215,7 @@ class JobStore(Queries, Leases, Upkeep, Maintenance):
                 raise
         if before is not None:
             return before
+        metrics.jobs_created.inc(priority=job.priority, size=metrics.size_of(params.width, params.height))
         if self._announcer is not None and job.announced_at:
             await self._announcer.announce([job.id])
         return job
@@ -250,6 +257,8 @@ class JobStore(Queries, Leases, Upkeep, Maintenance):
                 return False
             now = await self._db.clock(session)
             session.add_all(transitions.forget(job, now, self._late_outputs_s))
+            if not job.finished:
+                count_end(session, "deleted", job.priority)
             await session.delete(job)
         return True
 

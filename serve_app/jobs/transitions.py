@@ -14,6 +14,7 @@ from serve_app.db.notifications import event_of
 from serve_app.db.tables import CANCELLED, Base, Garbage, Job, Usage
 from serve_app.errors import JobFailed
 from serve_app.events import Done
+from serve_app.jobs.assignment import Rollout, move
 
 # Longest wait between two attempts, in seconds. A longer one would not help: jobs can wait for what is away anyway.
 _LONGEST_DELAY_S = 60
@@ -86,7 +87,7 @@ def attempt_failed(
     """
     if resumed_step > job.resumed_step:
         job.resumed_step, job.failures = resumed_step, 0
-    if error.code in _INTERRUPTIONS and error.step is None:
+    if is_interruption(error):
         job.interruptions += 1
         if job.interruptions >= options.max_interruptions:
             message = f"{error.message} Gave up after {job.interruptions} interruptions."
@@ -109,6 +110,21 @@ def attempt_failed(
     # The error is shown while the job waits, so that a user who sees the second attempt also sees why.
     job.error_code, job.error_message = error.code, error.message
     return requeue(job, now, delay_s(job.failures, options.retry_s), late_outputs_s)
+
+
+def is_interruption(error: JobFailed) -> bool:
+    """Return whether an attempt ended by a loss that the job did not cause, since none of its steps was running."""
+    return error.code in _INTERRUPTIONS and error.step is None
+
+
+def failed_on_canary(job: Job, now: float, error: JobFailed, served: Rollout) -> list[Base]:
+    """Give a job that a canary failed to the stable pipeline, where it starts with a clean record."""
+    job.tried_on, job.tried_at = job.pipeline, now
+    job.failures = job.interruptions = job.losses = 0
+    job.lost_step = None
+    move(job, served)
+    job.error_code, job.error_message = error.code, error.message
+    return requeue(job, now, 0, 0)
 
 
 def delay_s(failures: int, retry_s: float) -> float:

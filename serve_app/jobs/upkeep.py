@@ -14,7 +14,8 @@ from serve_app.db.tables import Garbage, Job
 from serve_app.errors import JobFailed
 from serve_app.jobs import transitions
 from serve_app.jobs.order import due
-from serve_app.jobs.rows import Rows
+from serve_app.jobs.rows import Rows, after_commit
+from serve_app.metrics import catalog as metrics
 
 # Rows that one call handles, so that no transaction stays open for long.
 _BATCH = 100
@@ -44,6 +45,7 @@ class Upkeep(Rows):
             for job in await session.scalars(expired.with_for_update(skip_locked=True)):
                 garbage = transitions.attempt_failed(job, now, silence, 0, options, self._late_outputs_s)
                 self._settle(session, job, now, garbage)
+                after_commit(session, lambda: metrics.attempts_failed.inc(reason=silence.code))
 
     async def to_announce(self, again_s: float | None) -> Sequence[str]:
         """Return the ids of waiting jobs to announce to dispatchers. They count as announced from now on.

@@ -32,6 +32,7 @@ LEFT_OUT = "database, broker, bucket, mail server, GPUs and free ports"
 
 _VARIABLES = (
     "WAN_SERVE_BENCHMARK",
+    "WAN_SERVE_GENERATION",
     "WAN_SERVE_HOME",
     "WAN_SERVE_KEY",
     "WAN_SERVE_MAIL_PASSWORD",
@@ -70,23 +71,43 @@ def build(path: Path, content: dict[str, Any], config: Config) -> Targets:
     Raises:
         ConfigError: the file cannot work.
     """
+    notes = check_applications(path, content, config)
     applications = content["applications"]
-    for entry in applications:
-        _import_path(path, entry)
     runtime_env = _runtime_env(path, applications)
-    _routes(path, applications)
-    _as_ray_reads_it(path, content)
     environ = {**os.environ, **((runtime_env or {}).get("env_vars") or {})}
     names = {entry["import_path"] for entry in applications}
     gateways = [
         entry.get("route_prefix", "/") for entry in applications if BUILDERS[entry["import_path"]] is app.gateway
     ]
     wanted = needs(config, pipeline="serve_app.app:wan" in names, gateway=bool(gateways))
-    notes = [*_pipeline(path, applications, config), *_environment(config, environ)]
+    notes += _environment(config, environ)
     if gateways and content.get("proxy_location") == "Disabled":
         notes.append("proxy_location has value 'Disabled': the gateway answers no HTTP, only calls of other Ray jobs")
     run = [_built(path, entry, content.get("logging_config")) for entry in applications]
     return Targets(run, runtime_env, gateways, wanted, notes)
+
+
+def check_applications(path: Path, content: dict[str, Any], config: Config) -> list[str]:
+    """Check the applications of a file without building them, which takes the model's folder and the broker's URL.
+
+    Args:
+        path: the file, for messages.
+        content: its content, as `load_file` returns it.
+        config: its configuration, as `load_file` returns it.
+
+    Returns:
+        A line for each thing that is wrong, but does not prevent a start.
+
+    Raises:
+        ConfigError: the file cannot work.
+    """
+    applications = content["applications"]
+    for entry in applications:
+        _import_path(path, entry)
+    _runtime_env(path, applications)
+    _routes(path, applications)
+    _as_ray_reads_it(path, content)
+    return _pipeline(path, applications, config)
 
 
 def serve_options(content: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from serve_app.config import Config
 from serve_app.db.database import STORE_AWAY, Database
 from serve_app.errors import one_line
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 from serve_app.notify import webhook
 from serve_app.notify.mail import Mailer
 from serve_app.notify.outbound import Outbound
@@ -150,6 +151,11 @@ class Notifier:
             logger.info("delivered", extra=fields)
         else:
             logger.warning("not delivered", extra={**fields, "error": outcome.error})
+        given_up = outcome.final or delivery.tries >= self._outbox.most_tries
+        metrics.deliveries.inc(
+            kind="webhook" if delivery.endpoint_id else "mail",
+            outcome="delivered" if outcome.delivered else "given_up" if given_up else "again",
+        )
         given_up_at = self._clock.monotonic() + self._lease_s
         while True:
             try:

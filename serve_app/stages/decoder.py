@@ -16,6 +16,7 @@ from serve_app.compute import MathThread, is_out_of_memory, limit_memory, pick_d
 from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
+from serve_app.metrics import export
 from serve_app.request import Params
 from serve_app.stages.client_liveness import ClientLiveness
 from serve_app.stages.stage_memory import StageMemory
@@ -113,6 +114,7 @@ class Decoder:
         self._decoder = self._math.call(VideoDecoder, checkpoint, device, dtype, others, tile_bytes)
         self._storage = Storage(config.storage_options)
         self._client_liveness = ClientLiveness()
+        export.start("decoder")
         self._videos = self._stopped = self._repeated = 0
         if stage.warmup:
             params = Params(**config.defaults.model_dump(), prompt="warm-up", seed=0)

@@ -24,6 +24,7 @@ from serve_app.engine.saver import latest_state
 from serve_app.errors import one_line
 from serve_app.events import Progress
 from serve_app.logs import get_logger
+from serve_app.metrics import export
 from serve_app.stages.client_liveness import ClientLiveness
 from serve_app.stages.drain_watcher import watch_routing
 from serve_app.stages.encoder import Encoded
@@ -74,6 +75,7 @@ class Denoiser:
         self._group = await Group.start(config, placement_group, first_bundle=1, experts=experts)
         self._engine = Engine(self._group, config, experts)
         self._client_liveness = ClientLiveness()
+        export.start("coordinator")
         self._experts = experts
         self._board = StatusBoard(self.status)
         self._tasks = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import shutil
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +17,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from serve_app import config
 from serve_app.errors import ConfigError, one_line
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 from serve_app.storage.backend import CHUNK_BYTES, Backend, Method, Stat, StorageRefused
 from serve_app.storage.bucket import Bucket
 from serve_app.storage.folder import Folder
@@ -30,6 +32,8 @@ logger = get_logger(__name__)
 # Every segment starts with a letter, digit or underscore. That excludes `..`, hidden files, empty segments, staging
 # files of the local store (`name#1`) and separators of other systems.
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+# Kinds of calls that the metric of errors tells apart; all others read.
+_CALLS = {"put": "write", "delete": "delete", "delete_prefix": "delete", "ping": "check"}
 # Threads of this storage alone: calls to a server that hangs would use up the event loop's threads.
 _THREADS = 16
 
@@ -192,7 +196,20 @@ class Storage:
                 raise
             raise FileNotFoundError(f"storage holds no {missing!r}") from error
         except BaseError as error:
+            _count(function)
             raise self._backend.explain(error) from error
+        except OSError:
+            _count(function)
+            raise
+
+    def free_bytes(self) -> int | None:
+        """Return the free space of the folder's disk, which may block for a moment; None for a bucket."""
+        return shutil.disk_usage(self._backend.folder).free if isinstance(self._backend, Folder) else None
+
+
+def _count(function: Callable[..., Any]) -> None:
+    """Count a call of the backend that it refused or did not answer."""
+    metrics.storage_errors.inc(call=_CALLS.get(function.__name__, "read"))
 
 
 def trouble_with(options: config.StorageConfig, error: OSError) -> ConfigError:

@@ -66,3 +66,9 @@ def shell_lines(block: Block) -> list[str]:
         if command and not command.startswith("#"):
             lines.append(command)
     return lines
+
+
+def anchors_of(text: str) -> set[str]:
+    """Return the names by which links reach the headings of a page, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import ROOT, blocks, pages, read, shell_lines
+from tests.docs.pages import ROOT, anchors_of, blocks, pages, read, shell_lines
 
 TRANSLATED = [("README.md", "README.zh-CN.md"), ("docs/quickstart.md", "docs/quickstart.zh-CN.md")]
 
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
-
-
-def anchors(page: str) -> set[str]:
-    """Return the names by which links reach the headings of a page, as GitHub makes them."""
-    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", read(page), flags=re.MULTILINE | re.DOTALL), re.M)
-    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_readme_is_one_page() -> None:
@@ -35,7 +29,7 @@ def test_links_lead_somewhere(page: str) -> None:
         found = (ROOT / page).parent / path if path else ROOT / page
         assert found.exists(), f"{page}: {target}"
         if anchor and found.suffix == ".md":
-            assert anchor in anchors(str(found.resolve().relative_to(ROOT))), f"{page}: {target}"
+            assert anchor in anchors_of(read(str(found.resolve().relative_to(ROOT)))), f"{page}: {target}"
 
 
 @pytest.mark.parametrize(("page", "translation"), TRANSLATED)

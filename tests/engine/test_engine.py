@@ -14,6 +14,7 @@ from serve_app.engine.errors import GroupLost, OutOfMemory
 from serve_app.engine.messages import Admitted, StepRequest, StepResult
 from serve_app.engine.sample_request import Denoised, EncodedRequest, SampleRequest
 from serve_app.errors import JobFailed
+from serve_app.metrics import catalog as metrics
 from serve_app.request import Params
 
 STEPS = 4
@@ -107,6 +108,22 @@ async def test_a_batch_that_does_not_fit_is_done_one_by_one_and_not_tried_as_lar
     ends = await run(group, "abcd")
     assert all(isinstance(end, Denoised) for end in ends.values())
     assert group.stepped == dict.fromkeys("abcd", STEPS), "each step once, whatever was tried"
+
+
+async def test_steps_are_measured() -> None:
+    def seen() -> list[float]:
+        kinds = [metrics.step_seconds.count(size="240p", expert=expert) for expert in ("high_noise", "low_noise")]
+        return [*kinds, metrics.stepped_samples.value() or 0, 1e12 * (metrics.work_tflop.value() or 0)]
+
+    group, before = FakeGroup(), seen()
+    group.most = 2
+    short = metrics.steps_out_of_memory.value() or 0
+    await run(group, "abcd")
+    high, low, samples, work = (now - then for now, then in zip(seen(), before, strict=True))
+    assert high > 0 < low and high + low == len(group.passes) and samples == 4 * STEPS
+    assert work == pytest.approx(4 * STEPS, abs=0.5)  # one unit each, beside what other tests have counted
+    assert (metrics.steps_out_of_memory.value() or 0) > short
+    assert (metrics.resident_samples.value(), metrics.waiting_samples.value()) == (0, 0)
 
 
 async def test_what_does_not_fit_alone_fails() -> None:

@@ -23,11 +23,12 @@ from serve_app.launch.preflight import preflight
 from tests.support.brokers import SERVER as BROKER
 from tests.support.brokers import queue_options
 from tests.support.databases import SERVER, postgres_url
+from tests.support.deployed import REPOSITORY
 from tests.support.disks import Disk, small_disk
+from tests.support.ports import free_port
 from tests.support.private_postgres import PASSWORD, USER, strict_postgres
 from tests.support.s3 import ACCESS_KEY, SECRET_KEY, S3Server
 from tests.support.warm_command import run
-from tests.test_deployment import REPOSITORY, free_port
 
 __all__ = ["postgres_url", "queue_options", "small_disk", "strict_postgres"]
 

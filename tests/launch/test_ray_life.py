@@ -17,7 +17,8 @@ import psutil
 import pytest
 import ray
 
-from tests.test_deployment import BIN, REPOSITORY, end, free_port, wait_ready, write_config
+from tests.support.deployed import BIN, REPOSITORY, end, wait_ready, write_config
+from tests.support.ports import free_port
 
 ENDS_WITHIN_S = 60
 

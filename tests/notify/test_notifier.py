@@ -12,6 +12,7 @@ from serve_app.db.database import STORE_AWAY
 from serve_app.db.notifications import LOGGED_TRIES
 from serve_app.db.tables import Base
 from serve_app.jobs.store import JobStore
+from serve_app.metrics import catalog as metrics
 from serve_app.notify.endpoints import Endpoints
 from serve_app.notify.notifier import Notifier
 from serve_app.notify.outbox import Outbox
@@ -61,6 +62,10 @@ async def test_a_server_error_and_then_success(store: JobStore, endpoints: Endpo
 
 
 async def test_it_is_given_up_at_last(store: JobStore, endpoints: Endpoints, notify: Notify) -> None:
+    def tries(outcome: str) -> float:
+        return metrics.deliveries.value(kind="webhook", outcome=outcome) or 0
+
+    before = [tries("again"), tries("given_up")]
     async with receiving() as receiver:
         receiver.status = 503
         endpoint = await listen(endpoints, receiver)
@@ -68,6 +73,7 @@ async def test_it_is_given_up_at_last(store: JobStore, endpoints: Endpoints, not
         await completed(store)
         (row,) = await ended(store)
         assert (row.status, row.tries, len(receiver.requests)) == ("failed", 3, 3)
+        assert [tries("again"), tries("given_up")] == [before[0] + 2, before[1] + 1]
         found = await endpoints.get(endpoint.id, "")
         assert found is not None and found.disabled_reason is None
 

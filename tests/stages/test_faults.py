@@ -48,7 +48,11 @@ def make_soon(app: Wan, timeout_s: float = 240) -> Done:
             time.sleep(0.2)
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+# That a killed one is replaced as well, tests/stages/test_engine.py sees where its sample is resumed.
+@pytest.mark.parametrize(
+    "blow",
+    [pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.slow), pytest.param(signal.SIGSTOP, id="hung")],
+)
 def test_a_rank_that_is_gone_takes_its_group_along_and_a_new_group_comes(app, blow):
     make_soon(app)
     before = ranks()

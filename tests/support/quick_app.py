@@ -27,6 +27,6 @@ def _adapter(type_: Any, **options: Any) -> TypeAdapter[Any]:
 
 def share() -> None:
     """Have applications that are made from now on share their adapters and TLS contexts."""
-    v2.TypeAdapter = _adapter  # type: ignore[attr-defined,assignment,misc]
+    v2.TypeAdapter = _adapter  # type: ignore[assignment]
     if not hasattr(outbound.tls_context, "cache_info"):
         outbound.tls_context = functools.cache(outbound.tls_context)

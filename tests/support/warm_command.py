@@ -73,8 +73,9 @@ class _Warm:
             order = {"arguments": arguments, "environment": environment, "cwd": str(Path.cwd()), "outputs": outputs}
             print(json.dumps(order), file=self._process.stdin, flush=True)
             if not select.select([self._process.stdout], [], [], timeout_s)[0]:
-                for one in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
+                for one in psutil.Process(self._process.pid).children(recursive=True):
                     one.kill()
+                self._process.kill()
                 self._start()
                 raise AssertionError(f"`wan-serve {' '.join(arguments)}` did not end within {timeout_s} s")
             answer: dict[str, Any] = json.loads(self._process.stdout.readline())

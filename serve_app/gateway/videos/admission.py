@@ -9,6 +9,7 @@ import time
 from serve_app.errors import Unavailable, one_line
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
+from serve_app.metrics import catalog as metrics
 from serve_app.storage import Storage
 
 logger = get_logger(__name__)
@@ -59,6 +60,7 @@ class Admission:
         if reason != self._reason:
             logger.warning("admission " + ("paused" if reason else "resumed"), extra={"reason": reason})
         self._reason, self._looked_at = reason, time.monotonic()
+        metrics.intake_open.set(reason is None)
 
     async def _look(self) -> str | None:
         try:

@@ -16,6 +16,7 @@ from serve_app.gateway.http.auth import Caller
 from serve_app.gateway.http.errors import ApiError
 from serve_app.gateway.videos.admission import Admission
 from serve_app.gateway.videos.body import understand
+from serve_app.gateway.videos.refusals import counted
 from serve_app.gateway.videos.schemas import Remix, Variant, Video, VideoList
 from serve_app.jobs.store import Idempotency, JobStore
 from serve_app.logs import get_logger
@@ -72,19 +73,21 @@ class Videos:
             InvalidRequest, ApiError, IdempotencyConflict: the request is wrong.
             QueueFull, OverLimit, Unavailable: it cannot be accepted now.
         """
-        params, urgency, notify_email = understand(fields, self.config, typed=typed)
-        named = _idempotency(idempotency_key, fields)
-        return await self._create(params, urgency, who, named, notify_email=notify_email)
+        with counted():
+            params, urgency, notify_email = understand(fields, self.config, typed=typed)
+            named = _idempotency(idempotency_key, fields)
+            return await self._create(params, urgency, who, named, notify_email=notify_email)
 
     async def remix(
         self, video_id: str, request: Remix, who: Caller = _TRUSTED, idempotency_key: str | None = None
     ) -> Video:
         """Queue a video with the parameters, seed and priority of another one, a new prompt and no deadline."""
         source = await self._job(video_id, who)
-        params = resolve(VideoRequest(**{**source.params, "prompt": request.prompt}), self.config)
-        urgency = Urgency.model_validate({"priority": source.priority})
-        named = _idempotency(idempotency_key, {"remix": video_id, **request.model_dump()})
-        return await self._create(params, urgency, who, named, remixed_from=source.id)
+        with counted():
+            params = resolve(VideoRequest(**{**source.params, "prompt": request.prompt}), self.config)
+            urgency = Urgency.model_validate({"priority": source.priority})
+            named = _idempotency(idempotency_key, {"remix": video_id, **request.model_dump()})
+            return await self._create(params, urgency, who, named, remixed_from=source.id)
 
     async def _create(
         self,
