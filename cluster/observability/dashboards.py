@@ -286,4 +286,30 @@ API = Dashboard(
     ),
 )
 
-DASHBOARDS = (OVERVIEW, QUEUE, ENGINE, API)
+CANARY = Dashboard(
+    "serve-app-canary",
+    "serve_app: canary",
+    "How many users does the canary have, and how did trials and copies end?",
+    (
+        Row(
+            "Trial",
+            (
+                number("Share of the users", largest("wan_canary_percent"), "percent", sentence="0: no canary."),
+                lines("Share of the users over time", (largest("wan_canary_percent"), "canary"), unit="percent"),
+                lines(
+                    "Trials ended per day",
+                    (f"86400 * {rate('wan_canaries_ended_total', 'end')}", "{{end}}"),
+                    sentence="By the dispatchers themselves; `wan-serve canary status` has the reason.",
+                ),
+                lines(
+                    "Copies per hour, by how they compare",
+                    (f"3600 * {rate('wan_shadows_total', 'outcome')}", "{{outcome}}"),
+                    sentence="different: the pictures are not those of the stable pipeline although the revision is.",
+                ),
+                _attempts,
+            ),
+        ),
+    ),
+)
+
+DASHBOARDS = (OVERVIEW, QUEUE, ENGINE, API, CANARY)

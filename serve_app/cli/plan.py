@@ -39,7 +39,7 @@ def plan(
     """Plan a deployment: what fits on these GPUs, how fast it is, and the configuration to serve."""
     from serve_app.planning import plan_file
     from serve_app.planning.cards import card
-    from serve_app.planning.layouts import Wish
+    from serve_app.planning.layout import Wish
     from serve_app.planning.plan import Plan
 
     if aim not in ("latency", "throughput"):

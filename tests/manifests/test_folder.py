@@ -193,7 +193,7 @@ def test_overlays(made: Made) -> None:
     assert [(one["minReplicas"], one["replicas"], one["maxReplicas"]) for one in groups[1]] == [(1, 1, 2), (1, 1, 4)]
     assert production["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379"
     kinds = {one["kind"] for one in k8s.render(texts, "overlays/production")}
-    assert {"PodMonitor", "NetworkPolicy", "Service"} <= kinds
+    assert {"PodMonitor", "PrometheusRule", "ConfigMap", "NetworkPolicy", "Service"} <= kinds
     assert one_host["upgradeStrategy"] == {"type": "None"}
     volumes = one_host["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["volumes"]
     assert {"name": "weights", "hostPath": {"path": "/models", "type": "Directory"}} in volumes

@@ -13,7 +13,8 @@ from serve_app.config import load_file
 from serve_app.errors import ConfigError
 from serve_app.planning import plan_file
 from serve_app.planning.cards import CARDS
-from serve_app.planning.layouts import FREE, Aim, Layout, Wish
+from serve_app.planning.layout import Aim, Layout, Wish
+from serve_app.planning.layouts import FREE
 from serve_app.planning.memory import Size
 from serve_app.planning.model_shape import ModelShape
 from serve_app.planning.plan import Plan

@@ -101,7 +101,7 @@ class Seen:
             steps=prometheus.value(cls.STEPS),
             step_s=prometheus.value(f"sum(ray_wan_step_seconds_sum{_SIZE})"),
             stages={
-                stage: prometheus.value(f'sum(ray_wan_stage_seconds_sum{{size="360p",stage="{stage}"}})')
+                stage: prometheus.value(f'sum(ray_wan_stage_seconds_sum{{size="360p",stage="{stage}"}}) or vector(0)')
                 for stage in STAGES
             },
         )
