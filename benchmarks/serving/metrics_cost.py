@@ -2,9 +2,8 @@
 
     python -m benchmarks.serving.metrics_cost [--rounds 5]
 
-Recording is timed by itself, without the step or the request around it, in time of the processor. Exporting is timed on a real Ray, with every
-metric of a kind of process in use. Shares are of the time between two exports, on one core, which the export takes from
-the event loop of its process.
+Recording is timed by itself, without the step or the request around it. Exporting is timed on a real Ray, with every
+metric of a kind of process in use. All times are of the processor, and shares are of the time between two exports.
 """
 
 from __future__ import annotations
