@@ -30,7 +30,7 @@ class JobSpec:
     """When the job began to wait, in seconds since the epoch."""
     losses: int = 0
     """Number of groups of ranks that were lost during the same step of this job. Above 0 its steps are made alone."""
-    finish: Finish | None = None
-    """Steps that finish the decoded video; None keeps it as it is."""
     pipeline: str | None = None
     """The pipeline application that makes it; None is the dispatcher's own."""
+    finish: Finish | None = None
+    """Steps that finish the decoded video; None keeps it as it is."""
