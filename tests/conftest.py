@@ -65,6 +65,8 @@ _KINDS = {
     "notify": "db",
     "observability": "db",
     "stages": "ray",
+    "stages/test_finishing.py": "unit",
+    "stages/test_frame_stream.py": "unit",
     "stages/test_client_liveness.py": "unit",
     "stages/test_decode_again.py": "unit",
     "stages/test_decoder.py": "unit",

@@ -19,6 +19,7 @@ from serve_app.cli.plan import plan
 from serve_app.cli.prepare import prepare
 from serve_app.cli.serve import check, demo, up
 from serve_app.cli.status import status
+from serve_app.cli.verify import verify
 from serve_app.cli.videos import generate, videos
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -45,7 +46,7 @@ def version() -> None:
     print(__version__)
 
 
-for _command in (plan, check, up, demo, status, generate, prepare, manifests, doctor):
+for _command in (plan, check, up, demo, status, generate, prepare, manifests, doctor, verify):
     cli.command()(_command)
 cli.add_typer(videos, name="videos")
 cli.add_typer(jobs, name="jobs")

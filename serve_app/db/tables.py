@@ -66,6 +66,8 @@ class Job(Base):
     ranks: Mapped[int] = mapped_column(default=1)
     """Ranks of a denoiser group: one second of denoising costs as many GPU-seconds."""
     remixed_from: Mapped[str | None] = mapped_column(String(64))
+    finish: Mapped[dict[str, Any] | None]
+    """A `serve_app.finish.plan.Finish` as JSON; None if the video stays as it is decoded."""
     notify_email: Mapped[str | None]
     """The address of a mail that says that the job has ended."""
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
@@ -117,7 +119,9 @@ class Job(Base):
     error_code: Mapped[str | None] = mapped_column(String(64))
     error_message: Mapped[str | None]
     outputs: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """Storage keys of `video`, `thumbnail` and `spritesheet`."""
+    """Storage keys of its files, by the variant that users ask for; see `serve_app.events.Done`."""
+    finish_result: Mapped[dict[str, Any] | None]
+    """Size, length and media type of the finished video, and the seconds of each step; None if it was not finished."""
     size_bytes: Mapped[int | None] = mapped_column(BigInteger)
     timings: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """Seconds of each stage."""

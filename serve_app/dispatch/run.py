@@ -17,6 +17,7 @@ from serve_app.db.database import STORE_AWAY
 from serve_app.db.tables import CANCELLED, Job
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Done, Event, Progress
+from serve_app.finish.plan import Finish
 from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
@@ -56,6 +57,7 @@ def spec_of(job: Job) -> JobSpec:
         created_at=job.waits_since,
         losses=job.losses,
         pipeline=job.pipeline,
+        finish=None if job.finish is None else Finish.model_validate(job.finish),
     )
 
 
@@ -172,7 +174,7 @@ class Run:
         for stage in metrics.STAGES:
             if stage in done.timings:
                 metrics.stage_seconds.observe(done.timings[stage], stage=stage, size=size)
-        metrics.gpu_seconds.inc(done.timings.get("denoise", 0.0) * self.job.ranks)
+        metrics.gpu_seconds.inc(done.timings.get("denoise", 0.0) * self.job.ranks + done.finish_gpu_seconds)
 
     async def _follow(self) -> Done:
         """Follow the pipeline's events up to the video or the deadline; return the video."""

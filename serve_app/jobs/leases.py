@@ -27,7 +27,7 @@ from serve_app.jobs.rows import Rows, held_by
 from serve_app.metrics import catalog as metrics
 
 # Percent at which each stage begins and ends. Denoising takes nearly all of the time on every model and device.
-_SPANS = {"encode": (0, 2), "denoise": (2, 92), "decode": (92, 99)}
+_SPANS = {"encode": (0, 2), "denoise": (2, 92), "decode": (92, 97), "finish": (97, 99)}
 # Interruptions of a job that a canary is not blamed for.
 _INTERRUPTIONS_OF_CANARY = 2
 # Tries of one claim. Each that fails means that another dispatcher has just got a job; the next poll finds the rest.

@@ -19,6 +19,7 @@ from serve_app.config import Ageing, Config, RetentionConfig
 from serve_app.db.database import Database
 from serve_app.db.tables import CANCELLED, Job, new_id
 from serve_app.errors import ServeAppError
+from serve_app.finish.plan import Finish
 from serve_app.jobs import transitions
 from serve_app.jobs.depth import QueueDepth
 from serve_app.jobs.generations import Generations
@@ -167,6 +168,7 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
         idempotency: Idempotency | None = None,
         remixed_from: str | None = None,
         notify_email: str | None = None,
+        finish: Finish | None = None,
         warnings: Sequence[str] = (),
         max_queued: int | None = None,
     ) -> Job:
@@ -182,6 +184,7 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
             idempotency: the client's name for the request, if it has one.
             remixed_from: the id of the video that this one remixes.
             notify_email: the address of a mail that says that the job has ended.
+            finish: the steps that finish the decoded video, if it is finished.
             warnings: sentences for the user that are known before any work.
             max_queued: most jobs that may wait; None for no limit.
 
@@ -201,6 +204,7 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
             request_digest=None if idempotency is None else idempotency.digest,
             remixed_from=remixed_from,
             notify_email=notify_email,
+            finish=None if finish is None else finish.model_dump(mode="json", exclude_none=True),
             warnings=[*warnings],
             priority=urgency.priority,
             start_at=urgency.start_at,
