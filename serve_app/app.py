@@ -79,13 +79,22 @@ def wan(args: dict[str, Any]) -> Application:
         **_stage(config.decoder, _by_work(config, "decoder", config.decoder.autoscaling)),
         graceful_shutdown_timeout_s=60,
     ).bind(config)
+    made_by = {"model": config.model.name, "revision": checkpoint.revision}
     return _deployment(
         Pipeline,
         ray_actor_options={"num_cpus": config.pipeline.num_cpus},
         autoscaling_config=_autoscaling(config.pipeline.autoscaling),
         max_ongoing_requests=config.pipeline.max_ongoing_requests,
         graceful_shutdown_timeout_s=config.denoiser.shutdown_timeout_s,
-    ).bind(encoder, denoisers[0], decoder, *denoisers[1:], store_wait_s=config.decoder.store_wait_s)
+    ).bind(
+        encoder,
+        denoisers[0],
+        decoder,
+        *denoisers[1:],
+        store_wait_s=config.decoder.store_wait_s,
+        finisher=_finisher(config, made_by),
+        finishing=config.finisher,
+    )
 
 
 def gateway(args: dict[str, Any]) -> Application:
@@ -222,6 +231,20 @@ def _denoiser(deployment: Any, config: Config) -> Any:
         **_stage(stage, _by_work(config, "denoiser", stage.autoscaling)),
         graceful_shutdown_timeout_s=stage.shutdown_timeout_s,
     )
+
+
+def _finisher(config: Config, made_by: dict[str, str]) -> Application | None:
+    """Return the finisher's deployment, which has no process until it is asked for; None if it is not to be."""
+    from serve_app.stages.finisher import Finisher
+
+    stage = config.finisher
+    if not stage.enabled:
+        return None
+    deployment = _deployment(
+        Finisher, ray_actor_options=_actor(stage.resources), **_stage(stage, None), graceful_shutdown_timeout_s=600
+    )
+    application: Application = deployment.bind(config, made_by)
+    return application
 
 
 def _stage(stage: Any, policy: AutoscalingPolicy | None) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-StageName = Literal["encode", "denoise", "decode"]
+StageName = Literal["encode", "denoise", "decode", "finish"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,15 @@ class Done:
     """The video is stored.
 
     Attributes:
-        outputs: storage keys of `video`, `thumbnail` and `spritesheet`.
+        outputs: storage keys of `video`, `thumbnail` and `spritesheet`. Where the video was finished, also of `plain`,
+            the video as it was decoded, and of `preview` and `stills` if they were asked for.
         timings: seconds by stage.
         size_bytes: size of the video's file.
         warnings: sentences for the user, of a truncated prompt for example.
         revision: names the weights that made the video.
+        finished: size and length of the finished video, its media type and the seconds of each step; None if the video
+            is as it was decoded.
+        finish_gpu_seconds: GPU-seconds of the finishing, where finishers have GPUs.
         group_s: its share of the seconds of its groups' passes; None if not known.
         passes: its share of these passes; None if not known.
     """
@@ -46,6 +50,8 @@ class Done:
     size_bytes: int
     warnings: list[str] = field(default_factory=list)
     revision: str | None = None
+    finished: dict[str, Any] | None = None
+    finish_gpu_seconds: float = 0.0
     group_s: float | None = None
     passes: float | None = None
 

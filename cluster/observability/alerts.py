@@ -118,6 +118,13 @@ ALERTS = (
         "A job was given up because groups died in the same step of it again and again.",
     ),
     Alert(
+        "WanCanaryAborted",
+        f"{increase(of('wan_canaries_ended_total', end='aborted'), window='1h')} > 0",
+        0,
+        "ticket",
+        "A canary was taken out of service by itself.",
+    ),
+    Alert(
         "WanStepsOutOfMemory",
         f"{increase('wan_steps_out_of_memory_total', window='1h')} > 0",
         0,

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from cluster.observability.expressions import failed_share, increase, largest, mean, of, quantile, rate, total
+from cluster.observability.expressions import (
+    by_reason,
+    failed_share,
+    increase,
+    largest,
+    mean,
+    of,
+    quantile,
+    rate,
+    total,
+)
 from cluster.observability.panels import Dashboard, Panel, Row, Target, lines, number
 
 _BY_CLASS = "{{priority}}"
@@ -10,8 +20,7 @@ _HOST = "{{NodeAddress}}"
 
 _ended = lines(
     "Jobs ended per hour, by reason",
-    (f"3600 * {rate('wan_jobs_ended_total', 'reason')} > 0", "{{reason}}"),
-    stack=True,
+    (by_reason(3600, "wan_jobs_ended_total"), "{{reason}}"),
     sentence="Everything but completed, cancelled and deadline_exceeded is a fault of the service.",
 )
 _waiting = lines("Jobs that wait", (largest("wan_queued_jobs", "priority"), _BY_CLASS), stack=True)
@@ -35,14 +44,11 @@ _deliveries = lines(
 )
 _refused = lines(
     "Refused creates per minute, by reason",
-    (f"60 * {rate('wan_jobs_refused_total', 'reason')} > 0 or 60 * {rate('wan_jobs_refused_total')}", "{{reason}}"),
+    (by_reason(60, "wan_jobs_refused_total"), "{{reason}}"),
 )
 _attempts = lines(
     "Failed attempts per hour, by reason",
-    (
-        f"3600 * {rate('wan_attempts_failed_total', 'reason')} > 0 or 3600 * {rate('wan_attempts_failed_total')}",
-        "{{reason}}",
-    ),
+    (by_reason(3600, "wan_attempts_failed_total"), "{{reason}}"),
     sentence="Most are tried again. group_lost and worker_lost are processes that died.",
 )
 _replicas = lines(
@@ -280,4 +286,30 @@ API = Dashboard(
     ),
 )
 
-DASHBOARDS = (OVERVIEW, QUEUE, ENGINE, API)
+CANARY = Dashboard(
+    "serve-app-canary",
+    "serve_app: canary",
+    "How many users does the canary have, and how did trials and copies end?",
+    (
+        Row(
+            "Trial",
+            (
+                number("Share of the users", largest("wan_canary_percent"), "percent", sentence="0: no canary."),
+                lines("Share of the users over time", (largest("wan_canary_percent"), "canary"), unit="percent"),
+                lines(
+                    "Trials ended per day",
+                    (f"86400 * {rate('wan_canaries_ended_total', 'end')}", "{{end}}"),
+                    sentence="By the dispatchers themselves; `wan-serve canary status` has the reason.",
+                ),
+                lines(
+                    "Copies per hour, by how they compare",
+                    (f"3600 * {rate('wan_shadows_total', 'outcome')}", "{{outcome}}"),
+                    sentence="different: the pictures are not those of the stable pipeline although the revision is.",
+                ),
+                _attempts,
+            ),
+        ),
+    ),
+)
+
+DASHBOARDS = (OVERVIEW, QUEUE, ENGINE, API, CANARY)

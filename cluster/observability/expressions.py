@@ -46,6 +46,12 @@ def mean(histogram: str, *by: str, window: str = WINDOW) -> str:
     return f"{rate(f'{histogram}_sum', *by, window=window)} / {rate(f'{histogram}_count', *by, window=window)}"
 
 
+def by_reason(times: int, series: str) -> str:
+    """Return the rate of each reason that occurs, times a number of seconds, and of all together."""
+    every = f"{times} * {rate(series)}"
+    return f'{times} * {rate(series, "reason")} > 0 or label_replace({every}, "reason", "all", "", "")'
+
+
 def failed_share(window: str) -> str:
     """Return the share of ended jobs that failed by the service's own fault, without those that others ended."""
     return f"{_ended(f'{COMPLETED}|{NOT_OURS}', window)} / {judged(window)}"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from serve_app import __version__
+from serve_app.cli.canary import canary, generations
 from serve_app.cli.degrade import degrade
 from serve_app.cli.doctor import doctor
 from serve_app.cli.jobs import jobs
@@ -19,6 +20,8 @@ from serve_app.cli.plan import plan
 from serve_app.cli.prepare import prepare
 from serve_app.cli.serve import check, demo, up
 from serve_app.cli.simulate import simulate
+from serve_app.cli.status import status
+from serve_app.cli.verify import verify
 from serve_app.cli.videos import generate, videos
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -45,11 +48,13 @@ def version() -> None:
     print(__version__)
 
 
-for _command in (plan, simulate, check, up, demo, generate, prepare, degrade, manifests, doctor):
+for _command in (plan, simulate, check, up, demo, status, generate, prepare, degrade, manifests, doctor, verify):
     cli.command()(_command)
 cli.add_typer(videos, name="videos")
 cli.add_typer(jobs, name="jobs")
 cli.add_typer(keys, name="keys")
+cli.add_typer(canary, name="canary")
+cli.add_typer(generations, name="generations")
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def plan(
     """Plan a deployment: what fits on these GPUs, how fast it is, and the configuration to serve."""
     from serve_app.planning import plan_file
     from serve_app.planning.cards import card
-    from serve_app.planning.layouts import Wish
+    from serve_app.planning.layout import Wish
     from serve_app.planning.plan import Plan
 
     if aim not in ("latency", "throughput"):
@@ -97,12 +97,12 @@ def _size(size: str, frames: int) -> Any:
     from serve_app.planning.memory import Size
 
     width, _, height = size.partition("x")
-    sides = [int(one) if one.isdigit() else 0 for one in (width, height)]
-    if any(side < 16 or side % 16 for side in sides):
+    across, down = (int(one) if one.isdigit() else 0 for one in (width, height))
+    if any(side < 16 or side % 16 for side in (across, down)):
         raise ConfigError(f"--size has value {size!r}, expected WIDTHxHEIGHT, multiples of 16, such as 1280x720")
     if frames % 4 != 1:
         raise ConfigError(f"--frames has value {frames}, expected a multiple of 4 and 1 more, such as 81")
-    return Size(*sides, frames)
+    return Size(across, down, frames)
 
 
 def _look_at(path: Path, model: Any, card: Any) -> None:

@@ -25,6 +25,37 @@ def actor_ready(handle: Any) -> Any:
     return handle.__ray_ready__.remote()
 
 
+# --- Ray 2.60: the key-value store of its control process ---
+
+_NOTES = b"wan-serve"
+
+
+def put_note(key: str, value: bytes) -> None:
+    """Keep a few bytes where every process of the cluster finds them, until the cluster ends.
+
+    Uses `ray.experimental.internal_kv`. Without it `wan-serve status` knows nothing of replicas but that they run.
+    """
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_put(key.encode(), value, overwrite=True, namespace=_NOTES)
+
+
+def notes() -> dict[str, bytes]:
+    """Return all that `put_note` keeps, by key."""
+    from ray.experimental import internal_kv
+
+    keys = internal_kv._internal_kv_list(b"", namespace=_NOTES)
+    found = {key.decode(): internal_kv._internal_kv_get(key, namespace=_NOTES) for key in keys}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def remove_note(key: str) -> None:
+    """Forget what `put_note` keeps under a key."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_del(key.encode(), namespace=_NOTES)
+
+
 # --- Ray 2.60: nodes ---
 
 

@@ -23,6 +23,8 @@ from serve_app.errors import ConfigError
 _FILE_KEYS = {"proxy_location", "http_options", "grpc_options", "controller_options", "logging_config", "applications"}
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PROXIES = ("EveryNode", "HeadOnly", "Disabled")
+# The builder of a pipeline. A canary is a second one, with options of its own.
+_PIPELINE = "serve_app.app:wan"
 _APPLICATION_KEYS = {"name", "import_path", "route_prefix", "runtime_env", "args", "external_scaler_enabled"}
 
 
@@ -49,8 +51,9 @@ def load_file(path: Path) -> tuple[dict[str, Any], Config]:
     """Read and check a Serve YAML file.
 
     Returns:
-        The file's content for Ray, and the one configuration that its applications share. Its paths are absolute: a
-        relative path in the file is relative to the file's folder.
+        The file's content for Ray, and the one configuration that its applications share; a second pipeline, which is
+        not `dispatcher.pipeline`, may have another. Paths are absolute: a relative path in the file is relative to the
+        file's folder.
 
     Raises:
         ConfigError: the file cannot be read, or holds an unknown key or an option that cannot work.
@@ -91,14 +94,34 @@ def load_file(path: Path) -> tuple[dict[str, Any], Config]:
             return file.line((*here, "args", *place))
 
         configs.append(validate(application.get("args") or {}, where, line))
-    if any(config != configs[0] for config in configs):
+    shared = _shared(content["applications"], configs)
+    if any(config != configs[shared[0]] for number, config in enumerate(configs) if number in shared):
         raise ConfigError(f"{path}: the applications' `args` differ, expected the same ones (share them by an anchor)")
     environment = variables(content["applications"][0], f"{path}: application {names[0]!r}")
-    config = placed(configs[0], below(path.parent), {**os.environ, **environment})
+    configs = [placed(config, below(path.parent), {**os.environ, **environment}) for config in configs]
+    config = configs[shared[0]]
     _check_reach(config, http, path)
-    args = config.model_dump(mode="json", exclude_unset=True)
-    applications = [{**application, "args": args} for application in content["applications"]]
+    for name, own in zip(names, configs, strict=True):
+        if own.storage_url != config.storage_url:
+            raise ConfigError(
+                f"{path}: application {name!r}: storage.url has value {own.storage_url!r}, expected that of the other "
+                f"applications, {config.storage_url!r}"
+            )
+    applications = [
+        {**application, "args": own.model_dump(mode="json", exclude_unset=True)}
+        for application, own in zip(content["applications"], configs, strict=True)
+    ]
     return {**content, "http_options": http.given(), "applications": applications}, config
+
+
+def _shared(applications: Sequence[dict[str, Any]], configs: Sequence[Config]) -> Sequence[int]:
+    """Return the numbers of the applications that share one configuration: all but further pipelines, or else all."""
+    main = [
+        number
+        for number, (application, config) in enumerate(zip(applications, configs, strict=True))
+        if application.get("import_path") != _PIPELINE or application["name"] == config.dispatcher.pipeline
+    ]
+    return main or range(len(applications))
 
 
 def variables(application: dict[str, Any], where: str) -> dict[str, str]:

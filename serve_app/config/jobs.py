@@ -9,11 +9,40 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from serve_app.config.section import NonNegativeFloat, Section
 
 
+class CanaryConfig(Section):
+    """The trial of a second pipeline, which is aborted by itself when its jobs fail or take too long."""
+
+    failure_ratio: float = Field(0.1, ge=0.02, le=0.9)
+    """Share of failed jobs that counts as bad, or five times the stable pipeline's share if that is more."""
+    max_slowdown: float = Field(1.3, gt=1)
+    """A canary is aborted when the median of its seconds per TFLOP is more than this many times the stable one's."""
+    speed_jobs: PositiveInt = 8
+    """Jobs of a canary that its speed is judged by at least."""
+    start_within_s: PositiveFloat = 600
+    """A canary that was given a job and begins none within this many seconds is aborted."""
+    bake_s: NonNegativeFloat = 3600
+    """Seconds that a trial takes at least before a canary counts as good."""
+    auto_promote: bool = False
+    """Make a canary that counts as good the stable pipeline. Without it an operator does that."""
+    shadow: bool = False
+    """Have the canary also make copies of completed jobs while nothing else waits. They are compared with the original
+    and removed; nobody is told of them or charged."""
+
+
 class DispatcherConfig(Section):
     """The process that leases jobs and drives them through a pipeline."""
 
     pipeline: str = "wan"
     """Name of the Serve application that holds the pipeline."""
+    pipelines: dict[str, NonNegativeFloat] = {}  # noqa: RUF012 (pydantic copies it)
+    """Shares of the jobs of `pipeline` and of a canary, e.g. `{wan: 95, wan-next: 5}`. They count where the store does
+    not know the name yet; afterwards `wan-serve canary` changes them."""
+    canary: CanaryConfig = CanaryConfig()
+    generation: str = Field("", max_length=128)
+    """Name of the dispatchers that are deployed together; empty is `$WAN_SERVE_GENERATION`. Of several generations on
+    one store only the current one leases jobs. Without a name a dispatcher always does."""
+    drain_s: NonNegativeFloat = 600
+    """Seconds for which a generation that is no longer current lets its jobs run, before it hands them to the next."""
     num_cpus: NonNegativeFloat = 0.1
     """CPUs that Ray reserves for the dispatcher."""
     running_jobs: PositiveInt = 64
@@ -34,6 +63,16 @@ class DispatcherConfig(Section):
     attempt that was interrupted sooner than this after its start is followed by the same wait."""
     late_outputs_s: NonNegativeFloat = 600
     """Seconds after the end of a lost attempt during which files that it still stores are found and removed."""
+
+    @model_validator(mode="after")
+    def _two_pipelines(self) -> DispatcherConfig:
+        if self.pipelines:
+            names = ", ".join(self.pipelines)
+            if self.pipeline not in self.pipelines or len(self.pipelines) > 2:
+                raise ValueError(f"pipelines has {names}, expected {self.pipeline!r} (`pipeline`) and at most one more")
+            if self.pipelines[self.pipeline] <= 0:
+                raise ValueError(f"pipelines has no share for {self.pipeline!r}, expected one above 0")
+        return self
 
 
 class Ageing(Section):

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from serve_app.db.tables import Base, Job
 
-EventType = Literal["video.completed", "video.failed"]
+EventType = Literal["video.completed", "video.failed", "canary.aborted", "canary.promoted"]
 EVENT_TYPES: tuple[EventType, ...] = get_args(EventType)
 DeliveryStatus = Literal["pending", "delivered", "failed"]
 
@@ -60,7 +60,7 @@ class Endpoint(Base):
 
 
 class Event(Base):
-    """Something that happened to a video."""
+    """Something that happened to a video, or to a canary: then `video_id` is the name of its pipeline."""
 
     __tablename__ = "events"
 

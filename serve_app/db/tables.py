@@ -70,6 +70,8 @@ class Job(Base):
     ranks: Mapped[int] = mapped_column(default=1)
     """Ranks of a denoiser group: one second of denoising costs as many GPU-seconds."""
     remixed_from: Mapped[str | None] = mapped_column(String(64))
+    finish: Mapped[dict[str, Any] | None]
+    """A `serve_app.finish.plan.Finish` as JSON; None if the video stays as it is decoded."""
     notify_email: Mapped[str | None]
     """The address of a mail that says that the job has ended."""
     idempotency_key: Mapped[str | None] = mapped_column(String(255))
@@ -123,7 +125,9 @@ class Job(Base):
     error_code: Mapped[str | None] = mapped_column(String(64))
     error_message: Mapped[str | None]
     outputs: Mapped[dict[str, Any]] = mapped_column(default=dict)
-    """Storage keys of `video`, `thumbnail` and `spritesheet`."""
+    """Storage keys of its files, by the variant that users ask for; see `serve_app.events.Done`."""
+    finish_result: Mapped[dict[str, Any] | None]
+    """Size, length and media type of the finished video, and the seconds of each step; None if it was not finished."""
     size_bytes: Mapped[int | None] = mapped_column(BigInteger)
     timings: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """Seconds of each stage."""
@@ -135,6 +139,14 @@ class Job(Base):
     """Seconds from its creation to its end, as predicted then; None if nothing was known."""
     revision: Mapped[str | None] = mapped_column(String(64))
     """Revision of the weights that made it."""
+    pipeline: Mapped[str | None] = mapped_column(String(128))
+    """The pipeline application that it was given to at its first claim; None is `dispatcher.pipeline`."""
+    tried_on: Mapped[str | None] = mapped_column(String(128))
+    """The canary that failed it, after which it went to the stable pipeline."""
+    tried_at: Mapped[float | None]
+    """The time at which that canary failed it."""
+    states: Mapped[str | None] = mapped_column(String(16))
+    """Subfolder of the saved states; another one since it left a pipeline whose states do not go on elsewhere."""
     warnings: Mapped[list[str]] = mapped_column(default=list)
 
     __table_args__ = (
@@ -151,6 +163,7 @@ class Job(Base):
         Index("jobs_by_owner", "owner", "status"),
         Index("jobs_by_owner_and_age", "owner", "created_at", "id"),
         Index("jobs_by_end", "status", "completed_at"),
+        Index("jobs_by_trial", "tried_on", "tried_at"),
         # When two gateways get the same request at once, this index lets only one of them create the job.
         Index("jobs_by_idempotency_key", "owner", "idempotency_key", unique=True),
     )
@@ -177,8 +190,13 @@ class Job(Base):
 
     @property
     def state_prefix(self) -> str:
-        """The storage folder of the sample's saved states, which all attempts share."""
+        """The storage folder of all saved states of the sample."""
         return f"samples/{self.id}"
+
+    @property
+    def sample_prefix(self) -> str:
+        """The storage folder of the saved states from which the next attempt goes on, within `state_prefix`."""
+        return f"{self.state_prefix}/{self.states}" if self.states else self.state_prefix
 
 
 # `Job.shown_status` as SQL.
@@ -206,6 +224,15 @@ class MaintenanceFlag(Base):
 
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     since: Mapped[float]
+
+
+class CompatibleRevision(Base):
+    """A promise of the version that made the tables of revision `head`: that of `revision` runs on them, too."""
+
+    __tablename__ = "compatible_revisions"
+
+    head: Mapped[str] = mapped_column(String(32), primary_key=True)
+    revision: Mapped[str] = mapped_column(String(32), primary_key=True)
 
 
 class Replicas(Base):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from functools import partial
@@ -30,13 +31,18 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.schema import ApplicationStatus
 
 from serve_app.config import Config
 from serve_app.dispatch.dispatcher import Dispatcher
 from serve_app.dispatch.fleet import FleetReporter
 from serve_app.dispatch.gauges import Gauges
+from serve_app.dispatch.generation import Gate
+from serve_app.dispatch.judge import Judge
+from serve_app.dispatch.pipelines import Pipelines
 from serve_app.dispatch.rabbitmq import broker
 from serve_app.dispatch.run import PipelineUnavailable
+from serve_app.dispatch.shadowing import Shadowing
 from serve_app.dispatch.steering import DegradeLoop
 from serve_app.errors import JobFailed
 from serve_app.events import Event
@@ -108,6 +114,15 @@ class ServePipeline:
                 # This has no effect once the stream has ended. It raises again if the call could not even be sent.
                 with suppress(Exception):
                     response.cancel()
+
+    async def runs(self) -> bool:
+        """Return whether Serve says that the application runs."""
+        try:
+            status = await asyncio.to_thread(serve.status)
+        except (RayServeException, RayError, OSError):
+            return False
+        application = status.applications.get(self._application)
+        return application is not None and application.status == ApplicationStatus.RUNNING
 
     async def prepare(self) -> None:
         """Find the pipeline's replicas, if it is deployed already, so that the first job does not wait for that."""
@@ -181,16 +196,28 @@ class DispatcherDeployment:
             storage = Storage(config.storage_options)
         if self._broker is not None:
             self._broker.start()
-        pipeline = ServePipeline(config.dispatcher.pipeline)
-        self._dispatcher = Dispatcher(self._store, storage, pipeline, config.dispatcher, self._broker)
+        options = config.dispatcher
+        pipeline = ServePipeline(options.pipeline)
+        pipelines = Pipelines(
+            options.pipeline, lambda name: pipeline if name == options.pipeline else ServePipeline(name)
+        )
+        generation = options.generation or os.environ.get("WAN_SERVE_GENERATION", "")
+        gate = Gate(self._store, generation, options.drain_s, pipeline.runs)
+        self._dispatcher = Dispatcher(self._store, storage, pipelines, options, self._broker, gate=gate)
+        self._judge = Judge(self._store, options)
+        self._shadowing = Shadowing(self._store, storage, pipelines, options)
         self._notifier = Notifier(self._store.database, config)
         name = config.dispatcher.pipeline
         self._fleet = FleetReporter(self._store, name, partial(replicas, name))
         self._degrade = DegradeLoop(self._store, steering(config))
         self._gauges = Gauges(self._store, storage)
         export.start("dispatcher")
-        for one in (self._dispatcher, self._notifier, self._gauges, self._fleet, self._degrade):
-            one.start()
+        self._parts = (
+            *(self._judge, self._shadowing, self._dispatcher, self._notifier),
+            *(self._gauges, self._fleet, self._degrade),
+        )
+        for part in self._parts:
+            part.start()
         self._preparing = asyncio.create_task(pipeline.prepare(), name="prepare")
 
     async def wake(self) -> None:
@@ -200,13 +227,13 @@ class DispatcherDeployment:
     async def check_health(self) -> None:
         """Raise if one of the loops has ended: Serve then replaces the replica."""
         self._dispatcher.raise_if_ended()
+        self._judge.raise_if_ended()
         self._notifier.raise_if_ended()
         self._gauges.raise_if_ended()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_gauges"):
-            running = (self._dispatcher, self._notifier, self._gauges, self._fleet, self._degrade)
-            await asyncio.gather(*(one.stop() for one in running))
+        if hasattr(self, "_parts"):
+            await asyncio.gather(*(part.stop() for part in self._parts))
             if self._broker is not None:
                 await self._broker.close()
             await self._store.close()

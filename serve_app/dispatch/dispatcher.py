@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from serve_app import config
 from serve_app.clock import CLOCK, Clock
 from serve_app.db.database import STORE_AWAY
+from serve_app.dispatch.generation import Gate
 from serve_app.dispatch.janitor import Janitor
 from serve_app.dispatch.run import Run, Runner
 from serve_app.errors import one_line
@@ -71,6 +72,7 @@ class Dispatcher:
         options: how many jobs run, how long leases are, and how often a job is tried.
         broker: announces waiting jobs; without one the store is asked every `options.poll_s`.
         clock: the clock by which the dispatcher waits.
+        gate: says whether its generation may lease jobs; without one it may.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Dispatcher:
         options: config.DispatcherConfig,
         broker: Broker | None = None,
         clock: Clock = CLOCK,
+        gate: Gate | None = None,
     ) -> None:
         self.owner = f"dispatcher-{secrets.token_hex(8)}"
         self._store = store
@@ -90,6 +93,7 @@ class Dispatcher:
         self._options = options
         self._broker = broker
         self._clock = clock
+        self._gate = gate or Gate(store, "", 0)
         self._runs: dict[str, Run] = {}
         self._wake = asyncio.Event()
         self._stopping = False
@@ -152,6 +156,7 @@ class Dispatcher:
             pause = self._options.poll_s
             try:
                 await self._heartbeat()
+                await self._look_at_gate()
                 reap = not self._away and self._clock.monotonic() >= self._reap_from
                 await self._store.sweep(self._options, reap=reap)
                 await self._learn_paused()
@@ -191,10 +196,20 @@ class Dispatcher:
             elif run.latest is not None:
                 await run.write_progress()
 
+    async def _look_at_gate(self) -> None:
+        """Learn whether this generation leases jobs. If it no longer does, hand running jobs back after a while."""
+        was_open = self._gate.open
+        await self._gate.look()
+        if self._gate.open and not was_open:
+            self._must_look = True
+        if self._gate.drained:
+            for run in list(self._runs.values()):
+                run.end("stopping")
+
     @property
     def _free_places(self) -> int:
         """The number of jobs that could begin now."""
-        if self._stopping or self._jobs_paused or self._clock.monotonic() < self._paused_until:
+        if self._stopping or self._jobs_paused or not self._gate.open or self._clock.monotonic() < self._paused_until:
             return 0
         return max(self._options.running_jobs - len(self._runs), 0)
 
@@ -229,7 +244,7 @@ class Dispatcher:
         while self._free_places:
             self._must_look = False
             self._looked_at = self._clock.monotonic()
-            job = await self._store.claim(self.owner, self._options.lease_s)
+            job = await self._store.claim(self.owner, self._options.lease_s, self._gate.name)
             if job is None:
                 return begun, False
             begun += 1

@@ -22,6 +22,7 @@ _QUEUE = (
     metrics.queued_work_seconds,
     metrics.running_jobs,
     metrics.paused,
+    metrics.canary_percent,
 )
 """Gauges that are cleared while the store does not answer: an old number would look like a quiet queue."""
 
@@ -86,6 +87,8 @@ class Gauges:
             metrics.queued_work_seconds.set(seconds)
         metrics.running_jobs.set(depth.running)
         metrics.paused.set(paused)
+        canary = (await self._store.rollout()).canary
+        metrics.canary_percent.set(canary.percent if canary is not None else 0)
 
     async def _space(self) -> None:
         while True:

@@ -18,6 +18,7 @@ from serve_app.db.database import STORE_AWAY
 from serve_app.db.tables import CANCELLED, Job
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Done, Event, Progress
+from serve_app.finish.plan import Finish
 from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
@@ -52,10 +53,12 @@ def spec_of(job: Job) -> JobSpec:
         params=Params(**job.params),
         prefix=job.prefix,
         attempt=job.attempt,
-        state_prefix=job.state_prefix,
+        state_prefix=job.sample_prefix,
         priority=cast(Priority, job.priority),
         created_at=job.waits_since,
         losses=job.losses,
+        pipeline=job.pipeline,
+        finish=None if job.finish is None else Finish.model_validate(job.finish),
     )
 
 
@@ -143,6 +146,8 @@ class Run:
             await self._cut_off()
             return
         except PipelineUnavailable as error:
+            if await self._left_canary(error):
+                return
             self._pause()
             logger.warning("pipeline unavailable", extra={"job": job.id, "error": one_line(error)})
             await self._record(lambda: store.release(job.id, job.attempt))
@@ -172,7 +177,7 @@ class Run:
         for stage in metrics.STAGES:
             if stage in done.timings:
                 metrics.stage_seconds.observe(done.timings[stage], stage=stage, size=size)
-        metrics.gpu_seconds.inc(done.timings.get("denoise", 0.0) * self.job.ranks)
+        metrics.gpu_seconds.inc(done.timings.get("denoise", 0.0) * self.job.ranks + done.finish_gpu_seconds)
 
     async def _follow(self) -> Done:
         """Follow the pipeline's events up to the video or the deadline; return the video."""
@@ -241,6 +246,20 @@ class Run:
             assert self.verdict is not None
             code, message = _CUT_OFF[self.verdict]
             await self._record(lambda: store.fail(job.id, job.attempt, code, message))
+
+    async def _left_canary(self, error: PipelineUnavailable) -> bool:
+        """Hand a job whose canary cannot be reached to the stable pipeline; return False if it stays where it is."""
+        job = self.job
+        if job.pipeline is None:
+            return False
+        try:
+            moved = await self._store.leave_canary(job.id, job.attempt)
+        except STORE_AWAY:
+            return False
+        if moved:
+            extra = {"job": job.id, "pipeline": job.pipeline, "error": one_line(error)}
+            logger.warning("canary unavailable, job moved", extra=extra)
+        return moved
 
     async def _record(self, write: Callable[[], Awaitable[bool]]) -> bool:
         """Write how a run ended, again until the store is back. Return False if the run was superseded."""

@@ -87,10 +87,15 @@ def parse(rows: str, remapped: str, links: dict[int, tuple[int, int]]) -> list[G
         rows: a line with the values of `_FIELDS` for each GPU.
         remapped: a line for each GPU: its bus, and whether replacing a row of its memory is pending or has failed.
         links: links that work, and all links, by GPU.
+
+    Raises:
+        GpusSick: the rows are something else, such as a sentence.
     """
     waiting = [any(value not in ("", "0", "No", "[N/A]") for value in row[1:]) for row in _table(remapped)]
     found = []
     for number, row in enumerate(_table(rows)):
+        if len(row) != len(_FIELDS):
+            raise GpusSick(f"nvidia-smi says {', '.join(row)[:100]!r}")
         index, name, driver, celsius, errors, width, most, slowed = row
         lanes = (_number(width), _number(most))
         found.append(

@@ -50,6 +50,11 @@ class AdmissionQueue:
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self._inside
 
+    @property
+    def waiting(self) -> int:
+        """Number of samples that wait for a place."""
+        return len(self._waiting)
+
     def next_candidate(self) -> Candidate | None:
         """Return the candidate that would get the next place; None if no sample waits."""
         now = time.time()

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from serve_app.config import Config, Priority
 from serve_app.engine.admission_queue import AdmissionQueue, Candidate
@@ -79,6 +79,24 @@ class Engine:
     def resident(self) -> int:
         """Number of samples inside."""
         return len(self._flights)
+
+    @property
+    def waiting(self) -> int:
+        """Number of samples that wait for a place."""
+        return self._admission_queue.waiting
+
+    @property
+    def tight(self) -> bool:
+        """True while the ranks' memory is short, see `Pressure`."""
+        return self._passes.pressure.tight
+
+    def overview(self) -> list[dict[str, Any]]:
+        """Return id, class and steps of each sample inside."""
+        classes = get_args(Priority)
+        return [
+            {"id": one.id, "priority": classes[one.priority], "step": one.step, "steps": one.steps}
+            for one in (flight.entry for flight in list(self._flights.values()))
+        ]
 
     @asynccontextmanager
     async def place(self, request: SampleRequest) -> AsyncIterator[None]:

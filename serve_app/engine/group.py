@@ -8,6 +8,7 @@ import functools
 import os
 import signal
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,6 +121,11 @@ class Group:
         logger.info("mesh picked", extra={"mesh": str(mesh), "reason": why})
         return mesh
 
+    @property
+    def statuses(self) -> list[RankStatus]:
+        """The status of every rank as of the latest health check."""
+        return list(self._statuses)
+
     def warm_up_params(self) -> Params:
         """Return the default request of this deployment."""
         return Params(**self._config.defaults.model_dump(), prompt="warm-up", seed=0)
@@ -144,8 +150,10 @@ class Group:
             OutOfMemory: on every rank; nothing has changed.
             Exception: what the step raised on every rank; the group is still in step.
         """
-        # Every rank has the same latents to the bit, so what one says of them holds for all.
-        return StepResult.from_wire((await self._all("step", request.to_wire()))[0])
+        # Every rank has the same latents to the bit, so what one says of them holds for all. Memory is each one's own.
+        first, *others = (StepResult.from_wire(one) for one in await self._all("step", request.to_wire()))
+        fullest = min((first, *others), key=lambda one: one.headroom)
+        return replace(first, headroom=fullest.headroom, largest=fullest.largest)
 
     async def save(self, sample_id: str) -> bytes:
         """Return a sample's state, from which another group can continue it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve_app.device_memory import DeviceMemory
+
 
 @dataclass(frozen=True)
 class Admitted:
@@ -55,14 +57,18 @@ class StepResult:
     Attributes:
         seconds: how long it took on the rank.
         failed: samples that did not survive it, from id to reason.
+        headroom: share of the rank's memory that it has left.
+        largest: the component that takes most of it, in words, where little is left.
     """
 
     seconds: float
     failed: dict[str, str]
+    headroom: float = 1.0
+    largest: str = ""
 
     def to_wire(self) -> list[Any]:
         """Return lists and mappings alone, as `StepRequest.to_wire` does."""
-        return [self.seconds, self.failed]
+        return [self.seconds, self.failed, self.headroom, self.largest]
 
     @classmethod
     def from_wire(cls, wire: list[Any]) -> StepResult:
@@ -110,6 +116,7 @@ class RankStatus:
         rss_mib: memory of its process.
         device_mib: memory of its tensors on a GPU.
         weights_mib: memory of the experts' parameters on the device.
+        memory: all of it on its device, by component.
         retries: how often a GPU's memory was given back and asked for anew because what was held did not do. Steps wait
             for that; a slightly larger share of the device avoids it.
     """
@@ -122,3 +129,4 @@ class RankStatus:
     device_mib: float
     weights_mib: float
     retries: int
+    memory: DeviceMemory = field(default_factory=DeviceMemory)

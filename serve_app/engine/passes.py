@@ -10,6 +10,7 @@ from serve_app.engine.errors import GroupLost, OutOfMemory
 from serve_app.engine.flight import Flight
 from serve_app.engine.group import Group
 from serve_app.engine.messages import StepRequest, StepResult
+from serve_app.engine.pressure import Pressure
 from serve_app.engine.sample_request import Denoised
 from serve_app.engine.scheduler import Entry, Scheduler
 from serve_app.errors import JobFailed, one_line
@@ -56,6 +57,7 @@ class Passes:
 
     Attributes:
         counters: what was done so far.
+        pressure: whether memory is short.
         stepping: the samples in the pass under way, or in the latest one.
     """
 
@@ -65,6 +67,7 @@ class Passes:
         self._flights = flights
         self._checkpoint_s = checkpoint_s
         self.counters = Counters()
+        self.pressure = Pressure()
         self.stepping: list[Entry] = []
 
     async def step(self, entries: list[Entry], park: list[str]) -> float:
@@ -150,6 +153,8 @@ class Passes:
         self.counters.advanced += len(entries)
         self._scheduler.note_pass(entries, result.seconds)
         _measure(entries, result.seconds)
+        self.pressure.note(result.headroom, result.largest)
+        self._scheduler.tight = self.pressure.tight
         work = sum(entry.work for entry in entries)
         for entry in entries:
             if entry.id in result.failed:

@@ -16,8 +16,10 @@ import ray
 
 from serve_app.compute import SEE_ALL_GPUS, is_out_of_memory, see_own_first
 from serve_app.config import Config
+from serve_app.device_memory import DeviceMemory
 from serve_app.engine.errors import DeviceBroken, OutOfMemory
 from serve_app.engine.messages import Admitted, Loaded, RankStatus, StepRequest, StepResult, Survey
+from serve_app.engine.pressure import TENTH
 from serve_app.engine.profile import StepProfile
 from serve_app.engine.rank_model import RankModel, survey
 from serve_app.errors import StateError, one_line
@@ -51,6 +53,8 @@ class Rank:
         self._loaded: RankModel | None = None
         self._busy_since: float | None = None
         self._samples: dict[str, Sample] = {}
+        self._parts: dict[str, float] = {}
+        """Components of the memory after the latest step: `status` may not look at what a step changes."""
         self._profile: StepProfile | None = None
         self._saver: Saver | None = None
         if SEE_ALL_GPUS.keys() <= os.environ.keys():
@@ -85,6 +89,7 @@ class Rank:
         started = time.monotonic()
         stage = self._config.denoiser
         self._loaded = RankModel.load(self._config, self._rank, self._experts, address, port, mesh)
+        self._parts = self._loaded.parts(())
         if stage.profile:
             self._profile = StepProfile(stage.profile, self._rank, self._loaded.device.type)
         # All ranks hold the same samples, so one of them saves.
@@ -189,7 +194,10 @@ class Rank:
             raise translated from None
         finally:
             self._busy_since = None
-        return StepResult(time.monotonic() - started, failed)
+        seconds = time.monotonic() - started
+        self._parts = model.parts(self._samples.values())
+        memory = model.memory(self._parts, anew=True)
+        return StepResult(seconds, failed, memory.headroom, memory.largest if memory.headroom < TENTH else "")
 
     def save(self, sample_id: str) -> bytes:
         """Return a sample's state, from which another group can continue it."""
@@ -224,7 +232,8 @@ class Rank:
             rss_mib=psutil.Process().memory_info().rss / 2**20,
             device_mib=device_mib,
             retries=retries,
-            weights_mib=0.0 if loaded is None else loaded.experts.device_bytes / 2**20,
+            weights_mib=0.0 if loaded is None else loaded.weights / 2**20,
+            memory=DeviceMemory() if loaded is None else loaded.memory(self._parts),
         )
 
     def _started(self, params: Params, positive: np.ndarray, negative: np.ndarray | None, name: str) -> Sample:

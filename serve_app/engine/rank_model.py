@@ -5,14 +5,18 @@ Imports torch where it is used, as `rank` does.
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from serve_app.compute import limit_memory, pick_device, set_threads, settle
 from serve_app.config import Config
+from serve_app.device_memory import DeviceMemory, host_limit, measure
 from serve_app.engine.messages import Survey
 from serve_app.logs import get_logger
+from serve_app.planning.memory import Size
 from serve_app.wan.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 
     from serve_app.request import Params
     from serve_app.wan.parallel.process_groups import ProcessGroups
+    from serve_app.wan.sampling.sample import Sample
     from serve_app.wan.transformer.experts import Experts
     from serve_app.wan.weights.checkpoint import Checkpoint, Expert
 
@@ -71,6 +76,9 @@ class RankModel:
         mesh: how the group's ranks share a step.
         groups: process groups with the other ranks.
         experts: this rank's shard of each expert.
+        limit: bytes of the device that the rank may take.
+        planned: bytes that the plan gives it there.
+        weights: bytes of the experts on the device.
     """
 
     checkpoint: Checkpoint
@@ -79,6 +87,9 @@ class RankModel:
     mesh: Mesh
     groups: ProcessGroups
     experts: Experts
+    limit: float
+    planned: float
+    weights: float
 
     @classmethod
     def load(
@@ -125,7 +136,8 @@ class RankModel:
         if model.sharded_folder is not None:
             sharded = ShardedCheckpoint(model.sharded_folder, checkpoint, groups.tensor.size, model.dtype)
         names = experts or checkpoint.experts
-        block_swap = MemoryBudget(config, checkpoint, names, mesh).block_swap(limit, device)
+        budget = MemoryBudget(config, checkpoint, names, mesh)
+        block_swap = budget.block_swap(limit, device)
         loaded = Experts(
             names,
             lambda name: load_expert(
@@ -142,7 +154,34 @@ class RankModel:
             ),
             block_swap,
         )
-        return cls(checkpoint, device, dtype, mesh, groups, loaded)
+        planned = budget.memory.need(Size.of(config.defaults), limit if math.isfinite(limit) else None).total
+        if device.type != "cuda":
+            limit = host_limit(stage.memory_fraction, sharing)
+        return cls(checkpoint, device, dtype, mesh, groups, loaded, limit, planned, loaded.device_bytes)
+
+    def parts(self, samples: Iterable[Sample]) -> dict[str, float]:
+        """Return the bytes of the rank's components on its device. Not while a step is under way.
+
+        Args:
+            samples: those that the rank holds.
+        """
+        there = (one.state_bytes for one in samples if one.latents.device.type == self.device.type)
+        return {"weights": self.weights, "texts": float(self.experts.text_bytes), "samples": float(sum(there))}
+
+    def memory(self, parts: Mapping[str, float], anew: bool = False) -> DeviceMemory:
+        """Measure the rank's memory on its device.
+
+        Args:
+            parts: its components.
+            anew: whether the peak begins anew after this look.
+        """
+        from serve_app.wan.parallel import symmetric_memory
+
+        group = self.groups.tensor.group
+        shared = symmetric_memory.of(group.group_name) if group is not None else None
+        found = measure(self.device, self.limit, parts, self.planned, anew)
+        # Beside what the allocator counts, which lowers its limit by as much.
+        return found if shared is None else replace(found, parts={**found.parts, "exchange": float(shared.held_bytes)})
 
     def warm_up(self, config: Config, params: Params) -> None:
         """Run one step of each expert at the size of `params`, so that no request pays for first-time work."""

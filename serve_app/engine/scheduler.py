@@ -102,6 +102,8 @@ class Scheduler:
         self._parked_memory_mib = parked_memory_mib
         self._costly_switch = costly_switch
         self._entries: dict[str, Entry] = {}  # in order of admission
+        self.tight = False
+        """True while memory is short: passes then have one sample, and the state of the others leaves the device."""
         self._last_high_noise: bool | None = None
         self._pass_time = PassTime()
 
@@ -150,7 +152,7 @@ class Scheduler:
         tokens = sum(entry.tokens for entry in everybody)
         memory = sum(entry.step_mib for entry in everybody)
         for entry in order[1:]:
-            if len(taken) + len(chosen) >= self._samples_per_step:
+            if self.tight or len(taken) + len(chosen) >= self._samples_per_step:
                 break
             if leader.alone or entry.alone or entry.cohort != leader.cohort:
                 continue
@@ -170,6 +172,8 @@ class Scheduler:
         leader = ahead[0]
         fixed = self._pass_time.per_pass
         if leader.high_noise or leader.alone or leader.effective_deadline <= now or self._costly_switch or not fixed:
+            return []
+        if self.tight:
             return []
         if any(entry.held >= entry.steps // 2 for entry in ahead):
             return []
@@ -199,11 +203,11 @@ class Scheduler:
     def parked_off_device(self, chosen: list[Entry], now: float) -> list[str]:
         """Return ids of the samples whose state leaves the device while `chosen` step: the least urgent ones."""
         stepping = {entry.id for entry in chosen}
-        used, away = 0.0, []
+        used, away, most = 0.0, [], 0.0 if self.tight else self._parked_memory_mib
         for entry in self.order(now):
             if entry.id in stepping:
                 continue
-            if used + entry.state_mib > self._parked_memory_mib:
+            if used + entry.state_mib > most:
                 away.append(entry.id)
             else:
                 used += entry.state_mib

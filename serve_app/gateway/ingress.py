@@ -149,7 +149,8 @@ class Gateway:
         Raises:
             Unavailable: as far as Serve knows, no video ever could be made.
         """
-        name = self._config.dispatcher.pipeline
+        served = (await self._store.rollout()).stable
+        name = self._config.dispatcher.pipeline if served is None else served.name
         status = await asyncio.to_thread(serve.status)
         application = status.applications.get(name)
         if application is None:

@@ -7,22 +7,30 @@ cancelled or deleted, and should end.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from sqlalchemy import case, func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve_app import config
 from serve_app.accounts.keys import at_running_limit
+from serve_app.db.database import STORE_AWAY
 from serve_app.db.tables import Job
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
 from serve_app.jobs import transitions
+from serve_app.jobs.assignment import Rollout, assign, note_wanted, rollout
 from serve_app.jobs.degrading import Degrading
+from serve_app.jobs.evidence import NOT_ITS_FAULT
+from serve_app.jobs.generations import may_lease
 from serve_app.jobs.order import due, next_job, not_paused
 from serve_app.jobs.rows import held_by
 from serve_app.metrics import catalog as metrics
 
 # Percent at which each stage begins and ends. Denoising takes nearly all of the time on every model and device.
-_SPANS = {"encode": (0, 2), "denoise": (2, 92), "decode": (92, 99)}
+_SPANS = {"encode": (0, 2), "denoise": (2, 92), "decode": (92, 97), "finish": (97, 99)}
+# Interruptions of a job that a canary is not blamed for.
+_INTERRUPTIONS_OF_CANARY = 2
 # Tries of one claim. Each that fails means that another dispatcher has just got a job; the next poll finds the rest.
 _CLAIM_TRIES = 3
 
@@ -36,7 +44,7 @@ def percent(progress: Progress) -> int:
 class Leases(Degrading):
     """The dispatchers' half of a `JobStore`."""
 
-    async def claim(self, owner: str, lease_s: float) -> Job | None:
+    async def claim(self, owner: str, lease_s: float, generation: str = "") -> Job | None:
         """Lease the next job by the rule of `serve_app.jobs.order`; None if no job is due or jobs are paused.
 
         A job can be overtaken, among those of its owner, only by one of a more urgent class that came at most the
@@ -45,19 +53,24 @@ class Leases(Degrading):
 
         Jobs of a key at its `running_jobs` limit are passed over. Dispatchers that claim at the same moment may exceed
         that limit by one each.
+
+        Args:
+            owner: the dispatcher that claims.
+            lease_s: seconds after which another may take the job over.
+            generation: the dispatcher's generation. If it has one that is not current, it gets no job.
         """
         for _ in range(_CLAIM_TRIES):
             # Most looks find nothing, and should then neither write nor compare owners.
             async with self._db.read() as session:
                 now = await self._db.clock(session)
-                may_begin = (due(now), not_paused(), Job.owner.not_in(at_running_limit()))
+                may_begin = (due(now), not_paused(), may_lease(generation), Job.owner.not_in(at_running_limit()))
                 if await session.scalar(select(Job.id).where(*may_begin).limit(1)) is None:
                     return None
             async with self._db.write() as session:
                 now = await self._db.clock(session)
                 claimed = await session.scalars(
                     update(Job)
-                    .where(Job.id == next_job(now).scalar_subquery(), Job.status == "queued")
+                    .where(Job.id == next_job(now).scalar_subquery(), Job.status == "queued", may_lease(generation))
                     .values(
                         status="in_progress",
                         attempt=Job.attempt + 1,
@@ -69,8 +82,14 @@ class Leases(Degrading):
                     .execution_options(synchronize_session=False, populate_existing=True)
                 )
                 job = claimed.one_or_none()
+                waiting = None if job is None else await assign(session, job, now)
                 if job is not None:
                     await self._reduce(session, job)
+            if waiting is not None:
+                # In a transaction of its own: this one has locked a job, and those of pipelines are locked first.
+                with suppress(*STORE_AWAY):
+                    async with self._db.write() as session:
+                        await note_wanted(session, waiting, now)
             if job is not None:
                 if job.attempt == 1:
                     metrics.job_wait_seconds.observe(now - job.waits_since, priority=job.priority)
@@ -153,7 +172,11 @@ class Leases(Degrading):
             if job is None:
                 return False
             now = await self._db.clock(session)
-            self._settle(session, job, now, transitions.fail(job, now, code, message, self._late_outputs_s))
+            error = JobFailed(code, message)
+            if (served := await _fault_of_canary(session, job, error)) is not None:
+                self._settle(session, job, now, transitions.failed_on_canary(job, now, error, served))
+            else:
+                self._settle(session, job, now, transitions.fail(job, now, code, message, self._late_outputs_s))
         return True
 
     async def retry(
@@ -168,8 +191,11 @@ class Leases(Degrading):
             if job is None:
                 return False
             now = await self._db.clock(session)
-            garbage = transitions.attempt_failed(job, now, error, resumed_step, options, self._late_outputs_s)
-            self._settle(session, job, now, garbage)
+            if (served := await _fault_of_canary(session, job, error)) is not None:
+                rows = transitions.failed_on_canary(job, now, error, served)
+            else:
+                rows = transitions.attempt_failed(job, now, error, resumed_step, options, self._late_outputs_s)
+            self._settle(session, job, now, rows)
         return True
 
     async def release(self, video_id: str, attempt: int, *, delay_s: float = 0) -> bool:
@@ -181,3 +207,13 @@ class Leases(Degrading):
             now = await self._db.clock(session)
             self._settle(session, job, now, transitions.requeue(job, now, delay_s, self._late_outputs_s))
         return True
+
+
+async def _fault_of_canary(session: AsyncSession, job: Job, error: JobFailed) -> Rollout | None:
+    """Return the pipelines if this failure is held against a canary, which loses the job; None if the job keeps it."""
+    if job.pipeline is None or job.cancel_requested or error.code in NOT_ITS_FAULT:
+        return None
+    if transitions.is_interruption(error) and job.interruptions < _INTERRUPTIONS_OF_CANARY:
+        return None  # a host may have been lost
+    served = await rollout(session)
+    return served if served.on_trial(job.pipeline) else None

@@ -21,13 +21,17 @@ from serve_app.db.database import Database
 from serve_app.db.tables import CANCELLED, Job, new_id
 from serve_app.degrade import Floor
 from serve_app.errors import DeadlineInfeasible, ServeAppError
+from serve_app.finish.plan import Finish
 from serve_app.jobs import transitions
 from serve_app.jobs.depth import QueueDepth
 from serve_app.jobs.forecast import Fleet
+from serve_app.jobs.generations import Generations
 from serve_app.jobs.leases import Leases
 from serve_app.jobs.maintenance import Maintenance
 from serve_app.jobs.queries import Queries
+from serve_app.jobs.rollouts import Rollouts
 from serve_app.jobs.rows import count_end
+from serve_app.jobs.shadows import Shadows
 from serve_app.jobs.upkeep import Upkeep
 from serve_app.metrics import catalog as metrics
 from serve_app.request import Params, Urgency
@@ -83,11 +87,12 @@ class Announcer(Protocol):
         """Announce jobs, quickly and without raising; return whether dispatchers will hear of all of them."""
 
 
-class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance):
+class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Generations, Shadows):
     """Jobs in SQLite or PostgreSQL.
 
     This class creates, cancels and deletes jobs for users; `Queries` reads, `Outlook` predicts, `Degrading` offers
-    less, `Leases` and `Upkeep` are for dispatchers, `Maintenance` for operators.
+    less, `Leases` and `Upkeep` are for dispatchers, `Maintenance` for operators; `Rollouts`, `Generations` and
+    `Shadows` are about several versions at once.
 
     Args:
         url: a SQLAlchemy URL; the driver may be left out.
@@ -189,6 +194,7 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance):
         idempotency: Idempotency | None = None,
         remixed_from: str | None = None,
         notify_email: str | None = None,
+        finish: Finish | None = None,
         warnings: Sequence[str] = (),
         max_queued: int | None = None,
         max_wait_s: float | None = None,
@@ -206,6 +212,7 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance):
             idempotency: the client's name for the request, if it has one.
             remixed_from: the id of the video that this one remixes.
             notify_email: the address of a mail that says that the job has ended.
+            finish: the steps that finish the decoded video, if it is finished.
             warnings: sentences for the user that are known before any work.
             max_queued: most jobs that may wait; None for no limit.
             max_wait_s: most seconds that it may be expected to wait for others; None for no limit.
@@ -234,6 +241,7 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance):
             request_digest=None if idempotency is None else idempotency.digest,
             remixed_from=remixed_from,
             notify_email=notify_email,
+            finish=None if finish is None else finish.model_dump(mode="json", exclude_none=True),
             warnings=[*warnings],
             priority=urgency.priority,
             start_at=urgency.start_at,

@@ -14,6 +14,7 @@ from serve_app.db.notifications import event_of
 from serve_app.db.tables import CANCELLED, Base, Garbage, Job, Usage
 from serve_app.errors import JobFailed
 from serve_app.events import Done
+from serve_app.jobs.assignment import Rollout, move
 
 # Longest wait between two attempts, in seconds. A longer one would not help: jobs can wait for what is away anyway.
 _LONGEST_DELAY_S = 60
@@ -31,7 +32,7 @@ def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Ba
     job.step, job.seconds_left = job.steps, None
     job.outputs, job.timings = dict(done.outputs), dict(done.timings)
     job.warnings = [*job.warnings, *done.warnings]
-    job.size_bytes, job.revision = done.size_bytes, done.revision
+    job.size_bytes, job.revision, job.finish_result = done.size_bytes, done.revision, done.finished
     job.group_s, job.passes = done.group_s, done.passes
     job.lease_owner = job.lease_until = None
     job.error_code = job.error_message = None
@@ -39,7 +40,7 @@ def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Ba
     return [
         event_of(job),
         *_garbage([*earlier, job.state_prefix], now, late_outputs_s),
-        *_charge(job, now, done.timings.get("denoise", 0.0)),
+        *_charge(job, now, done.timings.get("denoise", 0.0), done.finish_gpu_seconds),
     ]
 
 
@@ -87,7 +88,7 @@ def attempt_failed(
     """
     if resumed_step > job.resumed_step:
         job.resumed_step, job.failures = resumed_step, 0
-    if error.code in _INTERRUPTIONS and error.step is None:
+    if is_interruption(error):
         job.interruptions += 1
         if job.interruptions >= options.max_interruptions:
             message = f"{error.message} Gave up after {job.interruptions} interruptions."
@@ -112,6 +113,21 @@ def attempt_failed(
     return requeue(job, now, delay_s(job.failures, options.retry_s), late_outputs_s)
 
 
+def is_interruption(error: JobFailed) -> bool:
+    """Return whether an attempt ended by a loss that the job did not cause, since none of its steps was running."""
+    return error.code in _INTERRUPTIONS and error.step is None
+
+
+def failed_on_canary(job: Job, now: float, error: JobFailed, served: Rollout) -> list[Base]:
+    """Give a job that a canary failed to the stable pipeline, where it starts with a clean record."""
+    job.tried_on, job.tried_at = job.pipeline, now
+    job.failures = job.interruptions = job.losses = 0
+    job.lost_step = None
+    move(job, served)
+    job.error_code, job.error_message = error.code, error.message
+    return requeue(job, now, 0, 0)
+
+
 def delay_s(failures: int, retry_s: float) -> float:
     """Return the seconds to wait after `failures` failures: 0 after the first, then doubling from `retry_s`."""
     if failures < 2:
@@ -125,11 +141,12 @@ def _garbage(prefixes: Iterable[str], now: float, late_outputs_s: float) -> list
     return [Garbage(prefix=prefix, due_at=due_at) for prefix in prefixes for due_at in times]
 
 
-def _charge(job: Job, now: float, denoised_s: float) -> list[Usage]:
+def _charge(job: Job, now: float, denoised_s: float, finish_gpu_s: float = 0.0) -> list[Usage]:
     """Return the usage that the job's key is charged, if it has one."""
-    if not job.owner or denoised_s <= 0:
+    if not job.owner or denoised_s + finish_gpu_s <= 0:
         return []
-    return [Usage(job_id=job.id, owner=job.owner, at=now, gpu_seconds=denoised_s * job.ranks)]
+    gpu_seconds = denoised_s * job.ranks + finish_gpu_s
+    return [Usage(job_id=job.id, owner=job.owner, at=now, gpu_seconds=gpu_seconds)]
 
 
 def _denoised_s(job: Job, now: float) -> float:

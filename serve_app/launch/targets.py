@@ -32,6 +32,7 @@ LEFT_OUT = "database, broker, bucket, mail server, GPUs and free ports"
 
 _VARIABLES = (
     "WAN_SERVE_BENCHMARK",
+    "WAN_SERVE_GENERATION",
     "WAN_SERVE_HOME",
     "WAN_SERVE_KEY",
     "WAN_SERVE_MAIL_PASSWORD",

@@ -64,7 +64,7 @@ def _template(
     amounts: dict[str, str],
     memory_gib: int,
 ) -> Object:
-    mounts = [
+    mounts: list[Object] = [
         {"name": "shared-mem", "mountPath": "/dev/shm"},
         {"name": _SESSION, "mountPath": "/tmp/ray"},
         {"name": "cache", "mountPath": "/cache"},

@@ -12,7 +12,7 @@ from serve_app.metrics.metric import OTHER, Counter, Gauge, Histogram, Metric
 from serve_app.parameters import Priority
 
 PRIORITIES: tuple[str, ...] = get_args(Priority)
-STAGES = ("encode", "denoise", "decode", "store")
+STAGES = ("encode", "denoise", "decode", "store", "finish")
 COMPLETED = "completed"
 # Error codes of jobs, as the reference page of errors lists them; a test compares the two.
 ERROR_CODES = (
@@ -125,6 +125,23 @@ queued_work_seconds = Gauge(
 )
 running_jobs = Gauge("wan_running_jobs", "Jobs that dispatchers work on.", ["dispatcher"])
 paused = Gauge("wan_paused", "1 while an operator has paused the queue, else 0.", ["dispatcher"])
+
+# Canaries
+canary_percent = Gauge(
+    "wan_canary_percent", "Share of owners whose new jobs a canary gets, in per cent; 0 without one.", ["dispatcher"]
+)
+canaries_ended = Counter(
+    "wan_canaries_ended_total",
+    "Trials of canaries that dispatchers have ended by themselves.",
+    ["dispatcher"],
+    {"end": ("aborted", "promoted")},
+)
+shadows = Counter(
+    "wan_shadows_total",
+    "Copies of jobs that a canary made, by how they compare with the originals.",
+    ["dispatcher"],
+    {"outcome": ("equal", "different", "other_revision", "failed")},
+)
 
 # Engine
 step_seconds = Histogram(

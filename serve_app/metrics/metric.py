@@ -138,7 +138,7 @@ class Counter(_Numbers):
             for key in self._zeros(_COUNTER_ZEROS):
                 self._numbers.setdefault(key, 0.0)
 
-    def inc(self, by: float = 1.0, **labels: str) -> None:
+    def inc(self, by: float = 1.0, /, **labels: str) -> None:
         """Add to the number."""
         key = self._key(labels)
         with self._lock:
@@ -150,7 +150,7 @@ class Gauge(_Numbers):
 
     kind = "gauge"
 
-    def set(self, value: float, **labels: str) -> None:
+    def set(self, value: float, /, **labels: str) -> None:
         """Set the number."""
         key = self._key(labels)
         with self._lock:
@@ -193,7 +193,7 @@ class Histogram(Metric):
                 self._counts.setdefault(key, [0] * len(self._texts))
                 self._sums.setdefault(key, 0.0)
 
-    def observe(self, value: float, **labels: str) -> None:
+    def observe(self, value: float, /, **labels: str) -> None:
         """Count a value."""
         key, place = self._key(labels), bisect_left(self.bounds, value)
         with self._lock:

@@ -1,25 +1,22 @@
-"""Layouts: the ways to put a model on the GPUs of some hosts, each with its memory, its shares and its seconds."""
+"""The layouts for a wish: every mesh and residency of the experts that fits, and those that do not."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from serve_app.config import Config
 from serve_app.errors import ConfigError
-from serve_app.planning.cards import Card
-from serve_app.planning.memory import PINNED, RankMemory, Size, decoder_need, encoder_need, tile_bytes
+from serve_app.planning.layout import Layout, Rejected, Wish
+from serve_app.planning.memory import RankMemory, decoder_need, encoder_need, tile_bytes
 from serve_app.planning.model_shape import ModelShape
-from serve_app.planning.parts import GB, ProcessMemory
-from serve_app.planning.rates import Rates, VideoSeconds, videos_per_hour
+from serve_app.planning.parts import ProcessMemory
+from serve_app.planning.rates import Rates
 from serve_app.request import Params
 from serve_app.wan.parallel.mesh import AXES, Mesh
-
-Aim = Literal["latency", "throughput"]
-"""Aim of a plan: the fewest seconds for a video, or the most videos for a GPU."""
 
 FREE = 0.1
 """Share of each GPU that no process may take: CUDA contexts, NCCL, and what drivers keep."""
@@ -28,84 +25,6 @@ _RESIDENCIES = (("together", "none"), ("swap", "none"), ("split", "none"), ("swa
 _DRAFT = 0.01
 _BLOCKS = 10  # to have on a GPU rather than the text encoder
 _STEP = 200  # shares of memory are multiples of 1 / _STEP
-
-
-@dataclass(frozen=True)
-class Wish:
-    """Things that a plan is asked for.
-
-    Attributes:
-        card: kind of all GPUs.
-        gpus: GPUs of each host.
-        hosts: number of hosts.
-        size: the largest video.
-        aim: what to rank by.
-        model: the model's shape.
-        args: options that the plan keeps as they are, as a file's `args` have them.
-    """
-
-    card: Card
-    gpus: int
-    hosts: int
-    size: Size
-    aim: Aim
-    model: ModelShape
-    args: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A way to serve, which fits.
-
-    Attributes:
-        wish: what was asked for.
-        mesh: how a group's ranks share a step.
-        config, args: its configuration, as one and as plain values.
-        groups: groups of all hosts, of both experts if they are split.
-        rank, encoder, decoder: memory of each kind of process on one device.
-        blocks: blocks of an expert that have a place on a GPU.
-        seconds: of one video.
-        crosses: whether a group spans hosts.
-    """
-
-    wish: Wish
-    mesh: Mesh
-    config: Config
-    args: dict[str, Any]
-    groups: int
-    rank: ProcessMemory
-    encoder: ProcessMemory
-    decoder: ProcessMemory
-    blocks: int
-    seconds: VideoSeconds
-    crosses: bool
-
-    @property
-    def experts(self) -> str:
-        """Residency of the experts, in a word or two."""
-        stage = self.config.denoiser
-        return f"{stage.experts}, {self.blocks} blocks" if stage.offload != "none" else stage.experts
-
-    @property
-    def at_once(self) -> int:
-        """Videos that are made at once, one by each group or pair of groups."""
-        return self.groups // 2 if self.config.denoiser.experts == "split" else self.groups
-
-    @property
-    def per_hour(self) -> float:
-        """Videos an hour on all hosts."""
-        return videos_per_hour(self.at_once, self.seconds.total)
-
-    @property
-    def per_gpu(self) -> float:
-        """Videos an hour for each GPU of the hosts, whether it works or not."""
-        return self.per_hour / (self.wish.gpus * self.wish.hosts)
-
-    @property
-    def host_bytes(self) -> float:
-        """Bytes of host memory of the fullest host, beside libraries."""
-        encoder = sum(part.bytes for part in self.encoder.host)
-        return self.rank.bytes_of(PINNED) * self.wish.gpus + encoder
 
 
 @dataclass(frozen=True)
@@ -120,24 +39,6 @@ class _Others:
     encoder_share: float
     decoder_share: float
     fraction: float
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A way to serve that does not fit.
-
-    Attributes:
-        mesh: how a group's ranks would share a step.
-        experts: residency of the experts.
-        missing: bytes of each GPU that it lacks.
-    """
-
-    mesh: Mesh
-    experts: str
-    missing: float
-
-    def __str__(self) -> str:
-        return f"{self.mesh}, experts {self.experts}: {self.missing / GB:.1f} GB missing on a GPU"
 
 
 class Layouts:
@@ -206,7 +107,8 @@ class Layouts:
         wish = self._wish
         limit = room if offload != "none" else None
         need = memory.need(wish.size, limit)
-        share = math.floor(_STEP * (1 - FREE - others.fraction)) / _STEP if limit else self._fraction(need.total)
+        # Ranks get all that the other stages leave: what a step does not need is room for batch mates.
+        share = math.floor(_STEP * (1 - FREE - others.fraction) + 1e-9) / _STEP
         args = self._args(mesh, experts, offload, groups, crosses, others, share)
         config = Config.model_validate(args)
         blocks, layers, passing = memory.blocks_on_device(room), wish.model.experts[0].num_layers, 0.0

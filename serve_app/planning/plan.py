@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.errors import ConfigError
-from serve_app.planning.layouts import FREE, Layout, Layouts, Rejected, Wish
+from serve_app.planning.layout import Layout, Rejected, Wish
+from serve_app.planning.layouts import FREE, Layouts
 from serve_app.planning.memory import PINNED
 from serve_app.planning.parts import GB, Part, ProcessMemory
 

@@ -28,6 +28,7 @@ from serve_app.metrics import export
 from serve_app.stages.client_liveness import ClientLiveness
 from serve_app.stages.drain_watcher import watch_routing
 from serve_app.stages.encoder import Encoded
+from serve_app.stages.status_board import StatusBoard
 from serve_app.storage import Storage
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Denoiser:
         self._engine = Engine(self._group, config, experts)
         self._client_liveness = ClientLiveness()
         export.start("coordinator")
+        self._experts = experts
+        self._board = StatusBoard(self.status)
         self._tasks = [
             asyncio.create_task(self._leave_when_lost(), name="leave-when-lost"),
             asyncio.create_task(watch_routing(self._on_routing), name="watch-routing"),
@@ -119,6 +122,18 @@ class Denoiser:
             except NotAdmitting:
                 yield Moved()
 
+    def status(self) -> dict[str, Any]:
+        """Return the group's status for people, as of the latest health check; called from another thread."""
+        return {
+            "kind": "group",
+            "mesh": str(self._group.mesh),
+            "experts": list(self._experts or ()),
+            "samples": self._engine.overview(),
+            "waiting": self._engine.waiting,
+            "memory": [rank.memory.plain() for rank in self._group.statuses],
+            "tight": self._engine.tight,
+        }
+
     async def describe(self) -> dict[str, Any]:
         """Return what the engine has done so far.
 
@@ -144,6 +159,7 @@ class Denoiser:
                     "device_mib": rank.device_mib,
                     "retries": rank.retries,
                     "weights_mib": rank.weights_mib,
+                    "memory": rank.memory.plain(),
                 }
                 # This may take as long as a step: it is no health check.
                 for rank in await self._group.check_ranks(self._config.denoiser.step_timeout_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray import serve
@@ -13,6 +13,8 @@ from serve_app.compute import MathThread, limit_memory, pick_device, settle
 from serve_app.config import Config
 from serve_app.errors import JobFailed, one_line
 from serve_app.logs import get_logger
+from serve_app.stages.stage_memory import StageMemory
+from serve_app.stages.status_board import StatusBoard
 
 if TYPE_CHECKING:
     from serve_app.wan.text import Embedding
@@ -56,15 +58,18 @@ class Encoder:
         self._math = MathThread(stage.threads)
         device = pick_device(stage.device)
         limit_memory(device, stage.memory_fraction)
+        checkpoint = Checkpoint(config.model.folder, config.model.random)
         self._encoder = self._math.call(
             TextEncoder,
-            Checkpoint(config.model.folder, config.model.random),
+            checkpoint,
             device,
             getattr(torch, config.model.dtype),
         )
         if stage.warmup:
             self._math.call(self._encoder.encode, ["warm-up"])
             settle()
+        self._memory = StageMemory("encoder", config, checkpoint, [device], [self._encoder.model])
+        self._board = StatusBoard(self.status)
         self._encode_batch.set_max_batch_size(stage.batch.size)
         self._encode_batch.set_batch_wait_timeout_s(stage.batch.wait_s)
         logger.info("encoder ready", extra={"seconds": round(time.monotonic() - started, 2)})
@@ -79,6 +84,10 @@ class Encoder:
         if isinstance(result, Exception):
             raise result
         return result
+
+    def status(self) -> dict[str, Any]:
+        """Return the replica's status for people; called from another thread."""
+        return self._memory.plain()
 
     @serve.batch
     async def _encode_batch(self, requests: list[tuple[str, str | None]]) -> list[Encoded | Exception]:

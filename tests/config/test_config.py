@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,42 @@ def test_file(tmp_path: Path) -> None:
     content, config = load_file(write(tmp_path, applications(limits={"fps": 30})))
     assert content["applications"][0]["name"] == "wan"
     assert config.limits.fps == 30
+
+
+def test_a_second_pipeline_may_have_other_options(tmp_path: Path) -> None:
+    content = applications(limits={"fps": 30})
+    canary: dict[str, Any] = {
+        "name": "wan-next",
+        "import_path": "serve_app.app:wan",
+        "args": {"model": {"path": "next"}},
+    }
+    content["applications"].append(canary)
+    found, config = load_file(write(tmp_path, content))
+    assert config.limits.fps == 30 and config.model.path != str(tmp_path / "next")
+    assert found["applications"][-1]["args"]["model"] == {"path": str(tmp_path / "next")}
+    canary["args"]["storage"] = {"url": "elsewhere"}
+    with pytest.raises(
+        ConfigError, match=r"'wan-next': storage.url has value '.*elsewhere', expected that of the other"
+    ):
+        load_file(write(tmp_path, content))
+    canary["name"] = "wan"
+    content["applications"] = [one for one in content["applications"] if one is canary or one["name"] != "wan"]
+    with pytest.raises(ConfigError, match="`args` differ"):
+        load_file(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"next": 1}, "pipelines has next, expected 'wan' (`pipeline`) and at most one more"),
+        ({"wan": 1, "a": 1, "b": 1}, "pipelines has wan, a, b, expected 'wan' (`pipeline`) and at most one more"),
+        ({"wan": 0, "a": 1}, "pipelines has no share for 'wan', expected one above 0"),
+        ({"wan": -1}, "dispatcher.pipelines.wan has value -1, expected greater than or equal to 0"),
+    ],
+)
+def test_shares_of_pipelines_that_cannot_be(shares: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate({"dispatcher": {"pipelines": shares}})
 
 
 @pytest.mark.parametrize(

@@ -203,3 +203,21 @@ def test_sqlite_serves_one_host() -> None:
 
 def test_the_store_is_enough_unless_a_broker_is_named() -> None:
     assert broker(Config()) is None
+
+
+async def test_a_pipeline_runs_when_serve_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {}
+
+    def status() -> SimpleNamespace:
+        if not found:
+            raise RayServeException("there is no Serve")
+        return SimpleNamespace(applications=found)
+
+    monkeypatch.setattr("serve_app.dispatch.deployment.serve.status", status)
+    pipeline = ServePipeline("wan")
+    assert not await pipeline.runs()
+    found["gateway"] = SimpleNamespace(status="RUNNING")
+    assert not await pipeline.runs()
+    for state, runs in (("DEPLOYING", False), ("RUNNING", True), ("UNHEALTHY", False)):
+        found["wan"] = SimpleNamespace(status=state)
+        assert await pipeline.runs() == runs

@@ -65,6 +65,9 @@ def test_a_driver_that_fails_or_hangs(nvidia_smi: Install, monkeypatch: pytest.M
     nvidia_smi('echo "Unable to determine the device handle for GPU0: Unknown Error"; exit 15')
     with pytest.raises(GpusSick, match="nvidia-smi ended with 15: Unable to determine the device handle for GPU0"):
         gpus.gpus()
+    nvidia_smi('echo "No devices were found"')
+    with pytest.raises(GpusSick, match="nvidia-smi says 'No devices were found'"):
+        gpus.gpus()
     monkeypatch.setattr(gpus, "_ANSWER_S", 0.2)
     nvidia_smi("exec sleep 60")
     with pytest.raises(GpusSick, match="does not answer within"):

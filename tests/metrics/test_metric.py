@@ -71,7 +71,12 @@ def test_a_histogram_has_cumulative_buckets_and_an_exact_sum() -> None:
 
 def test_threads_lose_no_count() -> None:
     counter = Counter("x_total", "X.", ["gateway"])
-    threads = [threading.Thread(target=lambda: [counter.inc() for _ in range(5000)]) for _ in range(4)]
+
+    def count() -> None:
+        for _ in range(5000):
+            counter.inc()
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -46,6 +46,7 @@ GIVEN_UP, DELIVERED = (
     f'ray_wan_deliveries_total{{kind="webhook",outcome="{one}"}}' for one in ("given_up", "delivered")
 )
 BAD, GOOD = (f'ray_wan_http_requests_total{{route="get",status="{one}"}}' for one in ("5xx", "2xx"))
+CANARY_ABORTED, CANARY_PROMOTED = (f'ray_wan_canaries_ended_total{{end="{one}"}}' for one in ("aborted", "promoted"))
 LOST = 'ray_wan_attempts_failed_total{reason="group_lost"}'
 HEALTHY = 'ray_serve_deployment_replica_healthy{deployment="Denoiser",replica="r"}'
 
@@ -92,6 +93,7 @@ CASES = {
     ),
     "WanGroupLosses": Case({LOST: "0x10 0+1x8 8x200"}, 20, 120, calm={LOST: "0x10 1x60 2x60 3x60"}),
     "WanPoisonousJob": Case({ended("poisonous"): "0x10 1x200"}, 15, 100, calm={ended("poisonous"): "7x200"}),
+    "WanCanaryAborted": Case({CANARY_ABORTED: "0x10 1x200"}, 15, 100, calm={CANARY_PROMOTED: "0x10 1x200"}),
     "WanStepsOutOfMemory": Case(
         {"ray_wan_steps_out_of_memory_total": "0x10 1x200"},
         15,

@@ -7,9 +7,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.db.tables import Job, Status
+from serve_app.finish.plan import Finish
 from serve_app.parameters import Fields, Priority, Resolved
 
-Variant = Literal["video", "thumbnail", "spritesheet"]
+Variant = Literal["video", "thumbnail", "spritesheet", "plain", "preview", "stills"]
+"""A file of a video. The last three are there only if the video was finished, `preview` and `stills` if asked for."""
 
 
 class CreateVideo(Fields):
@@ -33,6 +35,17 @@ class VideoError(BaseModel):
     message: str
 
 
+class FinishedFormat(BaseModel):
+    """The finished video, which is not of the size and length that the parameters say."""
+
+    width: int
+    height: int
+    fps: int
+    num_frames: int
+    content_type: str = Field(description="Media type of the file.")
+    seconds: dict[str, float] = Field({}, description="Seconds that each step was at work, some beside each other.")
+
+
 class VideoState(BaseModel):
     """The state of a video. The first block is OpenAI's resource, the second is ours."""
 
@@ -50,7 +63,7 @@ class VideoState(BaseModel):
     remixed_from_video_id: str | None = None
     error: VideoError | None = None
 
-    stage: str | None = Field(None, description="`encode`, `denoise` or `decode`; null if it is not running.")
+    stage: str | None = Field(None, description="`encode`, `denoise`, `decode` or `finish`; null if it is not running.")
     step: int = 0
     steps: int = 0
     seconds_left: float | None = Field(
@@ -86,6 +99,10 @@ class Video(Resolved, VideoState):
     """Seconds of each stage."""
     warnings: list[str] = Field([], description="Warnings for people, e.g. a prompt that was cut.")
     size_bytes: int | None = None
+    finish: Finish | None = Field(None, description="Steps that finish the decoded video, as asked for.")
+    finished: FinishedFormat | None = Field(
+        None, description="What the steps made. Null if the video is as it was decoded; `warnings` say why."
+    )
 
     @classmethod
     def of(
@@ -137,6 +154,8 @@ class Video(Resolved, VideoState):
             timings=job.timings,
             warnings=job.warnings,
             size_bytes=job.size_bytes,
+            finish=job.finish,
+            finished=job.finish_result,
         )
 
 

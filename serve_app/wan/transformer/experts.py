@@ -40,6 +40,11 @@ class Experts:
         # Blocks that take turns share memory.
         return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the cached keys and values of texts."""
+        return sum(model.text_cache.bytes for model in self._models.values())  # type: ignore[misc, union-attr]
+
     def use(self, name: Expert) -> nn.Module:
         """Return an expert, whose blocks are on the device by the time they run."""
         if self._block_swap is not None:

@@ -52,12 +52,14 @@ class VideoDecoder:
             randomise(vae)
         copies = [copy.deepcopy(vae).to(other) for other in others]
         self.vae = vae.to(device)
-        for one in (self.vae, *copies):
+        self.vaes = [self.vae, *copies]
+        """The VAE, and its copies on the other devices."""
+        for one in self.vaes:
             if one.device.type == "cpu" and dtype == torch.float32:
                 speed_up(one)
         self.device = device
         self.dtype = dtype
-        self.tiled = TiledDecoder([self.vae, *copies], tile_bytes or math.inf)
+        self.tiled = TiledDecoder(self.vaes, tile_bytes or math.inf)
         statistics = (vae.config.latents_mean, vae.config.latents_std)
         self._mean, self._std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(device, dtype) for values in statistics)
 

@@ -3,8 +3,10 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0003"
-down_revision = "0002"
+revision = "0005"
+down_revision = "0004"
+oldest = "0002"
+"""The oldest revision whose version still runs on these tables: nothing that it knows was taken away or renamed."""
 
 
 def upgrade() -> None:
@@ -34,3 +36,14 @@ def upgrade() -> None:
     )
     columns = ["status", "turn", "id", "owner", "priority", "work", "not_before"]
     op.create_index("jobs_by_wait", "jobs", columns)
+
+
+def downgrade() -> None:
+    """Migrate the tables back to the revision before."""
+    op.drop_index("jobs_by_wait", "jobs")
+    for name in ("replicas", "degrade"):
+        op.drop_table(name)
+    for name in ("degrade", "queued_tflop"):
+        op.drop_column("keys", name)
+    for name in ("requested", "degrade", "predicted_s", "passes", "group_s", "saved_step"):
+        op.drop_column("jobs", name)
