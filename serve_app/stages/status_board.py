@@ -38,7 +38,7 @@ class StatusBoard:
     """
 
     def __init__(self, describe: Describe, period_s: float = PERIOD_S) -> None:
-        self._describe = WeakMethod(describe)  # type: ignore[arg-type]
+        self._describe = WeakMethod(describe)
         self._period_s = period_s
         self._failed = False
         try:
