@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 # every import of every process, and a deployment starts half as fast.
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
 PROMPT ?= A red circle moves to the right on a white background
+FPS ?=
 NODES ?= 3
 LANES ?= 2
 CLUSTER ?=
@@ -33,8 +34,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 setup: $(VENV)/ready ## set up .venv
 
-demo: setup ## start the embedded default, make one video (PROMPT="..."), stop
-	@$(BIN)/wan-serve demo "$(PROMPT)"
+demo: setup ## start the embedded default, make one video (PROMPT="..." FPS=32), stop
+	@$(BIN)/wan-serve demo "$(PROMPT)" $(if $(FPS),--fps-out $(FPS))
 
 serve: setup ## the embedded default on http://127.0.0.1:8000 until Ctrl-C
 	@exec $(BIN)/wan-serve up configs/tiny.yaml
@@ -64,6 +65,7 @@ bench: setup ## the benchmarks that this machine can run
 	@$(BIN)/python -m benchmarks.serving.engine_throughput
 	@$(BIN)/python -m benchmarks.serving.mixed_trace
 	@$(BIN)/python -m benchmarks.serving.engine_overhead
+	@$(BIN)/python -m benchmarks.serving.metrics_cost
 	@$(BIN)/python -m benchmarks.model.cpu_vae
 	@$(BIN)/python -m benchmarks.serving.gateway
 	@$(BIN)/python -m benchmarks.serving.api_fuzz

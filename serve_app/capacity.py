@@ -74,6 +74,7 @@ def needs(config: Config, *, pipeline: bool = True, gateway: bool = True) -> lis
             _of_stage("Encoder", "encoder", config.encoder.resources, config.encoder.autoscaling),
             *_of_groups(config),
             _of_stage("Decoder", "decoder", config.decoder.resources, config.decoder.autoscaling),
+            *_of_finishers(config),
             Need(
                 "Pipeline",
                 "pipeline",
@@ -99,7 +100,9 @@ def impossible(wanted: Sequence[Need], hosts: Sequence[Host]) -> list[str]:
     for name, amount in asked.items():
         if amount > has.get(name, 0) + _ROUNDING:
             users = ", ".join(
-                f"{need.replicas} x {need.deployment} ({need.total[name]:g})" for need in wanted if need.total.get(name)
+                f"{need.replicas} x {need.deployment} ({need.total[name]:g})"
+                for need in wanted
+                if need.replicas and need.total.get(name)
             )
             lines.append(
                 f"all deployments together ask for {_text({name: amount})}, and the cluster has "
@@ -122,6 +125,12 @@ def _of_stage(deployment: str, section: str, resources: Resources, scaling: Auto
         labels=resources.labels,
         replicas=scaling.min_replicas,
     )
+
+
+def _of_finishers(config: Config) -> list[Need]:
+    """Return the need of the finishers, if requests may ask for them."""
+    stage = config.finisher
+    return [_of_stage("Finisher", "finisher", stage.resources, stage.autoscaling)] if stage.enabled else []
 
 
 def _of_groups(config: Config) -> list[Need]:

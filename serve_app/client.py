@@ -21,7 +21,7 @@ from serve_app.errors import JobFailed, ServeAppError, Unavailable, one_line
 from serve_app.request import VideoRequest
 from serve_app.whole_file import check_target, whole_file
 
-Variant = Literal["video", "thumbnail", "spritesheet"]
+Variant = Literal["video", "thumbnail", "spritesheet", "plain", "preview", "stills"]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from serve_app.config import Priority
+from serve_app.finish.plan import Finish
 from serve_app.request import Params
 
 
@@ -31,3 +32,5 @@ class JobSpec:
     """Number of groups of ranks that were lost during the same step of this job. Above 0 its steps are made alone."""
     pipeline: str | None = None
     """The pipeline application that makes it; None is the dispatcher's own."""
+    finish: Finish | None = None
+    """Steps that finish the decoded video; None keeps it as it is."""

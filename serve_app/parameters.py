@@ -5,7 +5,7 @@ default, command line flags and synonyms. `VideoRequest`, `Params`, the option s
 range checks, the options of `wan-serve generate`, the suggestions for misspelt names and the reference pages follow
 from it. A new parameter is one more field here, and the code of the model that uses it.
 
-Imports nothing of ours.
+Imports only the plan of finishing of ours.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from operator import or_
 from typing import TYPE_CHECKING, Any, Generic, Literal, Never, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, Field, create_model
+
+from serve_app.finish.plan import Finish
 
 N = TypeVar("N")
 """None if a field may be left out: `int | None`. Never if it has a value: `int | Never` is `int`."""
@@ -205,7 +207,17 @@ class Parameters(BaseModel, Generic[N]):
 
 
 class Handling(BaseModel):
-    """The fields of a request that do not show in the pixels: how soon the video is wanted, and who is told."""
+    """The fields of a request beside the generation parameters.
+
+    They say what is made of the decoded video, how soon it is wanted, and who is told.
+    """
+
+    finish: Finish | str | None = parameter(
+        'Steps that finish the video after the decode, e.g. `{"interpolate": {"fps": 32}}`, or the name of a profile '
+        "of the server.",
+        note="Profiles are those of `finisher.profiles`.",
+        synonyms=("postprocess", "post_processing", "interpolation", "upscaling", "finisher"),
+    )
 
     model: str | None = parameter(
         "Id of the model. If given, it must be the one that is served.",
@@ -229,6 +241,13 @@ class Handling(BaseModel):
         least=0,
         note="At most 366 days from now, and before the deadline.",
         synonyms=("start", "start_time", "not_before", "scheduled_at"),
+    )
+    degrade: Literal["never"] | dict[str, str | int] | None = parameter(
+        'What the request agrees to under load, e.g. `{"min_size": "832x480", "min_steps": 20}`: a smaller picture '
+        "first, then fewer steps, never less than this. `never`: exactly what it asks for.",
+        note="Default is what the key allows, which is nothing unless its maker said so.",
+        flags=None,
+        synonyms=("fallback", "allow_degrade"),
     )
     notify_email: str | None = parameter(
         "Address that gets a mail when the video has ended. It is never shown.",

@@ -9,12 +9,14 @@ import math
 import re
 import secrets
 import time
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from serve_app.config import Config, Limits, is_mail_address
+from serve_app.config import LONGEST_SIDE, Config, Limits, is_mail_address
+from serve_app.degrade import NEVER, Floor
 from serve_app.errors import InvalidRequest
+from serve_app.finish.plan import Finish, VideoFormat
 from serve_app.parameters import (
     FRAME_MULTIPLE,
     HANDLING,
@@ -65,6 +67,11 @@ class Params(Resolved):
         """Length of the video in seconds."""
         return self.num_frames / self.fps
 
+    @property
+    def format(self) -> VideoFormat:
+        """Size and length of the decoded video."""
+        return VideoFormat(self.width, self.height, self.fps, self.num_frames)
+
 
 class Urgency(BaseModel):
     """The urgency of a video, which does not show in its pixels."""
@@ -76,6 +83,8 @@ class Urgency(BaseModel):
     """Seconds from its creation after which the video is of no use."""
     start_at: float | None = None
     """Earliest start of work on it, as a Unix time; its waiting time counts from then."""
+    degrade: Floor | Literal["never"] | None = None
+    """The least that the request agrees to under load. None: what its key agrees to, if that is anything."""
 
 
 def parse(fields: dict[str, Any], *, strict: bool = True) -> VideoRequest:
@@ -88,15 +97,36 @@ def parse(fields: dict[str, Any], *, strict: bool = True) -> VideoRequest:
         return VideoRequest.model_validate(fields, strict=strict)
     except ValidationError as error:
         # Report an unknown field first: it may be a misspelt name of the one that is missing.
-        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        errors = [one for one in error.errors() if not _is_other_kind(one, fields)]
+        first = min(errors, key=lambda one: (one["type"] != "extra_forbidden", len(one["loc"]) > 1))
         if not first["loc"]:
             raise InvalidRequest(None, f"The fields cannot be read: {first['msg']}.") from None
         param = str(first["loc"][0])[:80]
+        if len(first["loc"]) > 1:
+            raise InvalidRequest(param, _nested(first)) from None
         if first["type"] == "extra_forbidden":
             raise InvalidRequest(param, unknown_field(param, FIELDS)) from None
         if first["type"] == "missing":
             raise InvalidRequest(param, f"'{param}' is required.") from None
         raise InvalidRequest(param, f"'{param}' has value {_short(first['input'])}: {first['msg']}.") from None
+
+
+def _is_other_kind(error: Any, fields: dict[str, Any]) -> bool:
+    """Return whether an error says that an object is no text, or a text no object, where a field may be either."""
+    return len(error["loc"]) == 2 and error["type"] == (
+        "string_type" if isinstance(fields.get(error["loc"][0]), dict) else "model_type"
+    )
+
+
+def _nested(error: Any) -> str:
+    """Return what is wrong inside of a field that is an object."""
+    field, _, *path = error["loc"]  # the second one names the type
+    name = ".".join(map(str, [field, *path]))[:120]
+    if error["type"] == "extra_forbidden":
+        return f"Unknown field '{name}'."
+    if error["type"] in ("model_type", "string_type"):
+        return f"'{name}' has value {_short(error['input'])}, expected an object{'' if path else ', or text'}."
+    return f"'{name}' has value {_short(error['input'])}: {error['msg'].removeprefix('Value error, ')}."
 
 
 def resolve(request: VideoRequest, config: Config) -> Params:
@@ -198,7 +228,7 @@ def urgency(request: VideoRequest) -> Urgency:
     """Return the urgency of a request.
 
     Raises:
-        InvalidRequest: `deadline_s` or `start_at` is out of range, or `start_at` is not before the deadline.
+        InvalidRequest: `deadline_s`, `start_at` or `degrade` is out of range, or `start_at` is not before the deadline.
     """
     deadline_s, start_at = request.deadline_s, request.start_at
     if deadline_s is not None and not 0 < deadline_s <= MAX_DEADLINE_S:  # also refuses NaN
@@ -214,7 +244,49 @@ def urgency(request: VideoRequest) -> Urgency:
             )
         if deadline_s is not None and start_at >= now + deadline_s:
             raise InvalidRequest("start_at", f"'start_at' is {_short(start_at)}, expected a time before the deadline.")
-    return Urgency(priority=request.priority or "standard", deadline_s=deadline_s, start_at=start_at)
+    degrade = None if request.degrade is None else Floor.parse(request.degrade) or NEVER
+    return Urgency(priority=request.priority or "standard", deadline_s=deadline_s, start_at=start_at, degrade=degrade)
+
+
+def finishing(request: VideoRequest, params: Params, config: Config) -> Finish | None:
+    """Return the plan of a video's finishing with its profile looked up; None if the video stays as it is decoded.
+
+    Raises:
+        InvalidRequest: there is no such profile or model, or the finished video would be too large.
+    """
+    finish, options = request.finish, config.finisher
+    if isinstance(finish, str):
+        if finish not in options.profiles:
+            known = ", ".join(f"'{name}'" for name in sorted(options.profiles))
+            expected = f"a profile of this server ({known})" if known else "an object: this server has no profiles"
+            raise InvalidRequest("finish", f"'finish' is {_short(finish)}, expected {expected}.")
+        finish = options.profiles[finish]
+    if finish is None or not finish.steps:
+        return None
+    if not options.enabled:
+        raise InvalidRequest("finish", "'finish' is given, but this server finishes no videos (`finisher.enabled`).")
+    for step, part, models in (
+        ("interpolate", finish.interpolate, options.interpolators),
+        ("upscale", finish.upscale, options.upscalers),
+    ):
+        if part is not None and part.model is not None and part.model not in models:
+            expected = " or ".join(f"'{name}'" for name in sorted(models)) or "none, since this server has no models"
+            raise InvalidRequest("finish", f"'finish.{step}.model' is {_short(part.model)}, expected {expected}.")
+    if finish.label is not None and finish.label.c2pa and options.certificate is None:
+        raise InvalidRequest("finish", "'finish.label.c2pa' is true, but this server has no certificate.")
+    try:
+        made = finish.result(params.format)
+    except ValueError as error:
+        raise InvalidRequest("finish", f"'finish' cannot be used: {error}.") from None
+    if made.fps > (most := max(config.limits.fps, params.fps)):
+        raise InvalidRequest("finish", f"'finish.interpolate.fps' is {made.fps}, expected at most {most}.")
+    if max(made.width, made.height) > LONGEST_SIDE or made.width * made.height > options.pixels:
+        raise InvalidRequest(
+            "finish",
+            f"'finish.upscale' makes {made.width}x{made.height}, expected at most {options.pixels} pixels and sides of "
+            f"{LONGEST_SIDE}.",
+        )
+    return finish
 
 
 def recipient(request: VideoRequest, config: Config) -> str | None:

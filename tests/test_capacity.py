@@ -83,6 +83,14 @@ def test_what_may_be_possible(change: dict[str, Any], hosts: list[Host]) -> None
     assert refused(change, *hosts) == []
 
 
+def test_a_finisher_that_is_not_there_yet_needs_nothing_but_a_host_that_could_have_it() -> None:
+    finisher = {"resources": {"num_cpus": 1, "labels": {"pool": "cpu"}}}
+    (line,) = refused({"finisher": finisher}, LAPTOP)
+    assert "finisher.resources asks for 1 CPU on one host with the labels {pool: cpu}, and no host has that" in line
+    (line,) = refused({"gateway": {"num_cpus": 1.9}}, LAPTOP)
+    assert "Finisher" not in line
+
+
 def test_the_model_at_its_size_on_one_gpu() -> None:
     """Each of the three stages would find the GPU, and together they do not."""
     (line,) = impossible(needs(validate({})), [Host({"CPU": 64, "GPU": 1})])
@@ -95,4 +103,7 @@ def test_only_the_applications_of_the_file_count() -> None:
         {"denoiser": {"experts": "split", "low_noise_autoscaling": {"min_replicas": 2, "max_replicas": 2}}}
     )
     found = {need.deployment: need.replicas for need in needs(split, gateway=False)}
-    assert found == {"Encoder": 1, "HighNoiseDenoiser": 1, "LowNoiseDenoiser": 2, "Decoder": 1, "Pipeline": 1}
+    stages = {"Encoder": 1, "HighNoiseDenoiser": 1, "LowNoiseDenoiser": 2, "Decoder": 1, "Pipeline": 1}
+    assert found == {**stages, "Finisher": 0}
+    without = validate({"finisher": {"enabled": False}})
+    assert "Finisher" not in {need.deployment for need in needs(without)}

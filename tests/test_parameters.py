@@ -25,9 +25,11 @@ added = '''    sharpness: float | N = parameter(
         "How sharp edges are.", default=1.5, least=0, most=9, flags=("--sharp",), synonyms=("crispness",)
     )
 '''
-module = ModuleType("serve_app.parameters")
-sys.modules["serve_app.parameters"] = module
+module, bare = ModuleType("serve_app.parameters"), ModuleType("serve_app")
+bare.__path__ = [str(path.parent)]  # what it imports shall not import the whole package, and so itself
+sys.modules.update({"serve_app.parameters": module, "serve_app": bare})
 exec(compile(text.replace(before, added + before), str(path), "exec"), module.__dict__)
+del sys.modules["serve_app"]
 
 import yaml
 

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -57,7 +57,8 @@ def _rows(
     for name, field in kind.model_fields.items():
         if only is not None and name not in only:
             continue
-        inner = _section(field.annotation)
+        mapping = get_origin(field.annotation) is dict
+        inner = None if mapping else _section(field.annotation)
         default = getattr(value, name) if value is not None else field.get_default(call_default_factory=True)
         if inner is not None and isinstance(default, inner):
             yield from _rows(inner, default, f"{prefix}{name}.", sentences, used)
@@ -65,6 +66,8 @@ def _rows(
         required = value is None and field.is_required()
         of = schema["properties"][name]
         shown = f"like {_owner_name(inner)}, or null" if inner else type_name(of, schema.get("$defs", {}))
+        if mapping:  # what its values look like is told where requests are
+            shown = shown.replace("](#", "](api.md#")
         yield (
             f"`{prefix}{name}`",
             shown,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from serve_app.cli.client import Api
+from serve_app.cli.parameters import FpsOut, finish_field
 from serve_app.cli.videos import make, report
 from serve_app.errors import ConfigError
 from serve_app.launch import guard, shipped
@@ -78,6 +79,7 @@ def demo(
     prompt: Annotated[str, typer.Argument(help=f"What to draw. {NOTE}")] = DEMO_PROMPT,
     folder: Annotated[Path, typer.Option(help="Folder for the video.")] = Path("out"),
     config: Annotated[Path, typer.Option(callback=shipped.config_file, help="The configuration to serve.")] = TINY,
+    fps_out: FpsOut = None,
 ) -> None:
     """Start the embedded default, make one video over HTTP, and stop everything again."""
     guard.fork()
@@ -97,7 +99,8 @@ def demo(
             say(NOTE)
         say(f"asking for: {prompt}")
         with Api(server.url, say=say) as api:
-            video = make(api, lambda: api.create({"prompt": prompt}), lambda video: folder / f"{video['id']}.mp4")
+            asked = {"prompt": prompt, **({} if fps_out is None else {"finish": finish_field(None, fps_out)})}
+            video = make(api, lambda: api.create(asked), lambda video: folder / f"{video['id']}.mp4")
         made = time.monotonic()
         say("stopping")
     report(video, folder / f"{video['id']}.mp4")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serve_app.cli.client import DEFAULT_URL, Api, ApiKey, Url, shown_status
-from serve_app.cli.parameters import with_parameters
+from serve_app.cli.parameters import FpsOut, finish_field, with_parameters
 from serve_app.cli.table import one_cell, print_table
 from serve_app.errors import ServeAppError
 from serve_app.whole_file import check_target
@@ -26,14 +26,26 @@ progress = Console(highlight=False, stderr=True)
 
 VideoId = Annotated[str, typer.Argument(metavar="ID", help="A video's id, as `generate` and `videos list` print it.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="File for the mp4.")]
-_SUFFIXES = {"video": ".mp4", "thumbnail": "-thumbnail.jpg", "spritesheet": "-spritesheet.jpg"}
+Variant = Literal["video", "thumbnail", "spritesheet", "plain", "preview", "stills"]
+_SUFFIXES = {
+    "thumbnail": "-thumbnail.jpg",
+    "spritesheet": "-spritesheet.jpg",
+    "plain": "-plain.mp4",
+    "stills": "-stills.zip",
+}
 
 
 @with_parameters
 def generate(
-    prompt: str, out: Out = Path("out.mp4"), url: Url = DEFAULT_URL, key: ApiKey = None, **fields: Any
+    prompt: str,
+    out: Out = Path("out.mp4"),
+    url: Url = DEFAULT_URL,
+    key: ApiKey = None,
+    fps_out: FpsOut = None,
+    **fields: Any,
 ) -> None:
     """Make one video on a running server, with a progress bar. The first line on stdout is its id, printed at once."""
+    fields["finish"] = finish_field(fields["finish"], fps_out)
     given = {"prompt": prompt, **{name: value for name, value in fields.items() if value is not None}}
     check_target(out, "--out")
     with _api(url, key) as api:
@@ -99,14 +111,14 @@ def delete(video_id: VideoId, url: Url = DEFAULT_URL, key: ApiKey = None) -> Non
 def download(
     video_id: VideoId,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write; ID.mp4 if not given.")] = None,
-    variant: Annotated[Literal["video", "thumbnail", "spritesheet"], typer.Option(help="The file to fetch.")] = "video",
+    variant: Annotated[Variant, typer.Option(help="The file to fetch.")] = "video",
     url: Url = DEFAULT_URL,
     key: ApiKey = None,
 ) -> None:
     """Wait until a video is completed, and write it to a file."""
     with _api(url, key) as api:
         video = api.get(video_id)
-        target = Path(f"{video_id}{_SUFFIXES[variant]}") if out is None else out
+        target = Path(f"{video_id}{_suffix(video, variant)}") if out is None else out
         check_target(target, "--out")
         _finish(api, video, target, variant)
     console.print(f"{target}: {target.stat().st_size} bytes", style="bold", soft_wrap=True, markup=False)
@@ -146,9 +158,20 @@ def report(video: dict[str, Any], out: Path) -> None:
     for warning in video.get("warnings") or []:
         progress.print(f"warning: {warning}", soft_wrap=True, markup=False)
     times = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in (video.get("timings") or {}).items())
-    said = f"{out}: {video['size']}, {video['seconds']} s, seed {video['seed']}"
+    size = video["size"]
+    if (made := video.get("finished")) is not None:
+        size = f"{made['width']}x{made['height']} at {made['fps']} fps"
+    said = f"{out}: {size}, {video['seconds']} s, seed {video['seed']}"
     console.print(said, style="bold", soft_wrap=True, markup=False)
     console.print(times, soft_wrap=True)
+
+
+def _suffix(video: dict[str, Any], variant: str) -> str:
+    """Return the end of the file's name for a variant of a video."""
+    encode = (video.get("finish") or {}).get("encode") or {}
+    if variant == "preview":
+        return f"-preview.{encode.get('preview') or 'webp'}"
+    return _SUFFIXES.get(variant, f".{encode.get('container') or 'mp4'}")
 
 
 def _api(url: str, key: str | None) -> Api:

@@ -55,6 +55,20 @@ def placed(config: Config, place: Place, environ: Mapping[str, str] = os.environ
             ),
             "storage": storage,
             "store": config.store.model_copy(update={"url": _store_url(config.store.url, place)}),
+            "finisher": moved(
+                config.finisher,
+                certificate="finisher.certificate",
+                private_key="finisher.private_key",
+                font="finisher.font",
+            ).model_copy(
+                update={
+                    field: {
+                        name: str(place(f"finisher.{field}.{name}", path))
+                        for name, path in getattr(config.finisher, field).items()
+                    }
+                    for field in ("upscalers", "interpolators")
+                }
+            ),
             "webhooks": moved(config.webhooks, ca_file="webhooks.ca_file"),
             "mail": None if config.mail is None else moved(config.mail, ca_file="mail.ca_file"),
         }

@@ -9,11 +9,20 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from pydantic import ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
+from serve_app.config.finisher import FinisherConfig
 from serve_app.config.gateway import AuthConfig, GatewayConfig
 from serve_app.config.gpu_memory import Taker, too_much
-from serve_app.config.jobs import Ageing, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
+from serve_app.config.jobs import (
+    AdmissionConfig,
+    Ageing,
+    DegradeConfig,
+    DispatcherConfig,
+    QueueConfig,
+    RetentionConfig,
+    StoreConfig,
+)
 from serve_app.config.model import Defaults, Limits, ModelConfig
 from serve_app.config.notifications import MailConfig, WebhooksConfig
 from serve_app.config.paths import default_home, home_of, sqlite_url
@@ -39,11 +48,14 @@ class Config(Section):
     encoder: EncoderConfig = EncoderConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     decoder: DecoderConfig = DecoderConfig()
+    finisher: FinisherConfig = FinisherConfig()
     pipeline: PipelineConfig = PipelineConfig()
     gateway: GatewayConfig = GatewayConfig()
     auth: AuthConfig = AuthConfig()
     dispatcher: DispatcherConfig = DispatcherConfig()
     ageing: Ageing = Ageing()
+    admission: AdmissionConfig = AdmissionConfig()
+    degrade: DegradeConfig = DegradeConfig()
     store: StoreConfig = StoreConfig()
     queue: QueueConfig = QueueConfig()
     retention: RetentionConfig = RetentionConfig()
@@ -84,7 +96,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _memory_of_shared_gpus(self) -> Config:
-        encoder, denoiser, decoder = self.encoder, self.denoiser, self.decoder
+        encoder, denoiser, decoder, finisher = self.encoder, self.denoiser, self.decoder, self.finisher
         groups = denoiser.autoscaling.max_replicas
         if denoiser.experts == "split":
             groups += (denoiser.low_noise_autoscaling or denoiser.autoscaling).max_replicas
@@ -94,8 +106,9 @@ class Config(Section):
                 ("encoder", encoder, encoder.resources, encoder.autoscaling.max_replicas, 1),
                 ("denoiser rank", denoiser, denoiser.rank, groups * denoiser.parallel.size, 1),
                 ("decoder", decoder, decoder.resources, decoder.autoscaling.max_replicas, decoder.devices),
+                ("finisher", finisher, finisher.resources, finisher.autoscaling.max_replicas, 1),
             )
-            if stage.device != "cpu"
+            if stage.device != "cpu" and (stage is not finisher or (finisher.enabled and need.num_gpus))
         ]
         if wrong := too_much(takers):
             raise ValueError(wrong)
@@ -226,13 +239,15 @@ def _explain(section: type[Section], error: Any, where: str, line: Line | None) 
     return f"{subject}{value}: {said}"
 
 
-def _instead(section: type[Section], path: tuple[Any, ...]) -> str:
+def _instead(section: type[BaseModel], path: tuple[Any, ...]) -> str:
     """Return what may stand where an unknown option was found: its new name, a similar one, or the list of all."""
     if (renamed := _RENAMED.get(".".join(str(part) for part in path))) is not None:
         return f", it is now {renamed!r}"
     for name in path[:-1]:
+        if name not in section.model_fields:  # a key of a mapping
+            continue
         kind = section.model_fields[name].annotation
-        section = next(one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Section))
+        section = next(one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel))
     names = sorted(section.model_fields)
     close = get_close_matches(str(path[-1]), names, 1)
     return f", did you mean {close[0]!r}?" if close else f", expected one of {', '.join(names)}"

@@ -6,6 +6,7 @@ Knows nothing of Ray: the pipeline is a callable that yields events.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Literal, cast
@@ -17,6 +18,7 @@ from serve_app.db.database import STORE_AWAY
 from serve_app.db.tables import CANCELLED, Job
 from serve_app.errors import JobFailed, one_line
 from serve_app.events import Done, Event, Progress
+from serve_app.finish.plan import Finish
 from serve_app.job_spec import JobSpec
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
@@ -56,6 +58,7 @@ def spec_of(job: Job) -> JobSpec:
         created_at=job.waits_since,
         losses=job.losses,
         pipeline=job.pipeline,
+        finish=None if job.finish is None else Finish.model_validate(job.finish),
     )
 
 
@@ -162,7 +165,9 @@ class Run:
             return
         if await self._record(lambda: store.complete(job.id, job.attempt, done)):
             seconds = round(self._clock.monotonic() - began, 3)
-            logger.info("completed", extra={"job": job.id, "attempt": job.attempt, "seconds": seconds})
+            # The gateway's clock gave the time of creation.
+            took = {"predicted_s": job.predicted_s, "took_s": round(time.time() - job.created_at, 3)}
+            logger.info("completed", extra={"job": job.id, "attempt": job.attempt, "seconds": seconds, **took})
             self._measure(done, seconds)
 
     def _measure(self, done: Done, seconds: float) -> None:
@@ -172,7 +177,7 @@ class Run:
         for stage in metrics.STAGES:
             if stage in done.timings:
                 metrics.stage_seconds.observe(done.timings[stage], stage=stage, size=size)
-        metrics.gpu_seconds.inc(done.timings.get("denoise", 0.0) * self.job.ranks)
+        metrics.gpu_seconds.inc(done.timings.get("denoise", 0.0) * self.job.ranks + done.finish_gpu_seconds)
 
     async def _follow(self) -> Done:
         """Follow the pipeline's events up to the video or the deadline; return the video."""

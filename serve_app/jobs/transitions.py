@@ -32,14 +32,15 @@ def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Ba
     job.step, job.seconds_left = job.steps, None
     job.outputs, job.timings = dict(done.outputs), dict(done.timings)
     job.warnings = [*job.warnings, *done.warnings]
-    job.size_bytes, job.revision = done.size_bytes, done.revision
+    job.size_bytes, job.revision, job.finish_result = done.size_bytes, done.revision, done.finished
+    job.group_s, job.passes = done.group_s, done.passes
     job.lease_owner = job.lease_until = None
     job.error_code = job.error_message = None
     earlier = [f"videos/{job.id}/{attempt}" for attempt in range(1, job.attempt)]
     return [
         event_of(job),
         *_garbage([*earlier, job.state_prefix], now, late_outputs_s),
-        *_charge(job, now, done.timings.get("denoise", 0.0)),
+        *_charge(job, now, done.timings.get("denoise", 0.0), done.finish_gpu_seconds),
     ]
 
 
@@ -140,11 +141,12 @@ def _garbage(prefixes: Iterable[str], now: float, late_outputs_s: float) -> list
     return [Garbage(prefix=prefix, due_at=due_at) for prefix in prefixes for due_at in times]
 
 
-def _charge(job: Job, now: float, denoised_s: float) -> list[Usage]:
+def _charge(job: Job, now: float, denoised_s: float, finish_gpu_s: float = 0.0) -> list[Usage]:
     """Return the usage that the job's key is charged, if it has one."""
-    if not job.owner or denoised_s <= 0:
+    if not job.owner or denoised_s + finish_gpu_s <= 0:
         return []
-    return [Usage(job_id=job.id, owner=job.owner, at=now, gpu_seconds=denoised_s * job.ranks)]
+    gpu_seconds = denoised_s * job.ranks + finish_gpu_s
+    return [Usage(job_id=job.id, owner=job.owner, at=now, gpu_seconds=gpu_seconds)]
 
 
 def _denoised_s(job: Job, now: float) -> float:

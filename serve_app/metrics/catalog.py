@@ -12,7 +12,7 @@ from serve_app.metrics.metric import OTHER, Counter, Gauge, Histogram, Metric
 from serve_app.parameters import Priority
 
 PRIORITIES: tuple[str, ...] = get_args(Priority)
-STAGES = ("encode", "denoise", "decode", "store")
+STAGES = ("encode", "denoise", "decode", "store", "finish")
 COMPLETED = "completed"
 # Error codes of jobs, as the reference page of errors lists them; a test compares the two.
 ERROR_CODES = (

@@ -1,4 +1,4 @@
-"""The decoder's deployment: latents in, stored files out. Frames never leave the process."""
+"""The decoder's deployment: latents in, stored files out. Frames leave the process only on their way to a finisher."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from serve_app.logs import get_logger
 from serve_app.metrics import export
 from serve_app.request import Params
 from serve_app.stages.client_liveness import ClientLiveness
+from serve_app.stages.frame_stream import FrameAddress, send_frames
 from serve_app.stages.stage_memory import StageMemory
 from serve_app.stages.status_board import StatusBoard
 from serve_app.stages.video_files import StoredVideo, VideoFiles, warm_up
@@ -57,10 +58,12 @@ class _Item:
 
     Attributes:
         again: whether an earlier call may have left files under `prefix`.
+        frames_to: a finisher that gets the frames as well.
         abandoned: whether the call was cancelled.
         frame_buffer: the frames that its latest pass of the VAE makes.
         decoded: done when all frames of that pass are there; the moment, on the monotonic clock.
         storing: what stores the frames of that pass.
+        sending: what sends them to the finisher.
         result: what `_decode_batch` returns for it.
         warnings: sentences for the user.
     """
@@ -70,10 +73,12 @@ class _Item:
     prefix: str
     job_id: str
     again: bool
+    frames_to: FrameAddress | None = None
     abandoned: bool = False
     frame_buffer: FrameBuffer = field(default_factory=FrameBuffer)
     decoded: asyncio.Future[float] | None = None
     storing: _Storing | None = None
+    sending: asyncio.Task[None] | None = None
     result: _Stored | JobFailed | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -83,6 +88,12 @@ class _Item:
         if self.storing is not None:
             self.storing.cancel()
             await asyncio.wait([self.storing])
+        await self.sent()
+
+    async def sent(self) -> None:
+        """Wait until the finisher, if there is one, has all frames or will get no more."""
+        if self.sending is not None:
+            await asyncio.wait([self.sending])
 
 
 @serve.deployment(name="Decoder")
@@ -136,6 +147,7 @@ class Decoder:
         job_id: str,
         again: bool = False,
         caller: Any = None,
+        frames_to: FrameAddress | None = None,
     ) -> Decoded:
         """Decode latents [1, channels, frames, height, width] and store the video under `prefix`.
 
@@ -149,13 +161,15 @@ class Decoder:
             job_id: the job, for metadata and logs.
             again: whether an earlier call may have left files under `prefix`; they are removed.
             caller: handle of the process that asks, see `client_liveness`.
+            frames_to: a finisher that gets the frames as they are decoded. What becomes of them there does not matter
+                here.
 
         Raises:
             JobFailed: `decode_failed`; `not_finite` if latents or pixels hold NaN or infinity; `out_of_memory` if not
                 even the smallest tile fits, although it may fit on another replica, or here later; or `store_failed`,
                 which is retryable where the storage was away or full.
         """
-        item = _Item(latents, params, prefix, job_id, again)
+        item = _Item(latents, params, prefix, job_id, again, frames_to)
         with self._client_liveness.watching(caller):
             try:
                 result = await self._decode_batch(item)
@@ -163,6 +177,7 @@ class Decoder:
                     raise result
                 storing, seconds = result
                 stored = await storing
+                await item.sent()
             except asyncio.CancelledError:
                 item.abandoned = True
                 await item.end()
@@ -217,6 +232,8 @@ class Decoder:
         for item in items:
             item.frame_buffer, item.decoded = FrameBuffer(), asyncio.get_running_loop().create_future()
             item.storing = asyncio.create_task(self._files(item).store(item.frame_buffer, item.decoded))
+            if item.frames_to is not None:
+                item.sending = asyncio.create_task(_send(item, item.frames_to))
         try:
             latents = np.concatenate([item.latents for item in items])
             await self._math.run(self._decode_frames, latents, [item.frame_buffer for item in items], in_float32)
@@ -280,3 +297,16 @@ class Decoder:
         except PixelsNotFinite as error:  # that may be due to the zeros, so the replica starts all the same
             logger.error("the warm-up's pixels are not finite: this VAE may be damaged", extra={"error": str(error)})
         warm_up(frame_buffer.frames(), params.fps)
+
+
+async def _send(item: _Item, address: FrameAddress) -> None:
+    """Send the frames of an item's latest pass to a finisher. If it is gone, the plain video is all there will be."""
+    frame_buffer = item.frame_buffer
+
+    def send() -> None:
+        send_frames(address, frame_buffer.frames(), frame_buffer.wait)
+
+    try:
+        await asyncio.to_thread(send)
+    except Exception as error:
+        logger.warning("frames not sent", extra={"job": item.job_id, "error": one_line(error)})

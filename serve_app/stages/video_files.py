@@ -20,6 +20,7 @@ logger = get_logger(__name__)
 
 SPRITES = (4, 16)
 """Columns and tiles of a spritesheet."""
+_NAMES = ("thumbnail.jpg", "spritesheet.jpg", "video.mp4")
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ class VideoFiles:
             writing = asyncio.create_task(asyncio.to_thread(write, path))
             try:
                 began = await decoded
-                if self._again:
-                    await self._storage.delete_prefix(self._prefix)
+                if self._again:  # these alone: a finisher stores its own files below the same folder
+                    for name in _NAMES:
+                        await self._storage.delete(f"{self._prefix}/{name}")
                 frames = frame_buffer.frames()  # the encoder is still at work on the last of them
                 small = await asyncio.to_thread(lambda: (thumbnail(frames), spritesheet(frames, *SPRITES)))
                 await self._put("thumbnail.jpg", small[0])

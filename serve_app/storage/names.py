@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 _TYPES = {".mp4": "video/mp4", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png", ".webp": "image/webp"}
+_TYPES |= {".webm": "video/webm", ".gif": "image/gif", ".zip": "application/zip"}
 
 
 def content_type(key: str) -> str:

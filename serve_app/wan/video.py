@@ -44,7 +44,8 @@ def write_mp4(
         frames: `[frames, height, width, 3]`, uint8 RGB, even sides.
         path: file to write; one that is there is replaced.
         fps: frames per second.
-        metadata: JSON-able; stored as the comment of the file, see `read_metadata`.
+        metadata: JSON-able; stored as the comment of the file, see `read_metadata`. The file's description says that
+            its `model` made it.
         wait: called with the index of each frame before it is read, to wait until it is there, and with the last index
             again and again while the encoder finishes. An error that it raises ends the writing.
 
@@ -79,6 +80,8 @@ def _encode(frames: np.ndarray, file: str, fps: int, metadata: dict[str, Any], w
 
     with av.open(file, "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+        if model := metadata.get("model"):
+            container.metadata["description"] = f"AI-generated video, made by {model}."
         stream = container.add_stream("libx264", rate=fps, options=_X264)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

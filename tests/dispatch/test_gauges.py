@@ -119,6 +119,7 @@ async def test_a_run_is_measured(store: JobStore, storage: Storage, start: Start
         "denoise": 1,
         "decode": 1,
         "store": 0,  # the pipeline of this test does not say
+        "finish": 0,
     }
     assert (metrics.gpu_seconds.value() or 0) - seconds == pytest.approx(2.0)
     assert metrics.attempts_failed.value(reason="group_lost") == failed + 1

@@ -19,7 +19,9 @@ from tests.support.clock import MovableClock
         (Progress("denoise", 0, 40), 2),
         (Progress("denoise", 20, 40), 47),
         (Progress("denoise", 40, 40), 92),
-        (Progress("decode", 1, 1), 99),
+        (Progress("decode", 1, 1), 97),
+        (Progress("finish", 0, 65), 97),
+        (Progress("finish", 65, 65), 99),
         (Progress("decode", 0, 0), 92),
     ],
 )

@@ -31,7 +31,7 @@ async def test_by_class(store: JobStore) -> None:
         times = {"started_at": 1e9, "completed_at": 1e9 + 10}
         await session.execute(update(Job).where(Job.id == done.id).values(times))
     for priority in ("interactive", "batch", "batch"):
-        await store.create(PARAMS, "wan", Urgency(priority=priority))  # type: ignore[arg-type]
+        await store.create(PARAMS, "wan", Urgency(priority=priority))
     found, each = await look(store), video_tflop(A14B, PARAMS)
     assert found.jobs == {"interactive": 1, "batch": 2} and found.running == 1
     assert found.work["batch"] == pytest.approx(2 * each)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -26,7 +24,7 @@ def test_a_rank_of_the_tiny_model(dtype: str) -> None:
     """On the `meta` device, whose operations make tensors of every size and compute nothing."""
     meta, kind = torch.device("meta"), getattr(torch, dtype)
     checkpoint = Checkpoint(CHECKPOINT)
-    expert: Any = load_expert(checkpoint, "transformer", ProcessGroups.alone(meta), kind, meta)
+    expert = load_expert(checkpoint, "transformer", ProcessGroups.alone(meta), kind, meta)
     for block in expert.blocks:
         for attention in (block.attn1, block.attn2):  # the one for `meta` makes the whole table of scores
             attention.processor.kernel = lambda query, *_: torch.empty_like(query)

@@ -96,6 +96,7 @@ def deploy(
                 "start_timeout_s": 600,
             },
             "decoder": {"resources": {"num_cpus": 0.1}, "threads": 1},
+            "finisher": {"resources": {"num_cpus": 0.1}, "threads": 1, "health_check_period_s": 1},
         }
         for name, options in sections.items():
             args[name] = {**args.get(name, {}), **options}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,11 @@ from benchmarks.model.parity import arguments
 from serve_app.engine.sample_request import SampleRequest
 from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
+from serve_app.finish.plan import Finish
 from serve_app.wan.vae.decoder import VideoDecoder
 from serve_app.wan.video import read_metadata
 from serve_app.wan.weights.checkpoint import Checkpoint
-from tests.stages.conftest import Wan, deploy_ranks, processes
+from tests.stages.conftest import Wan, deploy_ranks, processes, until
 
 
 @pytest.fixture(scope="module", params=[pytest.param(1, id="tp1", marks=pytest.mark.slow), pytest.param(2, id="tp2")])
@@ -191,3 +194,48 @@ def test_only_processes_that_do_math_hold_torch(app):
     heavy = processes("ray::Rank") + processes("ray::ServeReplica:wan:Decoder")
     assert len(light) == 2 and not any(map(holds_torch, light))
     assert len(heavy) == app.config.denoiser.parallel.size + 1 and all(map(holds_torch, heavy))
+
+
+def finisher_ports(status: str) -> set[int]:
+    """Return the TCP ports of finishers' sockets of this status."""
+    return {
+        connection.laddr.port
+        for process in processes("ray::ServeReplica:wan:Finisher")
+        for connection in process.net_connections("tcp")
+        if connection.status == status
+    }
+
+
+def test_a_finisher_is_started_killed_and_replaced(app):
+    """One video starts it, the next one loses it in the midst of its frames and stays plain, a third is finished."""
+    plan = Finish.model_validate({"interpolate": {"fps": 32}, "upscale": 2})
+
+    def made(job) -> Done:
+        return list(app.pipeline.generate.remote(replace(job, finish=plan)))[-1]
+
+    assert not processes("ray::ServeReplica:wan:Finisher")
+    done = made(app.job(seed=6))
+    assert frames(app.path(done.outputs["video"])).shape == (17, 96, 128, 3)
+    assert frames(app.path(done.outputs["plain"])).shape == (9, 48, 64, 3)
+    assert done.finished["fps"] == 32 and not done.warnings
+    (finisher,) = processes("ray::ServeReplica:wan:Finisher")
+    assert not any("libtorch" in region.path for region in finisher.memory_maps())
+
+    others = finisher_ports("LISTEN")
+    with ThreadPoolExecutor() as pool:
+        making = pool.submit(made, app.job(seed=7, num_frames=161))
+        ports: set[int] = set()
+
+        def sending() -> bool:
+            ports.update(finisher_ports("LISTEN") - others)
+            return bool(ports & finisher_ports("ESTABLISHED"))
+
+        until(sending)
+        finisher.kill()  # the decoder has just begun to send
+        done = making.result()
+    (warning,) = done.warnings
+    assert warning.endswith("could not be finished: the finisher was lost with this video in it.")
+    assert done.finished is None and frames(app.path(done.outputs["video"])).shape == (161, 48, 64, 3)
+
+    done = made(app.job(seed=8))
+    assert done.finished is not None and not done.warnings

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,30 @@ class FakePipeline:
             yield Progress("decode", 0, 1)
             outputs = await self._store(job)
             yield Progress("decode", 1, 1)
-            yield Done(outputs, {"encode": 0.1, "denoise": 2.0, "decode": 0.3}, 200_000, ["The prompt is short."])
+            done = Done(outputs, {"encode": 0.1, "denoise": 2.0, "decode": 0.3}, 200_000, ["The prompt is short."])
+            if job.finish is not None:
+                yield Progress("finish", 1, 2)
+                done = await self._finish(job, done)
+            yield done
         except (asyncio.CancelledError, GeneratorExit):
             if self.stubborn:
                 self.late = asyncio.create_task(self._store_late(job))
             raise
         finally:
             self.ended.append(job.id)
+
+    async def _finish(self, job: JobSpec, done: Done) -> Done:
+        key = f"{job.prefix}/finished/video.webm"
+        await self.storage.put(key, b"finished", download_name(job.id, key))
+        made = {"width": 64, "height": 64, "fps": 32, "num_frames": 17, "content_type": "video/webm"}
+        outputs = {**done.outputs, "plain": done.outputs["video"], "video": key}
+        return replace(
+            done,
+            outputs=outputs,
+            timings={**done.timings, "finish": 0.5},
+            finished={**made, "seconds": {"interpolate": 0.4}},
+            finish_gpu_seconds=1.5,
+        )
 
     async def _saved_step(self, job: JobSpec) -> int:
         saved = await self.storage.list(job.state_prefix) if self.saving and job.state_prefix else []

@@ -30,8 +30,11 @@ _EVENTS: dict[int | str, dict[str, Any]] = {
     204: {"description": "The client has seen the last event, by `Last-Event-ID`."},
     503: {"model": ErrorEnvelope, "description": "Too many clients follow videos here."},
 }
+_KINDS: dict[str, Any] = {
+    kind: {} for kind in ("video/mp4", "video/webm", "image/jpeg", "image/webp", "image/gif", "application/zip")
+}
 _FILE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The file.", "content": {"video/mp4": {}, "image/jpeg": {}}},
+    200: {"description": "The file.", "content": _KINDS},
     206: {"description": "Part of the file."},
     302: {"description": "A link to the storage. It works for a limited time, for anyone who has it."},
     304: {"description": "The client has this file already, by `If-None-Match` or `If-Modified-Since`."},
@@ -149,7 +152,9 @@ def router(videos: Videos) -> APIRouter:
 
     @routes.get("/v1/videos/{video_id}/content", responses={**_ENDED, **_FILE}, response_class=Response)
     async def get_content(video_id: str, request: Request, who: Reader, variant: Variant = "video") -> Response:
-        """Download the mp4 of a completed video, or one of its JPEG variants.
+        """Download a completed video, or one of its other files.
+
+        `plain` is the video as it was decoded, where `video` was finished.
 
         Obeys `Range`, `If-Range`, `If-None-Match`, `If-Modified-Since`, `If-Match` and `If-Unmodified-Since`.
         """

@@ -7,9 +7,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.db.tables import Job, Status
+from serve_app.finish.plan import Finish
 from serve_app.parameters import Fields, Priority, Resolved
 
-Variant = Literal["video", "thumbnail", "spritesheet"]
+Variant = Literal["video", "thumbnail", "spritesheet", "plain", "preview", "stills"]
+"""A file of a video. The last three are there only if the video was finished, `preview` and `stills` if asked for."""
 
 
 class CreateVideo(Fields):
@@ -33,6 +35,17 @@ class VideoError(BaseModel):
     message: str
 
 
+class FinishedFormat(BaseModel):
+    """The finished video, which is not of the size and length that the parameters say."""
+
+    width: int
+    height: int
+    fps: int
+    num_frames: int
+    content_type: str = Field(description="Media type of the file.")
+    seconds: dict[str, float] = Field({}, description="Seconds that each step was at work, some beside each other.")
+
+
 class VideoState(BaseModel):
     """The state of a video. The first block is OpenAI's resource, the second is ours."""
 
@@ -50,7 +63,7 @@ class VideoState(BaseModel):
     remixed_from_video_id: str | None = None
     error: VideoError | None = None
 
-    stage: str | None = Field(None, description="`encode`, `denoise` or `decode`; null if it is not running.")
+    stage: str | None = Field(None, description="`encode`, `denoise`, `decode` or `finish`; null if it is not running.")
     step: int = 0
     steps: int = 0
     seconds_left: float | None = Field(
@@ -65,6 +78,11 @@ class VideoState(BaseModel):
     queue_position: int | None = Field(
         None, description="Place in the queue, 1 is next. It grows if a more urgent video comes. Null if not `queued`."
     )
+    degraded: bool = Field(
+        False, description="Less was made than was asked for, since the queue was long and the request allows it."
+    )
+    requested_size: str | None = Field(None, description="With `degraded`: the size that was asked for.")
+    requested_steps: int | None = Field(None, description="With `degraded`: the steps that were asked for.")
     attempts: int = Field(description="How often work on it began.")
     owner: str | None = Field(
         None, description="Id of the API key that created it; null if the server asks for no keys."
@@ -81,6 +99,10 @@ class Video(Resolved, VideoState):
     """Seconds of each stage."""
     warnings: list[str] = Field([], description="Warnings for people, e.g. a prompt that was cut.")
     size_bytes: int | None = None
+    finish: Finish | None = Field(None, description="Steps that finish the decoded video, as asked for.")
+    finished: FinishedFormat | None = Field(
+        None, description="What the steps made. Null if the video is as it was decoded; `warnings` say why."
+    )
 
     @classmethod
     def of(
@@ -98,6 +120,7 @@ class Video(Resolved, VideoState):
         if job.error_code is not None:
             error = VideoError(code=job.error_code, message=job.error_message or "")
         params: dict[str, Any] = job.params
+        asked = job.requested
         return cls(
             **params,
             id=job.id,
@@ -122,12 +145,17 @@ class Video(Resolved, VideoState):
             deadline_at=None if job.deadline_at is None else int(job.deadline_at),
             start_at=None if job.start_at is None else int(job.start_at),
             queue_position=queue_position,
+            degraded=job.requested is not None,
+            requested_size=None if asked is None else f"{asked['width']}x{asked['height']}",
+            requested_steps=None if asked is None else asked["num_inference_steps"],
             attempts=job.attempt,
             owner=job.owner or None,
             revision=job.revision,
             timings=job.timings,
             warnings=job.warnings,
             size_bytes=job.size_bytes,
+            finish=job.finish,
+            finished=job.finish_result,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from serve_app.config import Config
 from serve_app.db.tables import CANCELLED, Job
 from serve_app.errors import InvalidRequest, JobFailed, Unavailable, one_line
+from serve_app.finish.plan import Finish
 from serve_app.gateway.http.auth import Caller
 from serve_app.gateway.http.errors import ApiError
 from serve_app.gateway.videos.admission import Admission
@@ -20,7 +21,7 @@ from serve_app.gateway.videos.refusals import counted
 from serve_app.gateway.videos.schemas import Remix, Variant, Video, VideoList
 from serve_app.jobs.store import Idempotency, JobStore
 from serve_app.logs import get_logger
-from serve_app.request import Params, Urgency, VideoRequest, resolve
+from serve_app.request import Params, Urgency, VideoRequest, finishing, resolve
 from serve_app.storage import Stat, Storage
 from serve_app.tiny import vocabulary
 
@@ -74,20 +75,24 @@ class Videos:
             QueueFull, OverLimit, Unavailable: it cannot be accepted now.
         """
         with counted():
-            params, urgency, notify_email = understand(fields, self.config, typed=typed)
+            asked = understand(fields, self.config, typed=typed)
             named = _idempotency(idempotency_key, fields)
-            return await self._create(params, urgency, who, named, notify_email=notify_email)
+            return await self._create(
+                asked.params, asked.urgency, who, named, notify_email=asked.notify_email, finish=asked.finish
+            )
 
     async def remix(
         self, video_id: str, request: Remix, who: Caller = _TRUSTED, idempotency_key: str | None = None
     ) -> Video:
-        """Queue a video with the parameters, seed and priority of another one, a new prompt and no deadline."""
+        """Queue a video with the parameters, seed, finishing and priority of another one, and a new prompt."""
         source = await self._job(video_id, who)
         with counted():
-            params = resolve(VideoRequest(**{**source.params, "prompt": request.prompt}), self.config)
+            again = VideoRequest(**{**source.params, "prompt": request.prompt, "finish": source.finish})
+            params = resolve(again, self.config)
             urgency = Urgency.model_validate({"priority": source.priority})
             named = _idempotency(idempotency_key, {"remix": video_id, **request.model_dump()})
-            return await self._create(params, urgency, who, named, remixed_from=source.id)
+            finish = finishing(again, params, self.config)
+            return await self._create(params, urgency, who, named, remixed_from=source.id, finish=finish)
 
     async def _create(
         self,
@@ -98,6 +103,7 @@ class Videos:
         *,
         remixed_from: str | None = None,
         notify_email: str | None = None,
+        finish: Finish | None = None,
     ) -> Video:
         try:
             await self.admission.check_open()
@@ -115,8 +121,11 @@ class Videos:
             idempotency=named,
             remixed_from=remixed_from,
             notify_email=notify_email,
+            finish=finish,
             warnings=vocabulary.warnings(params.prompt) if self.config.model.bundled else (),
             max_queued=self.config.limits.queued_jobs,
+            max_wait_s=getattr(self.config.admission.max_wait_s, urgency.priority),
+            check_deadline=self.config.admission.check_deadlines,
         )
         logger.info(
             "created",
@@ -227,6 +236,8 @@ class Videos:
         return job
 
     async def _resource(self, job: Job) -> Video:
+        if job.status == "in_progress":
+            return Video.of(job, seconds_left=await self.store.seconds_left(job))
         if job.status != "queued":
             return Video.of(job)
         # The job may leave the queue between the queries: then it has no position.

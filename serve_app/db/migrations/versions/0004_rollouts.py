@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0004"
-down_revision = "0002"
+down_revision = "0003"
 oldest = "0002"
 """The oldest revision whose version still runs on these tables: nothing that it knows was taken away or renamed."""
 
