@@ -76,6 +76,7 @@ _KINDS = {
     "stages/test_decode_again.py": "unit",
     "stages/test_decoder.py": "unit",
     "stages/test_encoder.py": "unit",
+    "stages/test_status_board.py": "unit",
     "storage": "db",
     "test_canary_served.py": "ray",
     "test_deployment.py": "ray",
