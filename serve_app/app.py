@@ -10,12 +10,13 @@ from typing import Any
 
 import ray
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from serve_app.capacity import needs
 from serve_app.compute import SEE_ALL_GPUS
 from serve_app.config import Autoscaling, Config, ParallelConfig, Resources, below, home_of, placed, validate
 from serve_app.errors import CheckpointError, ConfigError, InvalidRequest, without_password
+from serve_app.jobs.forecast import boundary_step
 from serve_app.logs import get_logger
 from serve_app.model import fit, open_model
 from serve_app.request import VideoRequest, resolve
@@ -53,7 +54,7 @@ def wan(args: dict[str, Any]) -> Application:
     encoder = _deployment(
         Encoder,
         ray_actor_options=_actor(config.encoder.resources),
-        **_stage(config.encoder),
+        **_stage(config.encoder, _by_work(config, "encoder", config.encoder.autoscaling)),
         graceful_shutdown_timeout_s=60,
     ).bind(config)
     denoisers = [_denoiser(Denoiser, config).bind(config)]
@@ -61,16 +62,21 @@ def wan(args: dict[str, Any]) -> Application:
         if not checkpoint.has_two_experts:
             raise ConfigError(f"denoiser.experts has value 'split', but {checkpoint.folder} has one expert")
         low = config.denoiser.low_noise_autoscaling or config.denoiser.autoscaling
+        share = _high_noise_share(config)
+        high = config.denoiser.autoscaling
         denoisers = [
-            _denoiser(Denoiser, config).options(name="HighNoiseDenoiser").bind(config, ("transformer",)),
             _denoiser(Denoiser, config)
-            .options(name="LowNoiseDenoiser", autoscaling_config=_autoscaling(low))
-            .bind(config, ("transformer_2",)),
+            .options(name=name, autoscaling_config=_autoscaling(options, _by_work(config, "denoiser", options, part)))
+            .bind(config, (expert,))
+            for name, expert, options, part in (
+                ("HighNoiseDenoiser", "transformer", high, share),
+                ("LowNoiseDenoiser", "transformer_2", low, 1 - share),
+            )
         ]
     decoder = _deployment(
         Decoder,
         ray_actor_options=decoder_actor(config),
-        **_stage(config.decoder),
+        **_stage(config.decoder, _by_work(config, "decoder", config.decoder.autoscaling)),
         graceful_shutdown_timeout_s=60,
     ).bind(config)
     made_by = {"model": config.model.name, "revision": checkpoint.revision}
@@ -109,7 +115,7 @@ def gateway(args: dict[str, Any]) -> Application:
         num_replicas=1,
         ray_actor_options={"num_cpus": config.dispatcher.num_cpus},
         max_constructor_retry_count=_STARTS,
-    ).bind(config)
+    ).bind(config, expert)
     return _deployment(
         Gateway,
         num_replicas=config.gateway.num_replicas,
@@ -117,6 +123,12 @@ def gateway(args: dict[str, Any]) -> Application:
         max_ongoing_requests=config.gateway.max_ongoing_requests,
         max_constructor_retry_count=_STARTS,
     ).bind(config, dispatcher, expert)
+
+
+def _high_noise_share(config: Config) -> float:
+    """Return the part of the steps that the high-noise expert makes of a video with the default parameters."""
+    params = resolve(VideoRequest(prompt="x"), config)
+    return boundary_step(params) / params.num_inference_steps
 
 
 def _config(args: dict[str, Any], **parts: bool) -> Config:
@@ -215,7 +227,8 @@ def _denoiser(deployment: Any, config: Config) -> Any:
         placement_group_bundles=[{"CPU": stage.coordinator_cpus}] + [rank] * stage.parallel.size,
         placement_group_strategy=stage.placement,
         **labels,
-        **_stage(stage),
+        request_router_config=RequestRouterConfig(request_router_class="serve_app.stages.router:EmptiestGroup"),
+        **_stage(stage, _by_work(config, "denoiser", stage.autoscaling)),
         graceful_shutdown_timeout_s=stage.shutdown_timeout_s,
     )
 
@@ -228,15 +241,15 @@ def _finisher(config: Config, made_by: dict[str, str]) -> Application | None:
     if not stage.enabled:
         return None
     deployment = _deployment(
-        Finisher, ray_actor_options=_actor(stage.resources), **_stage(stage), graceful_shutdown_timeout_s=600
+        Finisher, ray_actor_options=_actor(stage.resources), **_stage(stage, None), graceful_shutdown_timeout_s=600
     )
     application: Application = deployment.bind(config, made_by)
     return application
 
 
-def _stage(stage: Any) -> dict[str, Any]:
+def _stage(stage: Any, policy: AutoscalingPolicy | None) -> dict[str, Any]:
     return {
-        "autoscaling_config": _autoscaling(stage.autoscaling),
+        "autoscaling_config": _autoscaling(stage.autoscaling, policy),
         "max_ongoing_requests": stage.max_ongoing_requests,
         "health_check_period_s": stage.health_check_period_s,
         "health_check_timeout_s": stage.health_check_timeout_s,
@@ -244,7 +257,7 @@ def _stage(stage: Any) -> dict[str, Any]:
     }
 
 
-def _autoscaling(options: Autoscaling) -> AutoscalingConfig:
+def _autoscaling(options: Autoscaling, policy: AutoscalingPolicy | None = None) -> AutoscalingConfig:
     return AutoscalingConfig(
         min_replicas=options.min_replicas,
         max_replicas=options.max_replicas,
@@ -252,6 +265,33 @@ def _autoscaling(options: Autoscaling) -> AutoscalingConfig:
         upscale_delay_s=options.upscale_delay_s,
         downscale_delay_s=options.downscale_delay_s,
         look_back_period_s=options.look_back_s,
+        **({} if policy is None else {"policy": policy}),
+    )
+
+
+def _by_work(config: Config, stage: str, options: Autoscaling, share: float = 1.0) -> AutoscalingPolicy | None:
+    """Return the policy of a stage that is scaled by the work in the queue; None if it is not."""
+    if options.by != "work":
+        return None
+    denoiser = config.denoiser
+    if stage == "denoiser":
+        bundles = [{"CPU": denoiser.coordinator_cpus}, *[_bundle(denoiser.rank)] * denoiser.parallel.size]
+    else:
+        bundles = [_bundle((config.encoder if stage == "encoder" else config.decoder).resources)]
+    return AutoscalingPolicy(
+        policy_function="serve_app.scaling.policy:WorkPolicy",
+        policy_kwargs={
+            "store_url": config.store_url,
+            "stage": stage,
+            "target_wait_s": (options if stage == "denoiser" else denoiser.autoscaling).target_wait_s.model_dump(),
+            "places": denoiser.resident_samples,
+            "bundles": bundles,
+            "one_host": denoiser.placement == "STRICT_PACK" or stage != "denoiser",
+            "bounded": not options.cluster_grows,
+            "share": share,
+            "most_groups": denoiser.autoscaling.max_replicas,
+            "poll_s": options.poll_s,
+        },
     )
 
 

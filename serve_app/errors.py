@@ -28,6 +28,20 @@ class InvalidRequest(ServeAppError):
         return self.message
 
 
+class DeadlineInfeasible(InvalidRequest):
+    """A deadline that cannot be met as far as is known.
+
+    Args:
+        message: one sentence with the deadline and what was expected.
+        earliest_s: seconds after which the video is expected in nine of ten cases.
+    """
+
+    def __init__(self, message: str, earliest_s: float) -> None:
+        super().__init__("deadline_s", message)
+        self.args = (message, earliest_s)
+        self.earliest_s = earliest_s
+
+
 class Unavailable(ServeAppError):
     """Nothing can be accepted at the moment, whatever the request. The message says why."""
 

@@ -17,12 +17,14 @@ class Progress:
         step: steps that are done, from 0 (the stage has begun) to `steps` (it has ended).
         steps: how many the stage has.
         seconds_left: estimated seconds until the video is there; None while nothing is known.
+        saved_step: the latest denoising step whose state is saved in this group; 0 if none is.
     """
 
     stage: StageName
     step: int
     steps: int
     seconds_left: float | None = None
+    saved_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Done:
         finished: size and length of the finished video, its media type and the seconds of each step; None if the video
             is as it was decoded.
         finish_gpu_seconds: GPU-seconds of the finishing, where finishers have GPUs.
+        group_s: its share of the seconds of its groups' passes; None if not known.
+        passes: its share of these passes; None if not known.
     """
 
     outputs: dict[str, str]
@@ -48,6 +52,8 @@ class Done:
     revision: str | None = None
     finished: dict[str, Any] | None = None
     finish_gpu_seconds: float = 0.0
+    group_s: float | None = None
+    passes: float | None = None
 
 
 Event = Progress | Done

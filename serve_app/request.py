@@ -9,11 +9,12 @@ import math
 import re
 import secrets
 import time
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serve_app.config import LONGEST_SIDE, Config, Limits, is_mail_address
+from serve_app.degrade import NEVER, Floor
 from serve_app.errors import InvalidRequest
 from serve_app.finish.plan import Finish, VideoFormat
 from serve_app.parameters import (
@@ -82,6 +83,8 @@ class Urgency(BaseModel):
     """Seconds from its creation after which the video is of no use."""
     start_at: float | None = None
     """Earliest start of work on it, as a Unix time; its waiting time counts from then."""
+    degrade: Floor | Literal["never"] | None = None
+    """The least that the request agrees to under load. None: what its key agrees to, if that is anything."""
 
 
 def parse(fields: dict[str, Any], *, strict: bool = True) -> VideoRequest:
@@ -225,7 +228,7 @@ def urgency(request: VideoRequest) -> Urgency:
     """Return the urgency of a request.
 
     Raises:
-        InvalidRequest: `deadline_s` or `start_at` is out of range, or `start_at` is not before the deadline.
+        InvalidRequest: `deadline_s`, `start_at` or `degrade` is out of range, or `start_at` is not before the deadline.
     """
     deadline_s, start_at = request.deadline_s, request.start_at
     if deadline_s is not None and not 0 < deadline_s <= MAX_DEADLINE_S:  # also refuses NaN
@@ -241,7 +244,8 @@ def urgency(request: VideoRequest) -> Urgency:
             )
         if deadline_s is not None and start_at >= now + deadline_s:
             raise InvalidRequest("start_at", f"'start_at' is {_short(start_at)}, expected a time before the deadline.")
-    return Urgency(priority=request.priority or "standard", deadline_s=deadline_s, start_at=start_at)
+    degrade = None if request.degrade is None else Floor.parse(request.degrade) or NEVER
+    return Urgency(priority=request.priority or "standard", deadline_s=deadline_s, start_at=start_at, degrade=degrade)
 
 
 def finishing(request: VideoRequest, params: Params, config: Config) -> Finish | None:

@@ -39,12 +39,14 @@ class KeyLimits:
         queued_jobs: jobs that wait.
         running_jobs: jobs that run at once; further ones wait.
         gpu_seconds_per_day: GPU-seconds of the last 24 hours, checked when a job is created.
+        queued_tflop: work of jobs that wait, in TFLOP. One job may always wait, however large it is.
     """
 
     requests_per_minute: int | None = None
     queued_jobs: int | None = None
     running_jobs: int | None = None
     gpu_seconds_per_day: float | None = None
+    queued_tflop: float | None = None
 
 
 class OverLimit(ServeAppError):
@@ -72,8 +74,21 @@ class Keys:
     def __init__(self, database: Database) -> None:
         self._db = database
 
-    async def create(self, name: str, scopes: Sequence[Scope], limits: KeyLimits | None = None) -> tuple[Key, str]:
-        """Create a key. Return it with its text, which cannot be read again later."""
+    async def create(
+        self,
+        name: str,
+        scopes: Sequence[Scope],
+        limits: KeyLimits | None = None,
+        degrade: dict[str, Any] | None = None,
+    ) -> tuple[Key, str]:
+        """Create a key. Return it with its text, which cannot be read again later.
+
+        Args:
+            name: whose it is.
+            scopes: what it may be used for.
+            limits: how much.
+            degrade: what its requests agree to under load if they do not say, as in a request; None for nothing.
+        """
         key_id, secret = secrets.token_hex(8), secrets.token_hex(32)
         async with self._db.write() as session:
             key = Key(
@@ -82,6 +97,7 @@ class Keys:
                 name=name,
                 scopes=[scope for scope in SCOPES if scope in scopes],
                 created_at=await self._db.clock(session),
+                degrade=degrade,
                 **vars(limits or KeyLimits()),
             )
             session.add(key)
@@ -128,21 +144,34 @@ class Keys:
         return key
 
 
-async def check_quota(session: AsyncSession, owner: str, now: float) -> None:
-    """Check that the owner may create a job now.
+async def check_quota(session: AsyncSession, owner: str, now: float, work: float = 0.0) -> Key | None:
+    """Check that the owner may create a job now; return their key, if they have one.
 
     The key's row stays locked to the end of the transaction, so that jobs of one key are created one after the other.
 
+    Args:
+        session: a transaction.
+        owner: id of the key.
+        now: the database's time.
+        work: TFLOP of the job.
+
     Raises:
-        OverLimit: the key is at its `queued_jobs` or `gpu_seconds_per_day`.
+        OverLimit: the key is at its `queued_jobs`, `queued_tflop` or `gpu_seconds_per_day`.
     """
     key = await session.get(Key, owner, with_for_update=True) if owner else None
     if key is None:
-        return
+        return None
     if key.queued_jobs is not None:
         waiting = select(func.count()).where(Job.owner == owner, Job.status == "queued")
         if (await session.scalar(waiting) or 0) >= key.queued_jobs:
             raise OverLimit("queued_jobs", f"{key.queued_jobs} jobs of this key wait already, its limit.")
+    if key.queued_tflop is not None:
+        work_waiting = select(func.sum(Job.work)).where(Job.owner == owner, Job.status == "queued")
+        queued = await session.scalar(work_waiting) or 0.0
+        if queued and queued + work > key.queued_tflop:
+            limit = f"the limit is {key.queued_tflop:g}"
+            message = f"{queued:.0f} TFLOP of this key wait, and this video has {work:.0f}: {limit}."
+            raise OverLimit("queued_tflop", message)
     if key.gpu_seconds_per_day is not None:
         await session.execute(delete(Usage).where(Usage.owner == owner, Usage.at <= now - DAY_S))
         used = (await session.execute(select(Usage.at, Usage.gpu_seconds).where(Usage.owner == owner))).all()
@@ -151,6 +180,7 @@ async def check_quota(session: AsyncSession, owner: str, now: float) -> None:
             total = sum(row.gpu_seconds for row in used)
             message = f"This key used {total:.0f} GPU-seconds in 24 hours, its limit is {key.gpu_seconds_per_day:g}."
             raise OverLimit("gpu_seconds", message, wait_s)
+    return key
 
 
 def at_running_limit() -> Select[Any]:

@@ -11,6 +11,7 @@ import typer
 
 from serve_app import __version__
 from serve_app.cli.canary import canary, generations
+from serve_app.cli.degrade import degrade
 from serve_app.cli.doctor import doctor
 from serve_app.cli.jobs import jobs
 from serve_app.cli.keys import keys
@@ -18,6 +19,7 @@ from serve_app.cli.manifests import manifests
 from serve_app.cli.plan import plan
 from serve_app.cli.prepare import prepare
 from serve_app.cli.serve import check, demo, up
+from serve_app.cli.simulate import simulate
 from serve_app.cli.status import status
 from serve_app.cli.verify import verify
 from serve_app.cli.videos import generate, videos
@@ -46,7 +48,7 @@ def version() -> None:
     print(__version__)
 
 
-for _command in (plan, check, up, demo, status, generate, prepare, manifests, doctor, verify):
+for _command in (plan, simulate, check, up, demo, status, generate, prepare, degrade, manifests, doctor, verify):
     cli.command()(_command)
 cli.add_typer(videos, name="videos")
 cli.add_typer(jobs, name="jobs")

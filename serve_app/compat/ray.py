@@ -56,6 +56,22 @@ def remove_note(key: str) -> None:
     internal_kv._internal_kv_del(key.encode(), namespace=_NOTES)
 
 
+# --- Ray 2.60: nodes ---
+
+
+def free_resources() -> list[dict[str, float]]:
+    """Return the resources of each living host that nobody has reserved. Blocks for an answer of the GCS.
+
+    Uses `ray._private.state.available_resources_per_node`. Without it only sums over all hosts are known, from
+    `ray.available_resources`, and a group that needs one host may be asked for in vain.
+    """
+    from ray._private.state import available_resources_per_node
+
+    return [
+        {str(name): float(amount) for name, amount in host.items()} for host in available_resources_per_node().values()
+    ]
+
+
 # --- Ray 2.60: Serve ---
 
 

@@ -8,7 +8,16 @@ deployments.
 from serve_app.config.file import load_file, variables
 from serve_app.config.finisher import FinisherConfig
 from serve_app.config.gateway import AuthConfig, GatewayConfig, is_loopback
-from serve_app.config.jobs import Ageing, CanaryConfig, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
+from serve_app.config.jobs import (
+    AdmissionConfig,
+    Ageing,
+    CanaryConfig,
+    DegradeConfig,
+    DispatcherConfig,
+    QueueConfig,
+    RetentionConfig,
+    StoreConfig,
+)
 from serve_app.config.model import LONGEST_SIDE, Defaults, Limits, ModelConfig
 from serve_app.config.notifications import MailConfig, WebhooksConfig, is_mail_address
 from serve_app.config.paths import below, home_of, placed
@@ -28,6 +37,7 @@ from serve_app.parameters import WAN_NEGATIVE_PROMPT, Priority
 __all__ = [
     "LONGEST_SIDE",
     "WAN_NEGATIVE_PROMPT",
+    "AdmissionConfig",
     "Ageing",
     "AuthConfig",
     "Autoscaling",
@@ -35,6 +45,7 @@ __all__ = [
     "Config",
     "DecoderConfig",
     "Defaults",
+    "DegradeConfig",
     "DenoiserConfig",
     "DispatcherConfig",
     "EncoderConfig",

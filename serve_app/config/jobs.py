@@ -96,6 +96,33 @@ class Ageing(Section):
         return self
 
 
+class MaxWait(Section):
+    """Seconds that a job may be expected to wait for others, for each priority class. Null is no limit."""
+
+    interactive: PositiveFloat | None = None
+    """Seconds for `interactive` jobs."""
+    standard: PositiveFloat | None = None
+    """Seconds for `standard` jobs."""
+    batch: PositiveFloat | None = None
+    """Seconds for `batch` jobs."""
+
+
+class AdmissionConfig(Section):
+    """The jobs that are accepted, by what is expected of them. While nothing is known, all are."""
+
+    max_wait_s: MaxWait = MaxWait()
+    check_deadlines: bool = True
+    """Answer 422 `deadline_infeasible` to a request whose deadline would be missed, with the earliest likely one."""
+
+
+class DegradeConfig(Section):
+    """Less for requests that allow it, while waits exceed `denoiser.autoscaling.target_wait_s`."""
+
+    start_s: PositiveFloat = 300
+    """Seconds in which another group can be there. As long as the expected wait exceeds its target by less than this,
+    and there are fewer groups than `max_replicas`, starting one comes first."""
+
+
 class StoreConfig(Section):
     """The database of jobs."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from serve_app.config.section import Device, NonNegativeFloat, Section
 
@@ -37,11 +37,30 @@ class Resources(Section):
         return self
 
 
-class Autoscaling(Section):
-    """The number of replicas, by the number of requests that wait or run."""
+class TargetWait(Section):
+    """Seconds within which the jobs of each priority class should begin."""
 
-    min_replicas: PositiveInt = 1
-    """Smallest number of replicas."""
+    interactive: PositiveFloat = 60
+    """Seconds for `interactive` jobs."""
+    standard: PositiveFloat = 600
+    """Seconds for `standard` jobs."""
+    batch: PositiveFloat = 3600
+    """Seconds for `batch` jobs."""
+
+
+class Autoscaling(Section):
+    """The number of replicas."""
+
+    by: Literal["requests", "work"] = "requests"
+    """`requests`: the number of requests that wait or run at the replicas. `work`: the seconds of work that wait in the
+    durable queue, for the denoiser; with it, encoder and decoder follow the groups' speed."""
+    target_wait_s: TargetWait = TargetWait()
+    cluster_grows: bool = False
+    """With `by: work`: Ray's own autoscaler adds hosts, so replicas are asked for that do not fit now."""
+    poll_s: PositiveFloat = 5
+    """With `by: work`: seconds between two looks at the queue. After three that failed nothing changes."""
+    min_replicas: NonNegativeInt = 1
+    """Smallest number of replicas. With 0 the first job waits until one has started and loaded."""
     max_replicas: PositiveInt = 1
     """Largest number of replicas."""
     target_queue_length: PositiveFloat = 2
@@ -239,3 +258,9 @@ class PipelineConfig(Section):
     """CPUs that Ray reserves for one process."""
     max_ongoing_requests: PositiveInt = 256
     """Requests that a replica takes at once; further ones wait for it."""
+
+    @model_validator(mode="after")
+    def _always_there(self) -> PipelineConfig:
+        if self.autoscaling.by != "requests" or self.autoscaling.min_replicas < 1:
+            raise ValueError("autoscaling has by 'work' or min_replicas 0, expected by 'requests' and at least 1")
+        return self

@@ -14,7 +14,15 @@ from pydantic import BaseModel, ValidationError, model_validator
 from serve_app.config.finisher import FinisherConfig
 from serve_app.config.gateway import AuthConfig, GatewayConfig
 from serve_app.config.gpu_memory import Taker, too_much
-from serve_app.config.jobs import Ageing, DispatcherConfig, QueueConfig, RetentionConfig, StoreConfig
+from serve_app.config.jobs import (
+    AdmissionConfig,
+    Ageing,
+    DegradeConfig,
+    DispatcherConfig,
+    QueueConfig,
+    RetentionConfig,
+    StoreConfig,
+)
 from serve_app.config.model import Defaults, Limits, ModelConfig
 from serve_app.config.notifications import MailConfig, WebhooksConfig
 from serve_app.config.paths import default_home, home_of, sqlite_url
@@ -46,6 +54,8 @@ class Config(Section):
     auth: AuthConfig = AuthConfig()
     dispatcher: DispatcherConfig = DispatcherConfig()
     ageing: Ageing = Ageing()
+    admission: AdmissionConfig = AdmissionConfig()
+    degrade: DegradeConfig = DegradeConfig()
     store: StoreConfig = StoreConfig()
     queue: QueueConfig = QueueConfig()
     retention: RetentionConfig = RetentionConfig()

@@ -60,7 +60,11 @@ class Job(Base):
     status: Mapped[str] = mapped_column(String(16), default="queued")
     model: Mapped[str]
     params: Mapped[dict[str, Any]]
-    """A `serve_app.request.Params` as JSON."""
+    """A `serve_app.request.Params` as JSON: what is made."""
+    degrade: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """A `serve_app.degrade.Floor` as JSON, to which the request agrees; None if to nothing."""
+    requested: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """The parameters that were asked for and differ from what is made; None if none does."""
     work: Mapped[float | None]
     """TFLOP of its denoising (`serve_app.wan.cost.video_tflop`); None if its creator did not know the model."""
     ranks: Mapped[int] = mapped_column(default=1)
@@ -105,6 +109,8 @@ class Job(Base):
     """Attempts that ended by a loss that the job did not cause."""
     resumed_step: Mapped[int] = mapped_column(default=0)
     """The furthest denoising step at which an attempt began."""
+    saved_step: Mapped[int] = mapped_column(default=0)
+    """The furthest denoising step whose state was saved, from which another attempt can go on."""
     lost_step: Mapped[int | None]
     """The step, counted from 1, during which a group was last lost with this job in it."""
     losses: Mapped[int] = mapped_column(default=0)
@@ -125,6 +131,12 @@ class Job(Base):
     size_bytes: Mapped[int | None] = mapped_column(BigInteger)
     timings: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """Seconds of each stage."""
+    group_s: Mapped[float | None]
+    """Its share of the seconds of its groups' passes, by its share of the work in each."""
+    passes: Mapped[float | None]
+    """The sum of its shares of passes: one that four equal videos share is a quarter for each."""
+    predicted_s: Mapped[float | None]
+    """Seconds from its creation to its end, as predicted then; None if nothing was known."""
     revision: Mapped[str | None] = mapped_column(String(64))
     """Revision of the weights that made it."""
     pipeline: Mapped[str | None] = mapped_column(String(128))
@@ -141,6 +153,8 @@ class Job(Base):
         Index("jobs_by_age", "created_at", "id"),
         Index("jobs_by_turn", "status", "owner", "turn", "id"),
         Index("jobs_by_due_time", "status", "not_before"),
+        # Covers the sums of what waits, so that they read no row.
+        Index("jobs_by_wait", "status", "turn", "id", "owner", "priority", "work", "not_before"),
         Index("jobs_by_start", "owner", "started_at"),
         Index("jobs_by_announcement", "status", "announced_at", "not_before"),
         Index("jobs_by_expiry", "expires_at"),
@@ -221,6 +235,30 @@ class CompatibleRevision(Base):
     revision: Mapped[str] = mapped_column(String(32), primary_key=True)
 
 
+class Replicas(Base):
+    """The number of running replicas of a deployment, which a dispatcher repeats every few seconds."""
+
+    __tablename__ = "replicas"
+
+    application: Mapped[str] = mapped_column(String(128), primary_key=True)
+    deployment: Mapped[str] = mapped_column(String(128), primary_key=True)
+    count: Mapped[int]
+    at: Mapped[float]
+
+
+class DegradeState(Base):
+    """The level of load that all dispatchers share: one row. See `serve_app.degrade.Level`."""
+
+    __tablename__ = "degrade"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    mode: Mapped[str] = mapped_column(String(16))
+    level: Mapped[int]
+    changed_at: Mapped[float]
+    over_since: Mapped[float | None]
+    under_since: Mapped[float | None]
+
+
 class Key(Base):
     """An API key. Its id is the `owner` of the jobs that are created with it. A limit that is None does not hold."""
 
@@ -239,6 +277,9 @@ class Key(Base):
     queued_jobs: Mapped[int | None]
     running_jobs: Mapped[int | None]
     gpu_seconds_per_day: Mapped[float | None]
+    queued_tflop: Mapped[float | None]
+    degrade: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Floor that its requests agree to if they do not say; None if to nothing."""
 
 
 class Usage(Base):

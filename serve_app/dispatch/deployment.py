@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -34,6 +35,7 @@ from ray.serve.schema import ApplicationStatus
 
 from serve_app.config import Config
 from serve_app.dispatch.dispatcher import Dispatcher
+from serve_app.dispatch.fleet import FleetReporter
 from serve_app.dispatch.gauges import Gauges
 from serve_app.dispatch.generation import Gate
 from serve_app.dispatch.judge import Judge
@@ -41,14 +43,17 @@ from serve_app.dispatch.pipelines import Pipelines
 from serve_app.dispatch.rabbitmq import broker
 from serve_app.dispatch.run import PipelineUnavailable
 from serve_app.dispatch.shadowing import Shadowing
+from serve_app.dispatch.steering import DegradeLoop
 from serve_app.errors import JobFailed
 from serve_app.events import Event
 from serve_app.job_spec import JobSpec
+from serve_app.jobs.degrading import Steering
 from serve_app.jobs.store import JobStore
 from serve_app.metrics import export
 from serve_app.notify.notifier import Notifier
 from serve_app.replica import alive_hosts, check_hosts, starting, this_process
 from serve_app.storage import Storage
+from serve_app.wan.cost import video_tflop
 
 # Failures of a machine or a replica rather than of a request: another attempt may well succeed. Each stands for its
 # subclasses too: ObjectLostError for an owner that died and for what cannot be reconstructed, RayActorError for an
@@ -158,15 +163,35 @@ def _lost() -> JobFailed:
     return JobFailed("worker_lost", "A process that worked on this video was lost.", retryable=True)
 
 
+async def replicas(application: str) -> dict[str, int]:
+    """Return the number of running replicas of each deployment of an application; none if it is not deployed."""
+    # This asks the controller and blocks, so it must not run on the event loop.
+    status = await asyncio.to_thread(serve.status)
+    if (there := status.applications.get(application)) is None:
+        return {}
+    return {name: one.replica_states.get("RUNNING", 0) for name, one in there.deployments.items()}
+
+
+def steering(config: Config) -> Steering:
+    """Return when to offer less."""
+    options = config.denoiser.autoscaling
+    groups = options.max_replicas
+    if config.denoiser.experts == "split":
+        groups += (config.denoiser.low_noise_autoscaling or options).max_replicas
+    return Steering(options.target_wait_s.model_dump(), groups, config.degrade.start_s)
+
+
 @serve.deployment(name="dispatcher")
 class DispatcherDeployment:
     """A replica with one dispatcher and one notifier. Replicas share jobs and deliveries through the store."""
 
-    async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: Config, expert: dict[str, Any] | None = None
+    ) -> None:
         with starting():
             check_hosts(config, alive_hosts())
             self._broker = broker(config)
-            self._store = JobStore.of(config)
+            self._store = JobStore.of(config, work_of=None if expert is None else partial(video_tflop, expert))
             await self._store.start()
             storage = Storage(config.storage_options)
         if self._broker is not None:
@@ -182,9 +207,16 @@ class DispatcherDeployment:
         self._judge = Judge(self._store, options)
         self._shadowing = Shadowing(self._store, storage, pipelines, options)
         self._notifier = Notifier(self._store.database, config)
+        name = config.dispatcher.pipeline
+        self._fleet = FleetReporter(self._store, name, partial(replicas, name))
+        self._degrade = DegradeLoop(self._store, steering(config))
         self._gauges = Gauges(self._store, storage)
         export.start("dispatcher")
-        for part in (self._dispatcher, self._judge, self._shadowing, self._notifier, self._gauges):
+        self._parts = (
+            *(self._judge, self._shadowing, self._dispatcher, self._notifier),
+            *(self._gauges, self._fleet, self._degrade),
+        )
+        for part in self._parts:
             part.start()
         self._preparing = asyncio.create_task(pipeline.prepare(), name="prepare")
 
@@ -200,9 +232,8 @@ class DispatcherDeployment:
         self._gauges.raise_if_ended()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_gauges"):
-            parts = (self._judge, self._shadowing, self._dispatcher, self._notifier, self._gauges)
-            await asyncio.gather(*(part.stop() for part in parts))
+        if hasattr(self, "_parts"):
+            await asyncio.gather(*(part.stop() for part in self._parts))
             if self._broker is not None:
                 await self._broker.close()
             await self._store.close()

@@ -6,6 +6,7 @@ Knows nothing of Ray: the pipeline is a callable that yields events.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import Literal, cast
@@ -164,7 +165,9 @@ class Run:
             return
         if await self._record(lambda: store.complete(job.id, job.attempt, done)):
             seconds = round(self._clock.monotonic() - began, 3)
-            logger.info("completed", extra={"job": job.id, "attempt": job.attempt, "seconds": seconds})
+            # The gateway's clock gave the time of creation.
+            took = {"predicted_s": job.predicted_s, "took_s": round(time.time() - job.created_at, 3)}
+            logger.info("completed", extra={"job": job.id, "attempt": job.attempt, "seconds": seconds, **took})
             self._measure(done, seconds)
 
     def _measure(self, done: Done, seconds: float) -> None:

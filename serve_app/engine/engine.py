@@ -274,7 +274,7 @@ class Engine:
         entry = flight.entry
         self._scheduler.remove(entry.id)
         state = await self._group.save(entry.id) if entry.step != flight.first_step else None
-        flight.events.put_nowait(Moved(state, entry.high_noise, flight.seconds))
+        flight.events.put_nowait(Moved(state, entry.high_noise, flight.seconds, flight.group_s, flight.passes))
 
     def _can_step(self, entry: Entry) -> bool:
         return self._experts is None or ("transformer" if entry.high_noise else "transformer_2") in self._experts

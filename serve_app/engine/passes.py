@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -85,6 +86,7 @@ class Passes:
         self.stepping = entries
         metrics.parked_samples.set(len(park))
         save = {entry.id: prefix for entry in entries if (prefix := self._save_to(entry.id))}
+        began = time.monotonic()
         try:
             result = await self._group.step(StepRequest([entry.id for entry in entries], park, save))
         except GroupLost:
@@ -92,7 +94,7 @@ class Passes:
         except Exception as error:  # whatever the model raised: it concerns samples, not the group
             seconds = await self._step_alone(entries, error)
         else:
-            seconds = await self._account(entries, result, save)
+            seconds = await self._account(entries, result, save, time.monotonic() - began)
         self.counters.step_s += seconds
         self.counters.latest_s.append(seconds)
         return seconds
@@ -101,7 +103,7 @@ class Passes:
         """Hand out the latents of a sample without steps left."""
         self._scheduler.remove(flight.entry.id)
         latents = await self._group.latents(flight.entry.id)
-        flight.events.put_nowait(Denoised(latents, flight.seconds))
+        flight.events.put_nowait(Denoised(latents, flight.seconds, flight.group_s, flight.passes))
 
     async def _step_alone(self, entries: list[Entry], error: Exception) -> float:
         """Step the samples of a pass that raised one by one, so that only those at fault fail.
@@ -123,6 +125,7 @@ class Passes:
             if entry.id not in self._flights:  # left meanwhile
                 continue
             self.stepping = [entry]
+            began = time.monotonic()
             others = [sample_id for sample_id in self._flights if sample_id != entry.id] if short else []
             try:
                 result = await self._group.step(StepRequest([entry.id], others))
@@ -131,17 +134,28 @@ class Passes:
             except Exception as alone:
                 self._fail_by(entry, alone)
             else:
-                seconds += await self._account([entry], result, {})
+                seconds += await self._account([entry], result, {}, time.monotonic() - began)
         return seconds
 
-    async def _account(self, entries: list[Entry], result: StepResult, save: dict[str, str]) -> float:
-        """Note what a pass did to each of its samples. Returns the seconds that it took."""
+    async def _account(self, entries: list[Entry], result: StepResult, save: dict[str, str], passed_s: float) -> float:
+        """Note what a pass did to each of its samples.
+
+        Args:
+            entries: the samples.
+            result: what the ranks answered.
+            save: where states are being saved, by sample.
+            passed_s: seconds until the ranks had answered.
+
+        Returns:
+            Seconds that it took on the ranks.
+        """
         self.counters.steps += 1
         self.counters.advanced += len(entries)
         self._scheduler.note_pass(entries, result.seconds)
         _measure(entries, result.seconds)
         self.pressure.note(result.headroom, result.largest)
         self._scheduler.tight = self.pressure.tight
+        work = sum(entry.work for entry in entries)
         for entry in entries:
             if entry.id in result.failed:
                 self._fail(entry, "not_finite", result.failed[entry.id])
@@ -149,7 +163,7 @@ class Passes:
             entry.step += 1
             flight = self._flights.get(entry.id)
             if flight is not None:  # otherwise it left during the step
-                flight.advance(result.seconds, saved=entry.id in save)
+                flight.advance(result.seconds, entry.id in save, passed_s, entry.work / work if work else 1.0)
                 if entry.finished:
                     await self.finish(flight)
         return result.seconds

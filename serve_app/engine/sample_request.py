@@ -56,10 +56,13 @@ class Denoised:
     Attributes:
         latents: float32 [1, channels, frames, height, width].
         seconds: how long it was in this engine.
+        group_s, passes: as in `Flight`.
     """
 
     latents: np.ndarray
     seconds: float
+    group_s: float = 0.0
+    passes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,11 @@ class Moved:
         state: where to go on; None if no step was made here, so that it goes on from the state it came with.
         high_noise: whether the high-noise expert does the next step; None if that is not known here.
         seconds: how long it was in this engine.
+        group_s, passes: as in `Flight`.
     """
 
     state: bytes | None = None
     high_noise: bool | None = None
     seconds: float = 0.0
+    group_s: float = 0.0
+    passes: float = 0.0

@@ -20,10 +20,11 @@ from serve_app.gateway.http.origins import Cors
 from serve_app.gateway.http.prefix import SlashAfterPrefix
 from serve_app.gateway.http.routing import Routes
 from serve_app.gateway.readiness import Readiness, Ready
-from serve_app.gateway.schemas import ModelCard, ModelList, ReadyState
+from serve_app.gateway.schemas import Estimates, ModelCard, ModelList, ReadyState
 from serve_app.gateway.videos.routes import router
 from serve_app.gateway.videos.service import Videos, Wake
 from serve_app.gateway.webhooks import routes as webhooks
+from serve_app.jobs.estimate import Pace
 from serve_app.jobs.store import JobStore
 from serve_app.storage import Storage
 from serve_app.tiny.vocabulary import NOTE
@@ -71,11 +72,11 @@ def create_app(
     app.add_middleware(Measured)
     errors.install(app)
     app.include_router(docs.router(app.title))
-    app.include_router(_rest(config, Readiness(store, videos.admission, ready)))
+    app.include_router(_rest(config, Readiness(store, videos.admission, ready), store))
     return app
 
 
-def _rest(config: Config, readiness: Readiness) -> APIRouter:
+def _rest(config: Config, readiness: Readiness, store: JobStore) -> APIRouter:
     """Return the routes of the page, the model and health."""
     routes = Routes()
     card = model_card(config)
@@ -84,19 +85,22 @@ def _rest(config: Config, readiness: Readiness) -> APIRouter:
     async def page() -> HTMLResponse:
         return HTMLResponse(_page(), headers=docs.PAGE_HEADERS)
 
+    async def current() -> ModelCard:
+        return card.model_copy(update={"estimates": estimates(await store.pace())})
+
     guarded: dict[str, Any] = {"tags": ["models"], "dependencies": bearer(config.auth)}
 
     @routes.get("/v1/models", **guarded, responses=_GUARDED)
     async def models(who: AnyCaller) -> ModelList:
         """List the models that are served, with limits and defaults."""
-        return ModelList(data=[card])
+        return ModelList(data=[await current()])
 
     @routes.get("/v1/models/{model_id:path}", **guarded, responses=_GUARDED | _only(404))
     async def model(model_id: str, who: AnyCaller) -> ModelCard:
         """Return one model."""
         if model_id != card.id:
             raise errors.ApiError(404, "not_found", f"There is no model {model_id[:80]!r}.", "model_id")
-        return card
+        return await current()
 
     @routes.get("/healthz", tags=["health"], responses=_ANY)
     async def healthz() -> dict[str, str]:
@@ -125,6 +129,15 @@ def model_card(config: Config) -> ModelCard:
         defaults=config.defaults.model_dump(),
         note=NOTE if config.model.bundled else None,
     )
+
+
+def estimates(pace: Pace) -> Estimates | None:
+    """Return how good the estimates of the latest videos were; None if none of them had one."""
+    errors = pace.errors
+    if not errors:
+        return None
+    median, p90 = (round(errors[-(-len(errors) * share // 10) - 1], 3) for share in (5, 9))
+    return Estimates(videos=len(errors), median_error=median, p90_error=p90, p90_factor=round(pace.p90_factor, 3))
 
 
 def _page() -> str:

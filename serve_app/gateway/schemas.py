@@ -15,6 +15,19 @@ class ReadyState(BaseModel):
     reason: str | None = None
 
 
+class Estimates(BaseModel):
+    """The errors of the estimates of `seconds_left` that the latest videos were created with."""
+
+    videos: int
+    """Number of these videos."""
+    median_error: float
+    """Error that half of them stayed below, as a share of the seconds that they took."""
+    p90_error: float
+    """Error that nine of ten stayed below."""
+    p90_factor: float
+    """Factor on an estimate that nine of ten videos keep to; deadlines are checked with it."""
+
+
 class ModelCard(BaseModel):
     """A model, with the limits and the defaults of requests."""
 
@@ -24,6 +37,7 @@ class ModelCard(BaseModel):
     owned_by: str = "serve_app"
     limits: dict[str, int]
     defaults: dict[str, int | float | str | None]
+    estimates: Estimates | None = Field(None, description="How good estimates were lately. Null while none has ended.")
     note: str | None = Field(None, description="What the model cannot draw. Null if it takes any prompt.")
 
 

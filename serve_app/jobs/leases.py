@@ -20,10 +20,11 @@ from serve_app.errors import JobFailed
 from serve_app.events import Done, Progress
 from serve_app.jobs import transitions
 from serve_app.jobs.assignment import Rollout, assign, note_wanted, rollout
+from serve_app.jobs.degrading import Degrading
 from serve_app.jobs.evidence import NOT_ITS_FAULT
 from serve_app.jobs.generations import may_lease
 from serve_app.jobs.order import due, next_job, not_paused
-from serve_app.jobs.rows import Rows, held_by
+from serve_app.jobs.rows import held_by
 from serve_app.metrics import catalog as metrics
 
 # Percent at which each stage begins and ends. Denoising takes nearly all of the time on every model and device.
@@ -40,7 +41,7 @@ def percent(progress: Progress) -> int:
     return int(low + (high - low) * min(progress.step / max(progress.steps, 1), 1))
 
 
-class Leases(Rows):
+class Leases(Degrading):
     """The dispatchers' half of a `JobStore`."""
 
     async def claim(self, owner: str, lease_s: float, generation: str = "") -> Job | None:
@@ -82,6 +83,8 @@ class Leases(Rows):
                 )
                 job = claimed.one_or_none()
                 waiting = None if job is None else await assign(session, job, now)
+                if job is not None:
+                    await self._reduce(session, job)
             if waiting is not None:
                 # In a transaction of its own: this one has locked a job, and those of pipelines are locked first.
                 with suppress(*STORE_AWAY):
@@ -131,6 +134,7 @@ class Leases(Rows):
         reached = percent(progress)
         began = self._db.now() if progress.stage == "denoise" else None
         further = Job.resumed_step < resumed_step
+        saved = progress.saved_step if progress.stage == "denoise" else 0
         async with self._db.write() as session:
             written = await session.execute(
                 update(Job)
@@ -143,6 +147,7 @@ class Leases(Rows):
                     denoise_at=func.coalesce(Job.denoise_at, began),
                     progress=case((Job.progress < reached, reached), else_=Job.progress),
                     resumed_step=case((further, resumed_step), else_=Job.resumed_step),
+                    saved_step=case((Job.saved_step < saved, saved), else_=Job.saved_step),
                     failures=case((further, 0), else_=Job.failures),
                 )
                 .returning(Job.id)

@@ -1,31 +1,19 @@
-"""Read-only questions about jobs: one of them, a page of them, the place in the queue, the time until it is done."""
+"""Read-only questions about jobs: one of them, a page of them, the place in the queue."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Literal
 
 from sqlalchemy import func, or_, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from serve_app.config import RetentionConfig
-from serve_app.db.database import Database
 from serve_app.db.tables import SHOWN_STATUS, Job, id_time
-from serve_app.jobs.estimate import Pace, measure, work_ahead
 from serve_app.jobs.rows import Rows
-
-# Seconds between two looks at the jobs that ended last.
-_PACE_S = 2.0
 
 
 class Queries(Rows):
     """The part of a `JobStore` that only reads."""
-
-    def __init__(self, database: Database, late_outputs_s: float, retention: RetentionConfig) -> None:
-        super().__init__(database, late_outputs_s, retention)
-        self._pace = Pace()
-        self._pace_at = float("-inf")
 
     async def get(self, video_id: str, owner: str | None = None) -> Job | None:
         """Return a job; None if there is none, or if it belongs to another owner than `owner` (None: any)."""
@@ -94,23 +82,5 @@ class Queries(Rows):
             others = waits.where(or_(Job.owner < row.owner, Job.owner > row.owner)).group_by(Job.owner)
             return own + sum(min(count, own) for count in await session.scalars(others))
 
-    async def seconds_left(self, job: Job) -> float | None:
-        """Estimate the seconds until a waiting job is done; None while nothing is known."""
-        pace = await self.pace()
-        if not pace.finished:
-            return None
-        async with self._db.read() as session:
-            begins_in_s = job.not_before - await self._db.clock(session)
-            ahead = await work_ahead(session, job, pace.typical_work)
-            return pace.seconds_left(ahead, job.work or pace.typical_work, begins_in_s)
-
-    async def pace(self) -> Pace:
-        """Return how fast jobs are done at present, measured at most every few seconds."""
-        if time.monotonic() - self._pace_at >= _PACE_S:
-            self._pace_at = time.monotonic()
-            async with self._db.read() as session:
-                self._pace = await measure(session)
-        return self._pace
-
-    async def _count(self, session: AsyncSession) -> int:
+    async def _count_queued(self, session: AsyncSession) -> int:
         return await session.scalar(select(func.count()).where(Job.status == "queued")) or 0

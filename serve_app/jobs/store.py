@@ -5,10 +5,11 @@ Knows nothing of Ray, HTTP or storage.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from sqlalchemy import select, text
 from sqlalchemy.exc import IntegrityError
@@ -18,10 +19,12 @@ from serve_app.accounts.keys import Keys, check_quota
 from serve_app.config import Ageing, Config, RetentionConfig
 from serve_app.db.database import Database
 from serve_app.db.tables import CANCELLED, Job, new_id
-from serve_app.errors import ServeAppError
+from serve_app.degrade import Floor
+from serve_app.errors import DeadlineInfeasible, ServeAppError
 from serve_app.finish.plan import Finish
 from serve_app.jobs import transitions
 from serve_app.jobs.depth import QueueDepth
+from serve_app.jobs.forecast import Fleet
 from serve_app.jobs.generations import Generations
 from serve_app.jobs.leases import Leases
 from serve_app.jobs.maintenance import Maintenance
@@ -40,12 +43,15 @@ _NOT_URGENT = Urgency()
 
 
 class QueueFull(ServeAppError):
-    """The queue holds as many waiting jobs as it may.
+    """The queue holds as much as it may.
 
     Args:
         message: one sentence for the user.
-        retry_after_s: seconds until one fewer is expected to wait; None if not known.
+        retry_after_s: seconds until there is room; None if not known.
     """
+
+    code = "queue_full"
+    """A stable word for programs."""
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message, retry_after_s)
@@ -54,6 +60,12 @@ class QueueFull(ServeAppError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class WaitTooLong(QueueFull):
+    """A job of this class would wait for longer than the server promises."""
+
+    code = "wait_too_long"
 
 
 class IdempotencyConflict(ServeAppError):
@@ -78,8 +90,9 @@ class Announcer(Protocol):
 class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Generations, Shadows):
     """Jobs in SQLite or PostgreSQL.
 
-    This class creates, cancels and deletes jobs for users; `Queries` reads, `Leases` and `Upkeep` are for dispatchers,
-    `Maintenance` for operators; `Rollouts`, `Generations` and `Shadows` are about several versions at once.
+    This class creates, cancels and deletes jobs for users; `Queries` reads, `Outlook` predicts, `Degrading` offers
+    less, `Leases` and `Upkeep` are for dispatchers, `Maintenance` for operators; `Rollouts`, `Generations` and
+    `Shadows` are about several versions at once.
 
     Args:
         url: a SQLAlchemy URL; the driver may be left out.
@@ -90,6 +103,8 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
         ranks: ranks of a denoiser group, for GPU-seconds.
         work_of: returns the TFLOP of a video's denoising, for estimates. Without it, jobs created here have no known
             work.
+        pipeline: name of the application whose replicas work on the jobs.
+        fleet: those that the configuration has at least, for estimates; one group if None.
 
     Raises:
         ConfigError: the URL cannot be read, or names another kind of database.
@@ -104,6 +119,8 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
         announcer: Announcer | None = None,
         ranks: int = 1,
         work_of: WorkOf | None = None,
+        pipeline: str = "wan",
+        fleet: Fleet | None = None,
     ) -> None:
         super().__init__(Database(url), late_outputs_s, retention or RetentionConfig())
         self.keys = Keys(self._db)
@@ -111,6 +128,8 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
         self._announcer = announcer
         self._ranks = ranks
         self._work_of = work_of
+        self._pipeline = pipeline
+        self._fleet = self._plan = fleet or self._plan
 
     @classmethod
     def of(cls, config: Config, announcer: Announcer | None = None, work_of: WorkOf | None = None) -> JobStore:
@@ -129,6 +148,13 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
             announcer,
             config.denoiser.parallel.size,
             work_of,
+            config.dispatcher.pipeline,
+            Fleet(
+                config.denoiser.autoscaling.min_replicas,
+                config.decoder.autoscaling.min_replicas,
+                config.dispatcher.running_jobs,
+                config.denoiser,
+            ),
         )
 
     @property
@@ -171,6 +197,8 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
         finish: Finish | None = None,
         warnings: Sequence[str] = (),
         max_queued: int | None = None,
+        max_wait_s: float | None = None,
+        check_deadline: bool = False,
     ) -> Job:
         """Put a job into the queue and announce it. `claim` says which job is next.
 
@@ -187,18 +215,27 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
             finish: the steps that finish the decoded video, if it is finished.
             warnings: sentences for the user that are known before any work.
             max_queued: most jobs that may wait; None for no limit.
+            max_wait_s: most seconds that it may be expected to wait for others; None for no limit.
+            check_deadline: whether to refuse a deadline that it is expected to miss.
 
         Raises:
             QueueFull: `max_queued` jobs wait already.
+            WaitTooLong: it would wait for more than `max_wait_s`.
+            DeadlineInfeasible: it would miss its deadline.
             OverLimit: the owner is at a limit of their key.
             IdempotencyConflict: another request of this owner had the same idempotency key.
         """
-        await self.pace()  # before the transaction, which should be short
+        if idempotency is not None and (before := await self.known(owner, idempotency)) is not None:
+            return before
         job = Job(
+            status="queued",
+            step=0,
+            saved_step=0,
             owner=owner,
             model=model,
             params=params.model_dump(),
             work=None if self._work_of is None else self._work_of(params),
+            degrade=urgency.degrade.to_json() if isinstance(urgency.degrade, Floor) else None,
             ranks=self._ranks,
             idempotency_key=None if idempotency is None else idempotency.key,
             request_digest=None if idempotency is None else idempotency.digest,
@@ -210,8 +247,12 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
             start_at=urgency.start_at,
             not_before=urgency.start_at or 0.0,
         )
+        job.id, job.created_at = new_id()
+        job.effective_deadline = job.waits_since + getattr(self._ageing, job.priority)
+        # Before the transaction, which should be short. Gateways that admit at the same moment do not see each other.
+        await self._admit(job, urgency.deadline_s if check_deadline else None, max_wait_s)
         try:
-            before = await self._add(job, urgency.deadline_s, max_queued)
+            before = await self._add(job, urgency, max_queued)
         except IntegrityError:
             # Another process created the job between our look and our insert. Now we see it.
             before = None if idempotency is None else await self.known(owner, idempotency)
@@ -220,25 +261,46 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
         if before is not None:
             return before
         metrics.jobs_created.inc(priority=job.priority, size=metrics.size_of(params.width, params.height))
+        self._created(job)
         if self._announcer is not None and job.announced_at:
             await self._announcer.announce([job.id])
         return job
 
-    async def _add(self, job: Job, deadline_s: float | None, max_queued: int | None) -> Job | None:
+    async def _admit(self, job: Job, deadline_s: float | None, max_wait_s: float | None) -> None:
+        """Note what is expected of a job, and refuse it if that is too late. What is not known is no reason to refuse.
+
+        Raises:
+            WaitTooLong, DeadlineInfeasible: see `create`.
+        """
+        expected = await self.predict(job)
+        if expected is None:
+            return
+        job.predicted_s = expected.seconds_left
+        earliest_s = expected.seconds_left * self._pace.p90_factor
+        if deadline_s is not None and earliest_s > deadline_s:
+            message = f"'deadline_s' is {deadline_s:g}, expected at least {math.ceil(earliest_s)} at the moment."
+            raise DeadlineInfeasible(message, float(math.ceil(earliest_s)))
+        # The time until it may begin is not spent waiting for others.
+        wait_s = expected.wait_s - max(job.not_before - job.created_at, 0.0)
+        if max_wait_s is not None and wait_s > max_wait_s:
+            message = f"Videos of class {job.priority!r} would wait for {wait_s:.0f} s, the limit is {max_wait_s:g}."
+            raise WaitTooLong(message, wait_s - max_wait_s)
+
+    async def _add(self, job: Job, urgency: Urgency, max_queued: int | None) -> Job | None:
         """Give a job its id and times and store it. If its request came before, store nothing and return that job."""
         async with self._db.write() as session:
             if job.idempotency_key is not None:
                 before = await _known(session, job.owner, job.idempotency_key, job.request_digest)
                 if before is not None:
                     return before
-            job.id, job.created_at = new_id()
             # The database's clock will judge the deadline, and this host's may be off by more than that.
             now = await self._db.clock(session)
-            await check_quota(session, job.owner, now)
-            if max_queued is not None and await self._count(session) >= max_queued:
+            key = await check_quota(session, job.owner, now, job.work or 0.0)
+            if urgency.degrade is None and key is not None:
+                job.degrade = key.degrade
+            if max_queued is not None and await self._count_queued(session) >= max_queued:
                 raise QueueFull(f"{max_queued} jobs wait already.", self._pace.seconds_per_job)
-            job.deadline_at = None if deadline_s is None else now + deadline_s
-            job.effective_deadline = job.waits_since + getattr(self._ageing, job.priority)
+            job.deadline_at = None if urgency.deadline_s is None else now + urgency.deadline_s
             # A job that begins later is announced when it is due; a lost announcement is repeated.
             job.announced_at = job.created_at if job.waits_since <= job.created_at else 0.0
             session.add(job)
@@ -252,6 +314,9 @@ class JobStore(Queries, QueueDepth, Leases, Upkeep, Maintenance, Rollouts, Gener
         """
         async with self._db.read() as session:
             return await _known(session, owner, idempotency.key, idempotency.digest)
+
+    def _work(self, params: dict[str, Any]) -> float | None:
+        return None if self._work_of is None else self._work_of(Params(**params))
 
     async def delete(self, video_id: str, owner: str | None = None) -> bool:
         """Delete a job and have its files removed; False if there is none. A run of it ends when it next reports."""

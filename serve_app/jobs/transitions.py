@@ -33,6 +33,7 @@ def complete(job: Job, now: float, done: Done, late_outputs_s: float) -> list[Ba
     job.outputs, job.timings = dict(done.outputs), dict(done.timings)
     job.warnings = [*job.warnings, *done.warnings]
     job.size_bytes, job.revision, job.finish_result = done.size_bytes, done.revision, done.finished
+    job.group_s, job.passes = done.group_s, done.passes
     job.lease_owner = job.lease_until = None
     job.error_code = job.error_message = None
     earlier = [f"videos/{job.id}/{attempt}" for attempt in range(1, job.attempt)]

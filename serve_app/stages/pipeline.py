@@ -57,11 +57,14 @@ class _Denoising:
         started: the start in the latest group; None before the first.
         latents: float32 [1, channels, frames, height, width], at the end.
         seconds: how long it was in all of them.
+        group_s, passes: its share of their passes, see `Flight`.
     """
 
     started: Started | None = None
     latents: Any = None
     seconds: float = 0.0
+    group_s: float = 0.0
+    passes: float = 0.0
 
 
 @serve.deployment(name="Pipeline")
@@ -169,6 +172,8 @@ class Pipeline:
                 *decoded.warnings,
             ],
             revision=decoded.revision,
+            group_s=denoising.group_s,
+            passes=denoising.passes,
         )
         if finishing is not None:
             async with aclosing(self._finish(finishing, finish_s)) as events:
@@ -222,10 +227,12 @@ class Pipeline:
                         denoising.started = event
                     elif isinstance(event, Progress):
                         left = None if event.seconds_left is None else event.seconds_left + decode_s
-                        yield Progress("denoise", event.step, event.steps, left)
+                        yield Progress("denoise", event.step, event.steps, left, event.saved_step)
                     else:
                         ended = event
                         denoising.seconds += event.seconds
+                        denoising.group_s += event.group_s
+                        denoising.passes += event.passes
             except RayError:
                 if denoising.started is None and await _was_lost(encoded):
                     raise JobFailed("encoder_lost", _LOST.format("text encoder"), retryable=True) from None

@@ -104,6 +104,22 @@ async def test_jobs_running(store: JobStore) -> None:
     assert (await store.claim("me", 60)) is not None
 
 
+async def test_queued_work(store: JobStore) -> None:
+    """The work of waiting jobs counts, not their number; one always may wait."""
+    job = await store.create(PARAMS, "wan")
+    assert job.work
+    key_id, _ = await make(store, queued_tflop=2.5 * job.work)
+    for _ in range(2):
+        await store.create(PARAMS, "wan", owner=key_id)
+    with pytest.raises(OverLimit, match="TFLOP of this key wait") as over:
+        await store.create(PARAMS, "wan", owner=key_id)
+    assert over.value.code == "queued_tflop"
+    await store.keys.limit(key_id, {"queued_tflop": None})
+    await store.create(PARAMS, "wan", owner=key_id)
+    small, _ = await make(store, queued_tflop=job.work / 2)
+    await store.create(PARAMS, "wan", owner=small)
+
+
 async def test_gpu_seconds(store: JobStore) -> None:
     store._ranks = 4
     key_id, _ = await make(store, gpu_seconds_per_day=100)

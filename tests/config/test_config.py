@@ -65,7 +65,7 @@ def test_storage() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"typo": 1}, "args: unknown option 'typo', expected one of ageing, auth, decoder, defaults"),
+        ({"typo": 1}, "args: unknown option 'typo', expected one of admission, ageing, auth, decoder"),
         ({"storge": {}}, "args: unknown option 'storge', did you mean 'storage'?"),
         ({"limits": {"pixel": 1}}, "args: unknown option 'limits.pixel', did you mean 'pixels'?"),
         ({"denoiser": {"parallel": {"tensr": 1}}}, "unknown option 'denoiser.parallel.tensr', did you mean 'tensor'?"),

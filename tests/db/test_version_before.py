@@ -61,7 +61,8 @@ def version_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     newest = sorted((ROOT / "serve_app/db/migrations/versions").glob("0*.py"))[-1].relative_to(ROOT)
     try:
         tags = git("tag", "--list", "v*", "--sort=-v:refname", "--merged").split()
-        came = git("log", "--diff-filter=A", "--format=%H", "-1", "--", str(newest)).strip()
+        since = ("log", "-m", "--first-parent", "--no-renames", "--diff-filter=A", "--format=%H", "-1")
+        came = git(*since, "--", str(newest)).strip()
         before = tags[0].decode() if tags else f"{came.decode()}^"
         archive = git("archive", before, "serve_app")
     except (OSError, subprocess.CalledProcessError) as error:

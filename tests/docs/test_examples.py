@@ -20,6 +20,7 @@ from cluster.dev.commands import cli as cluster_cli
 from docs.generate.cli import commands
 from serve_app.cli import cli as wan_serve
 from serve_app.config import load_file, validate
+from serve_app.simulate.fleet import load_fleet
 from tests.docs.pages import ROOT, Block, blocks, shell_lines
 from tests.gateway import conftest as gateway
 
@@ -45,6 +46,10 @@ def test_yaml_is_a_configuration(block: Block, tmp_path: Path) -> None:
         path = tmp_path / "my.yaml"
         path.write_text(block.text)
         load_file(path)
+    elif block.text.startswith("# fleet.yaml"):
+        path = tmp_path / "fleet.yaml"
+        path.write_text(block.text)
+        load_fleet(path)
     else:
         # A fragment shows what it is about; what it needs besides is said in words.
         validate({"model": {"sharded": "/models/a14b-1"}, **content} if "offload" in block.text else content)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -91,6 +91,7 @@ class Call:
         self._stream = made if hasattr(made, "__aiter__") else None
         self._task = None if self._stream is not None else asyncio.ensure_future(made)
         self._steps: list[asyncio.Task[Any]] = []
+        self._closing: asyncio.Task[None] | None = None
         self.cancelled = False
 
     def __await__(self) -> Any:
@@ -101,16 +102,23 @@ class Call:
         return self
 
     async def __anext__(self) -> Any:
-        step = asyncio.ensure_future(anext(self._stream))
+        step = asyncio.ensure_future(anext(cast(Any, self._stream)))
         self._steps = [step]
         with _wrapped():
             return await step
 
     def cancel(self) -> None:
         self.cancelled = True
-        for task in (self._task, *self._steps):
-            if task is not None:
-                task.cancel()
+        if self._task is not None:
+            self._task.cancel()
+        elif self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+
+    async def _close(self) -> None:
+        for step in self._steps:
+            step.cancel()
+        await asyncio.gather(*self._steps, return_exceptions=True)
+        await self._stream.aclose()
 
 
 class Handle:
@@ -352,10 +360,15 @@ async def test_no_place_within_the_time_means_a_plain_video(tmp_path: Path, monk
     assert all(call.cancelled for call in app.finishers.calls)
 
 
+def wait_for(event: threading.Event) -> None:
+    """Hold a step until an event, or for half a minute."""
+    event.wait(30)
+
+
 async def test_a_finisher_that_stands_still_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = App(tmp_path, monkeypatch, progress_timeout_s=0.5)
     go_on = threading.Event()
-    app.steps.trouble = lambda index: go_on.wait(30) and None
+    app.steps.trouble = lambda index: wait_for(go_on)
     making = asyncio.create_task(app.make())
     events = await making
     is_plain(app, events, "nothing happened for 0.5 s")
@@ -407,7 +420,7 @@ async def test_a_decoder_that_dies_fails_the_attempt_as_without_a_finisher(app: 
 async def test_who_leaves_in_this_phase_ends_it(app: App, tmp_path: Path) -> None:
     """As a cancel, a deadline, a client that is gone and a superseded attempt do: the stream of events is closed."""
     go_on = threading.Event()
-    app.steps.trouble = lambda index: go_on.wait(30) and None
+    app.steps.trouble = lambda index: wait_for(go_on)
     events = app.pipeline._generate(app.job())
     async for event in events:
         if event.stage == "finish":
@@ -445,12 +458,22 @@ async def test_a_file_that_is_stored_while_somebody_leaves_is_removed(
         put(key, *others)
 
     monkeypatch.setattr(app.finisher._storage._backend, "put", held)
-    making = asyncio.create_task(app.make())
+    reached = asyncio.Event()
+
+    async def make() -> None:
+        async for event in app.pipeline._generate(app.job()):
+            if isinstance(event, Progress) and event.stage == "finish":
+                reached.set()
+
+    making = asyncio.create_task(make())
     await asyncio.to_thread(begun.wait, 30)
+    await reached.wait()  # the plain video is stored
     making.cancel()
-    go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await making
+    for _ in range(10):  # the cancel reaches the finisher
+        await asyncio.sleep(0)
+    go_on.set()
     folder = app.path("videos/video_1/1")
     while any(path.is_file() for path in folder.glob("finished-*/*")):  # noqa: ASYNC110 (it ends in a thread)
         await asyncio.sleep(0.01)

@@ -14,6 +14,8 @@ class ErrorBody(BaseModel):
     """The field at fault."""
     code: str | None = None
     """A stable word for programs."""
+    earliest_s: float | None = None
+    """With `deadline_infeasible`: seconds from now after which the video can be expected."""
 
 
 class ErrorEnvelope(BaseModel):

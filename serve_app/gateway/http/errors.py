@@ -14,7 +14,7 @@ from starlette.routing import Match
 
 from serve_app.accounts.keys import OverLimit
 from serve_app.db.database import STORE_AWAY
-from serve_app.errors import InvalidRequest, Unavailable, one_line
+from serve_app.errors import DeadlineInfeasible, InvalidRequest, Unavailable, one_line
 from serve_app.gateway.http.envelope import ErrorEnvelope
 from serve_app.jobs.store import IdempotencyConflict, QueueFull
 from serve_app.logs import get_logger
@@ -39,6 +39,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (404, "There is no such video, or it belongs to another key."),
         (413, "The body is too large."),
         (415, "The body is compressed."),
+        (422, "The deadline cannot be met; `earliest_s` says when the video can be expected."),
         (429, "A limit is reached; `Retry-After` says when to try again."),
         (500, "A bug in the server."),
         (503, "The job store or the storage cannot be reached or is full; `Retry-After` says when to try again."),
@@ -48,6 +49,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 class ApiError(Exception):
     """An error answer in OpenAI's envelope.
+
+    Attributes:
+        more: further fields of the error.
 
     Args:
         status: HTTP status.
@@ -63,6 +67,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.param, self.retry = status, code, message, param, retry
+        self.more: dict[str, float] = {}
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
     def response(self) -> JSONResponse:
@@ -72,7 +77,7 @@ class ApiError(Exception):
         message, param = (
             None if said is None else said.encode("utf-8", "replace").decode() for said in (self.message, self.param)
         )
-        body = {"message": message, "type": kind, "param": param, "code": self.code}
+        body = {"message": message, "type": kind, "param": param, "code": self.code, **self.more}
         headers = {**self.headers, "x-should-retry": "true" if self.retry else "false"}
         return JSONResponse({"error": body}, self.status, headers=headers)
 
@@ -130,13 +135,19 @@ def install(app: FastAPI) -> None:
     async def _api_error(_: Request, error: ApiError) -> JSONResponse:
         return error.response()
 
+    @app.exception_handler(DeadlineInfeasible)
+    async def _infeasible(_: Request, error: DeadlineInfeasible) -> JSONResponse:
+        answer = ApiError(422, "deadline_infeasible", error.message, error.param)
+        answer.more["earliest_s"] = error.earliest_s
+        return answer.response()
+
     @app.exception_handler(InvalidRequest)
     async def _invalid(_: Request, error: InvalidRequest) -> JSONResponse:
         return ApiError(400, "invalid_value", error.message, error.param).response()
 
     @app.exception_handler(QueueFull)
     async def _full(_: Request, error: QueueFull) -> JSONResponse:
-        return too_much("queue_full", str(error), error.retry_after_s).response()
+        return too_much(error.code, str(error), error.retry_after_s).response()
 
     @app.exception_handler(OverLimit)
     async def _over_limit(_: Request, error: OverLimit) -> JSONResponse:

@@ -53,6 +53,12 @@ def understand(fields: dict[str, Any], config: Config, *, typed: bool = True) ->
         ApiError: the request asks for a feature that this model does not have.
     """
     fields = dict(fields)
+    if not typed and str(fields.get("degrade", "")).startswith("{"):
+        try:
+            fields["degrade"] = json.loads(fields["degrade"])
+        except ValueError:
+            message = f"'degrade' has value {repr(fields['degrade'])[:80]}, expected JSON."
+            raise InvalidRequest("degrade", message) from None
     if fields.pop("input_reference", None) not in (None, ""):
         message = "'input_reference' is not supported: this model makes videos from text only."
         raise ApiError(400, "unsupported", message, "input_reference")

@@ -78,6 +78,11 @@ class VideoState(BaseModel):
     queue_position: int | None = Field(
         None, description="Place in the queue, 1 is next. It grows if a more urgent video comes. Null if not `queued`."
     )
+    degraded: bool = Field(
+        False, description="Less was made than was asked for, since the queue was long and the request allows it."
+    )
+    requested_size: str | None = Field(None, description="With `degraded`: the size that was asked for.")
+    requested_steps: int | None = Field(None, description="With `degraded`: the steps that were asked for.")
     attempts: int = Field(description="How often work on it began.")
     owner: str | None = Field(
         None, description="Id of the API key that created it; null if the server asks for no keys."
@@ -115,6 +120,7 @@ class Video(Resolved, VideoState):
         if job.error_code is not None:
             error = VideoError(code=job.error_code, message=job.error_message or "")
         params: dict[str, Any] = job.params
+        asked = job.requested
         return cls(
             **params,
             id=job.id,
@@ -139,6 +145,9 @@ class Video(Resolved, VideoState):
             deadline_at=None if job.deadline_at is None else int(job.deadline_at),
             start_at=None if job.start_at is None else int(job.start_at),
             queue_position=queue_position,
+            degraded=job.requested is not None,
+            requested_size=None if asked is None else f"{asked['width']}x{asked['height']}",
+            requested_steps=None if asked is None else asked["num_inference_steps"],
             attempts=job.attempt,
             owner=job.owner or None,
             revision=job.revision,

@@ -124,6 +124,8 @@ class Videos:
             finish=finish,
             warnings=vocabulary.warnings(params.prompt) if self.config.model.bundled else (),
             max_queued=self.config.limits.queued_jobs,
+            max_wait_s=getattr(self.config.admission.max_wait_s, urgency.priority),
+            check_deadline=self.config.admission.check_deadlines,
         )
         logger.info(
             "created",
@@ -234,6 +236,8 @@ class Videos:
         return job
 
     async def _resource(self, job: Job) -> Video:
+        if job.status == "in_progress":
+            return Video.of(job, seconds_left=await self.store.seconds_left(job))
         if job.status != "queued":
             return Video.of(job)
         # The job may leave the queue between the queries: then it has no position.
