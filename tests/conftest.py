@@ -54,6 +54,7 @@ _KINDS = {
     "gateway/test_serve.py": "ray",
     "gateway/test_serve_rabbitmq.py": "ray",
     "gpu": "gpu",
+    "image": "cluster",
     "jobs": "db",
     "jobs/test_assignment.py": "unit",
     "jobs/test_verdict.py": "unit",
