@@ -65,6 +65,7 @@ bench: setup ## the benchmarks that this machine can run
 	@$(BIN)/python -m benchmarks.serving.engine_throughput
 	@$(BIN)/python -m benchmarks.serving.mixed_trace
 	@$(BIN)/python -m benchmarks.serving.engine_overhead
+	@$(BIN)/python -m benchmarks.serving.metrics_cost
 	@$(BIN)/python -m benchmarks.model.cpu_vae
 	@$(BIN)/python -m benchmarks.serving.gateway
 	@$(BIN)/python -m benchmarks.serving.api_fuzz

@@ -81,9 +81,7 @@ def _panel(axes: Any, panel: Panel, prometheus: Prometheus, start: float, end: f
         for series in prometheus.range(expression, start, end, 2):
             times = [(float(at) - start) for at, _ in series["values"]]
             values = [float(value) for _, value in series["values"]]
-            labels = series["metric"]
-            legend = re.sub(r"{{(\w+)}}", lambda found, labels=labels: labels.get(found[1], ""), target.legend)
-            drawn.append((legend, times, values))
+            drawn.append((_legend(target.legend, series["metric"]), times, values))
     if panel.kind == "stat":
         axes.axis("off")
         text = f"{drawn[0][2][-1]:.4g}" if drawn else "no data"
@@ -101,6 +99,11 @@ def _panel(axes: Any, panel: Panel, prometheus: Prometheus, start: float, end: f
     axes.set_ylabel({"s": "seconds", "bytes": "bytes"}.get(panel.unit, ""), fontsize=7)
     if any(legend for legend, _, _ in drawn):
         axes.legend(fontsize=6, loc="upper left", ncols=2)
+
+
+def _legend(text: str, labels: dict[str, str]) -> str:
+    """Return a legend with the values of its labels."""
+    return re.sub(r"{{(\w+)}}", lambda found: labels.get(found[1], ""), text)
 
 
 def main() -> None:

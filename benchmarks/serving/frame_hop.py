@@ -90,7 +90,7 @@ def receive_raw(pipe: Any, format: VideoFormat, folder: Path) -> Iterator[np.nda
     with (folder / "frames.rgb").open("rb", buffering=0) as file:
         for _ in range(format.num_frames):
             frame = np.empty(shape, np.uint8)
-            file.readinto(memoryview(frame).cast("B"))
+            file.readinto(memoryview(frame.data).cast("B"))
             yield frame
 
 
@@ -99,7 +99,7 @@ def send_raw(pipe: Any, frames: np.ndarray, wait: Wait, folder: Path) -> None:
     with (folder / "frames.rgb").open("wb", buffering=0) as file:
         for index, frame in enumerate(frames):
             wait(index)
-            file.write(memoryview(frame).cast("B"))
+            file.write(memoryview(frame.data).cast("B"))
     pipe.send(None)
 
 
@@ -237,7 +237,9 @@ def main() -> None:
     frames = picture(options)
     runs = {way: [measure(way, frames, options) for _ in range(options.repeats)] for way in WAYS}
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    handle = serve.run(Sink.bind(Source.bind(options)), route_prefix=None)
+    source: Any = Source
+    sink: Any = Sink
+    handle = serve.run(sink.bind(source.bind(options)), route_prefix=None)
     measure_serve(handle, frames, options)  # the first call finds its way
     runs["answers of a Serve handle"] = [measure_serve(handle, frames, options) for _ in range(options.repeats)]
     serve.shutdown()

@@ -6,7 +6,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -33,13 +33,13 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for programs.")] = False,
 ) -> None:
     """Check a running deployment: one line for each finding. The exit status is 1 if there is an error."""
-    from serve_app.doctor.examine import Weights, examine
+    from serve_app.doctor.examine import examine
     from serve_app.doctor.finding import Level
 
     def say(line: str) -> None:
         print(f"looking at {line}", file=sys.stderr)
 
-    found = examine(config, say, weights=cast(Weights, weights.value), offline=offline)
+    found = examine(config, say, weights=weights.value, offline=offline)
     worst = [level for level in Level if any(one.level == level for one in found)][-1]
     if as_json:
         print(json.dumps({"status": str(worst), "findings": [one.to_json() for one in found]}, indent=2))

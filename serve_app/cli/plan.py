@@ -97,12 +97,12 @@ def _size(size: str, frames: int) -> Any:
     from serve_app.planning.memory import Size
 
     width, _, height = size.partition("x")
-    sides = [int(one) if one.isdigit() else 0 for one in (width, height)]
-    if any(side < 16 or side % 16 for side in sides):
+    across, down = (int(one) if one.isdigit() else 0 for one in (width, height))
+    if any(side < 16 or side % 16 for side in (across, down)):
         raise ConfigError(f"--size has value {size!r}, expected WIDTHxHEIGHT, multiples of 16, such as 1280x720")
     if frames % 4 != 1:
         raise ConfigError(f"--frames has value {frames}, expected a multiple of 4 and 1 more, such as 81")
-    return Size(*sides, frames)
+    return Size(across, down, frames)
 
 
 def _look_at(path: Path, model: Any, card: Any) -> None:

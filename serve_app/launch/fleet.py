@@ -50,6 +50,12 @@ class Replica:
         return dict(vars(self))
 
 
+def _word(state: Any) -> str:
+    """Return a state of Serve, one of its enumeration or its name, as our word."""
+    name = str(getattr(state, "value", state))
+    return _STATES.get(name, name.lower())
+
+
 def join(address: str) -> None:
     """Join a Ray to look at it.
 
@@ -84,7 +90,7 @@ def _replicas(applications: dict[str, Any], board: dict[str, dict[str, Any]], no
                     application,
                     name,
                     one["replica_id"],
-                    _STATES.get(str(one["state"]), str(one["state"]).lower()),
+                    _word(one["state"]),
                     one.get("node_ip") or "",
                     max(0.0, now - began),
                     note,

@@ -75,9 +75,9 @@ def files(source: Source, size: Size, extra: Path | None = None) -> tuple[Files,
         one_host.insert(0, "host-weights")
     for name, operations in patches.items():
         texts[f"components/{name}/kustomization.yaml"] = dump(_patching(operations))
-    for name, members in {"production": ["redis", "autoscale", "monitoring"], "one-host": one_host}.items():
+    for name, parts in {"production": ["redis", "autoscale", "monitoring"], "one-host": one_host}.items():
         texts[f"overlays/{name}/kustomization.yaml"] = dump(
-            _kustomization("Kustomization", size, ["../../base"], [f"../../components/{one}" for one in members])
+            _kustomization("Kustomization", size, ["../../base"], [f"../../components/{one}" for one in parts])
         )
     return {path: _MARK + text for path, text in texts.items()}, found
 

@@ -218,7 +218,7 @@ class Simulation:
         self.result.most_groups = max(self.result.most_groups, len(self._pipeline.groups))
 
     def _backlog(self) -> Backlog:
-        work: dict[str, float] = {**self._queued}
+        work: dict[str, float] = {str(name): amount for name, amount in self._queued.items()}
         denoising = 0
         for outcome, sample in self._inside.values():
             priority = outcome.arrival.priority

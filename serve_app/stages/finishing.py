@@ -193,7 +193,8 @@ class _Call:
             with suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._changed.wait()
-            changed, _ = self._changed.is_set(), self._changed.clear()
+            changed = self._changed.is_set()
+            self._changed.clear()
             return changed
         return True
 

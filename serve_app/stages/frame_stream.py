@@ -67,7 +67,7 @@ def send_frames(address: FrameAddress, frames: np.ndarray, wait: Callable[[int],
         connection.sendall(address.token)
         for index, frame in enumerate(frames):
             wait(index)
-            connection.sendall(memoryview(np.ascontiguousarray(frame)).cast("B"))
+            connection.sendall(memoryview(np.ascontiguousarray(frame).data).cast("B"))
 
 
 class FrameReceiver:
@@ -114,7 +114,7 @@ class FrameReceiver:
                     assert self._error is not None
                     raise self._error
             frame = np.empty(shape, np.uint8)
-            if os.preadv(self._spool, [memoryview(frame).cast("B")], index * size) != size:
+            if os.preadv(self._spool, [memoryview(frame.data).cast("B")], index * size) != size:
                 raise OSError("the temporary file of frames is cut short")
             yield frame
 

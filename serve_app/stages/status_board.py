@@ -14,6 +14,7 @@ from typing import Any
 from weakref import WeakMethod
 
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from serve_app.compat.ray import notes, put_note, remove_note
 from serve_app.errors import one_line
@@ -37,11 +38,14 @@ class StatusBoard:
     """
 
     def __init__(self, describe: Describe, period_s: float = PERIOD_S) -> None:
-        self._describe = WeakMethod(describe)  # type: ignore[arg-type]
+        self._describe = WeakMethod(describe)
         self._period_s = period_s
-        own: Any = serve.get_replica_context().replica_id
-        self._key = key_of(own.deployment_id.app_name, own.deployment_id.name, own.unique_id)
         self._failed = False
+        try:
+            own: Any = serve.get_replica_context().replica_id
+        except RayServeException:  # nobody serves here, as in tests and notebooks
+            return
+        self._key = key_of(own.deployment_id.app_name, own.deployment_id.name, own.unique_id)
         threading.Thread(target=self._run, name="status", daemon=True).start()
 
     def _run(self) -> None:

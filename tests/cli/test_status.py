@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve._private.common import ReplicaState
 
 from serve_app.cli import status as command
 from serve_app.device_memory import DeviceMemory
@@ -31,7 +32,7 @@ QUEUE = Waiting({"interactive": 2, "batch": 40}, {"interactive": 26.0, "batch": 
 
 def found() -> list[Replica]:
     def one(name: str, state: str = "RUNNING", began: float = 900.0) -> dict[str, Any]:
-        return {"replica_id": name, "state": state, "node_ip": "10.0.0.1", "start_time_s": began}
+        return {"replica_id": name, "state": ReplicaState(state), "node_ip": "10.0.0.1", "start_time_s": began}
 
     applications = {
         "gateway": {"deployments": {"Gateway": {"replicas": [one("g")]}}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import ray
@@ -43,9 +44,9 @@ def test_a_probe_on_each_host(ray_cluster: str, tmp_path: Path) -> None:
 
 
 async def test_applications(ray_cluster: str) -> None:
-    serve.run(Well.bind(), name="well", route_prefix=None)
+    serve.run(cast(Any, Well).bind(), name="well", route_prefix=None)
     serve.run_many(
-        [serve.RunTarget(target=Sick.bind(), name="sick", route_prefix=None)],
+        [serve.RunTarget(target=cast(Any, Sick).bind(), name="sick", route_prefix=None)],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )

@@ -36,7 +36,7 @@ async def test_real_services(
     await database.start()
     await database.close()
     sections = {"store": {"url": empty_url}, "storage": s3_options.model_dump(), "queue": queue_options.model_dump()}
-    found = await look(tmp_path, **sections)
+    found = await look(tmp_path, "", **sections)
     assert {one.level for one in found.values()} == {Level.ok}, found
     assert "answers in" in found["database"].said and "let us in after" in found["broker"].said
     assert f"stored, read and removed 1 MiB at {s3_options.url}" in found["storage"].said

@@ -60,6 +60,7 @@ def test_players_get_the_tags_they_want(tmp_path: Path, codec: str, container: s
             assert stream.frames == 5
     if container == "mp4":
         assert boxes(path).index("moov") < boxes(path).index("mdat")
+        assert b"colrnclx" in path.read_bytes()  # where QuickTime looks for the colours
     shown = list(decoded(path))
     assert len(shown) == 5
     assert all(psnr(one, truth) > 30 for one, truth in zip(shown, FRAMES, strict=True))

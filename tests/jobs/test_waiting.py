@@ -31,11 +31,11 @@ async def test_by_class(store: JobStore) -> None:
         times = {"started_at": 1e9, "completed_at": 1e9 + 10}
         await session.execute(update(Job).where(Job.id == done.id).values(times))
     for priority in ("interactive", "batch", "batch"):
-        await store.create(PARAMS, "wan", Urgency(priority=priority))  # type: ignore[arg-type]
+        await store.create(PARAMS, "wan", Urgency(priority=priority))
     found, each = await look(store), video_tflop(A14B, PARAMS)
     assert found.jobs == {"interactive": 1, "batch": 2} and found.running == 1
     assert found.work["batch"] == pytest.approx(2 * each)
-    progress = (await store.get(running.id)).progress  # type: ignore[union-attr]
+    progress = (await store.get(running.id)).progress
     assert found.running_work == pytest.approx(each * (100 - progress) / 100)
     assert found.seconds(1) == pytest.approx(30 + 10 * (100 - progress) / 100)
-    assert found.seconds(2) == pytest.approx(found.seconds(1) / 2) and found.seconds(0) is None  # type: ignore[operator]
+    assert found.seconds(2) == pytest.approx(found.seconds(1) / 2) and found.seconds(0) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -66,8 +67,8 @@ def test_all_layouts_fit_and_leave_a_tenth(card: str, gpus: int, hosts: int, siz
 
 @pytest.mark.parametrize(("card", "gpus", "hosts", "size"), FLEETS)
 def test_the_file_is_one_that_up_takes(card: str, gpus: int, hosts: int, size: Size, tmp_path: Path) -> None:
-    for aim in ("latency", "throughput"):
-        plan = planned(card, gpus, hosts, size, aim)  # type: ignore[arg-type]
+    for aim in get_args(Aim):
+        plan = planned(card, gpus, hosts, size, aim)
         path = tmp_path / f"{aim}.yaml"
         path.write_text(plan_file.write(plan, "wan-serve plan"))
         _, config = load_file(path)

@@ -25,7 +25,7 @@ def test_a_rank_of_the_tiny_model(dtype: str) -> None:
     meta, kind = torch.device("meta"), getattr(torch, dtype)
     checkpoint = Checkpoint(CHECKPOINT)
     expert = load_expert(checkpoint, "transformer", ProcessGroups.alone(meta), kind, meta)
-    for block in expert.blocks:  # type: ignore[union-attr]
+    for block in expert.blocks:
         for attention in (block.attn1, block.attn2):  # the one for `meta` makes the whole table of scores
             attention.processor.kernel = lambda query, *_: torch.empty_like(query)
     model = ModelShape.of(checkpoint)
@@ -39,7 +39,7 @@ def test_a_rank_of_the_tiny_model(dtype: str) -> None:
                 }
             )
             found = RankMemory(config, model, Mesh(), (0,)).need(Size.of(config.defaults))
-            expert.text_cache.clear()  # type: ignore[operator, union-attr]
+            expert.text_cache.clear()
             shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
             texts = [torch.empty(1, MAX_TOKENS, 128, device=meta, dtype=kind) for _ in range(2)]
             with LiveBytes() as live, torch.no_grad():
@@ -48,5 +48,5 @@ def test_a_rank_of_the_tiny_model(dtype: str) -> None:
                     predict(expert, latents, timesteps, texts[:1], texts[1:], [4.0], fuse)
             weights = sum(p.nbytes for p in expert.parameters())
             assert found.weights == weights
-            assert found.bytes_of(TEXTS) == expert.text_cache.bytes  # type: ignore[union-attr]
+            assert found.bytes_of(TEXTS) == expert.text_cache.bytes
             assert found.bytes_of(STEP, TEXTS) == pytest.approx(live.peak, rel=NEAR), (width, fuse)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -101,7 +101,7 @@ class Call:
         return self
 
     async def __anext__(self) -> Any:
-        step = asyncio.ensure_future(anext(self._stream))
+        step = asyncio.ensure_future(anext(cast(Any, self._stream)))
         self._steps = [step]
         with _wrapped():
             return await step
@@ -352,10 +352,15 @@ async def test_no_place_within_the_time_means_a_plain_video(tmp_path: Path, monk
     assert all(call.cancelled for call in app.finishers.calls)
 
 
+def wait_for(event: threading.Event) -> None:
+    """Hold a step until an event, or for half a minute."""
+    event.wait(30)
+
+
 async def test_a_finisher_that_stands_still_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     app = App(tmp_path, monkeypatch, progress_timeout_s=0.5)
     go_on = threading.Event()
-    app.steps.trouble = lambda index: go_on.wait(30) and None
+    app.steps.trouble = lambda index: wait_for(go_on)
     making = asyncio.create_task(app.make())
     events = await making
     is_plain(app, events, "nothing happened for 0.5 s")
@@ -407,7 +412,7 @@ async def test_a_decoder_that_dies_fails_the_attempt_as_without_a_finisher(app: 
 async def test_who_leaves_in_this_phase_ends_it(app: App, tmp_path: Path) -> None:
     """As a cancel, a deadline, a client that is gone and a superseded attempt do: the stream of events is closed."""
     go_on = threading.Event()
-    app.steps.trouble = lambda index: go_on.wait(30) and None
+    app.steps.trouble = lambda index: wait_for(go_on)
     events = app.pipeline._generate(app.job())
     async for event in events:
         if event.stage == "finish":

@@ -225,7 +225,12 @@ def test_a_finisher_is_started_killed_and_replaced(app):
     with ThreadPoolExecutor() as pool:
         making = pool.submit(made, app.job(seed=7, num_frames=161))
         ports: set[int] = set()
-        until(lambda: bool(ports.update(finisher_ports("LISTEN") - others) or ports & finisher_ports("ESTABLISHED")))
+
+        def sending() -> bool:
+            ports.update(finisher_ports("LISTEN") - others)
+            return bool(ports & finisher_ports("ESTABLISHED"))
+
+        until(sending)
         finisher.kill()  # the decoder has just begun to send
         done = making.result()
     (warning,) = done.warnings

@@ -75,7 +75,7 @@ def _cells(line: str) -> list[str]:
 
 
 MODEL = ModelShape.published()
-SIZES = {name: Size(*map(int, name.split("x")), 81) for name in ("832x480", "1280x720")}
+SIZES = {"832x480": Size(832, 480, 81), "1280x720": Size(1280, 720, 81)}
 
 # Files of earlier code: ranks of tensor parallelism made sums by NCCL, and divided all of cross-attention. That they
 # exchange through symmetric memory was new in the last one, and that cross-attention is whole in the ones after it.
