@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import get_args
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from serve_app.config import RetentionConfig
+from serve_app.config import Priority, RetentionConfig
 from serve_app.db.database import Database
 from serve_app.db.tables import Job, Replicas
 from serve_app.jobs.estimate import Pace, measure, work_ahead
@@ -41,6 +42,8 @@ class Outlook(Rows):
         self._upcoming: list[Upcoming] = []
         self._more = False
         """True if more jobs wait than are in `_upcoming`."""
+        self._sums: dict[tuple[str, str], tuple[int, float]] = {}
+        """Number and TFLOP of the waiting jobs of each owner and class, if there are more than `_upcoming` has."""
         self._expected: dict[str, Expected] = {}
         self._forecast_at = float("-inf")
 
@@ -71,7 +74,7 @@ class Outlook(Rows):
             expected = self._expected.get(job.id)
             if expected is not None:
                 return replace(expected, seconds_left=max(expected.done_at - now, 0.0))
-            return await self._from_sums(session, job, pace, now)
+            return await self._far_back(session, job, pace, now)
 
     async def predict(self, job: Job) -> Expected | None:
         """Return what is expected of a job that is about to be created; None while that is not known."""
@@ -82,9 +85,8 @@ class Outlook(Rows):
             now = await self._db.clock(session)
             if time.monotonic() - self._forecast_at >= _FORECAST_S:
                 await self._look(session)
-            behind = self._upcoming and job.effective_deadline > self._upcoming[-1].effective_deadline
-            if self._more and behind:
-                return await self._from_sums(session, job, pace, now)
+        if self._more and job.effective_deadline > self._upcoming[-1].effective_deadline:
+            return self._after(job, self._ahead_of_new(job, pace), pace, now)
         return forecast([*self._upcoming, _upcoming(job)], pace, self._fleet, now).get(job.id)
 
     async def report_replicas(self, application: str, counts: Mapping[str, int]) -> None:
@@ -96,7 +98,10 @@ class Outlook(Rows):
 
     def _created(self, job: Job) -> None:
         """Count a job that was created here in the next predictions, which may come within the same second."""
-        self._upcoming.append(_upcoming(job))
+        if not self._more:
+            self._upcoming.append(_upcoming(job))
+        count, work = self._sums.get((job.owner, job.priority), (0, 0.0))
+        self._sums[job.owner, job.priority] = count + 1, work + (job.work or self._pace.typical_work)
         self._expected = {}
 
     async def _look(self, session: AsyncSession) -> None:
@@ -110,16 +115,46 @@ class Outlook(Rows):
             select(*_COLUMNS).where(Job.id.in_(ids[:_IN_DETAIL])).order_by(Job.effective_deadline, Job.id)
         )
         self._upcoming = [Upcoming(**row._mapping) for row in (*running, *waiting)]
+        work = func.sum(func.coalesce(Job.work, self._pace.typical_work))
+        sums = select(Job.owner, Job.priority, func.count(), work).where(Job.status == "queued")
+        found = await session.execute(sums.group_by(Job.owner, Job.priority)) if self._more else ()
+        self._sums = {(owner, priority): (count, total) for owner, priority, count, total in found}
 
-    async def _from_sums(self, session: AsyncSession, job: Job, pace: Pace, now: float) -> Expected | None:
-        """Return what is expected of a job far back in the queue: the work before it, and its own time."""
+    async def _far_back(self, session: AsyncSession, job: Job, pace: Pace, now: float) -> Expected | None:
+        """Return what is expected of a waiting job behind those that a forecast plays: by the work before it."""
+        return self._after(job, await work_ahead(session, job, pace.typical_work), pace, now)
+
+    def _ahead_of_new(self, job: Job, pace: Pace) -> float:
+        """Return about the TFLOP before a job that is about to be created.
+
+        Those are the rest of what runs, the owner's waiting jobs of its class and of more urgent ones, and as many of
+        each other owner, who take turns.
+        """
+        running = [one for one in self._upcoming if one.status == "in_progress"]
+        ahead = sum(
+            (one.work or pace.typical_work) * (1 - one.step / one.params["num_inference_steps"])
+            for one in running
+            if one.stage != "decode"
+        )
+        classes: Sequence[str] = get_args(Priority)
+        urgent = classes[: classes.index(job.priority) + 1]
+        own = [self._sums.get((job.owner, name), (0, 0.0)) for name in urgent]
+        turns = sum(count for count, _ in own) + 1
+        others: dict[str, tuple[int, float]] = {}
+        for (owner, _), (count, work) in self._sums.items():
+            if owner != job.owner:
+                before = others.get(owner, (0, 0.0))
+                others[owner] = before[0] + count, before[1] + work
+        ahead += sum(work for _, work in own)
+        return ahead + sum(work * min(turns / count, 1.0) for count, work in others.values())
+
+    def _after(self, job: Job, ahead: float, pace: Pace, now: float) -> Expected | None:
+        """Return what is expected of a job after so much work of others."""
         rate, groups = pace.work_per_group_s, self._fleet.groups
-        one = replace(_upcoming(job), not_before=0.0)
-        alone = forecast([one], pace, self._fleet, now).get(job.id)
+        alone = forecast([replace(_upcoming(job), not_before=0.0)], pace, self._fleet, now).get(job.id)
         if rate is None or not groups or alone is None:
             return None
-        ahead_s = await work_ahead(session, job, pace.typical_work) / (rate * groups)
-        left = max(ahead_s, job.not_before - now) + alone.alone_s
+        left = max(ahead / (rate * groups), job.not_before - now) + alone.alone_s
         return Expected(now + left, alone.alone_s, left)
 
     async def _count(self, session: AsyncSession) -> Fleet:

@@ -189,8 +189,8 @@ def test_overlays(made: Made) -> None:
     base, production, one_host = (service_of(texts, place)["spec"] for place in PLACES)
     groups = [spec["rayClusterConfig"]["workerGroupSpecs"] for spec in (base, production)]
     # Without an autoscaler there are Pods for all replicas; with one, for the fewest.
-    assert [(one["minReplicas"], one["replicas"], one["maxReplicas"]) for one in groups[0]] == [(2, 2, 2), (4, 4, 4)]
-    assert [(one["minReplicas"], one["replicas"], one["maxReplicas"]) for one in groups[1]] == [(1, 1, 2), (1, 1, 4)]
+    assert [(one["minReplicas"], one["replicas"], one["maxReplicas"]) for one in groups[0]] == [(2, 2, 2), (8, 8, 8)]
+    assert [(one["minReplicas"], one["replicas"], one["maxReplicas"]) for one in groups[1]] == [(1, 1, 2), (1, 1, 8)]
     assert production["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379"
     kinds = {one["kind"] for one in k8s.render(texts, "overlays/production")}
     assert {"PodMonitor", "PrometheusRule", "ConfigMap", "NetworkPolicy", "Service"} <= kinds

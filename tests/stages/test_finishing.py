@@ -91,6 +91,7 @@ class Call:
         self._stream = made if hasattr(made, "__aiter__") else None
         self._task = None if self._stream is not None else asyncio.ensure_future(made)
         self._steps: list[asyncio.Task[Any]] = []
+        self._closing: asyncio.Task[None] | None = None
         self.cancelled = False
 
     def __await__(self) -> Any:
@@ -108,9 +109,16 @@ class Call:
 
     def cancel(self) -> None:
         self.cancelled = True
-        for task in (self._task, *self._steps):
-            if task is not None:
-                task.cancel()
+        if self._task is not None:
+            self._task.cancel()
+        elif self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+
+    async def _close(self) -> None:
+        for step in self._steps:
+            step.cancel()
+        await asyncio.gather(*self._steps, return_exceptions=True)
+        await self._stream.aclose()
 
 
 class Handle:
@@ -450,12 +458,22 @@ async def test_a_file_that_is_stored_while_somebody_leaves_is_removed(
         put(key, *others)
 
     monkeypatch.setattr(app.finisher._storage._backend, "put", held)
-    making = asyncio.create_task(app.make())
+    reached = asyncio.Event()
+
+    async def make() -> None:
+        async for event in app.pipeline._generate(app.job()):
+            if isinstance(event, Progress) and event.stage == "finish":
+                reached.set()
+
+    making = asyncio.create_task(make())
     await asyncio.to_thread(begun.wait, 30)
+    await reached.wait()  # the plain video is stored
     making.cancel()
-    go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await making
+    for _ in range(10):  # the cancel reaches the finisher
+        await asyncio.sleep(0)
+    go_on.set()
     folder = app.path("videos/video_1/1")
     while any(path.is_file() for path in folder.glob("finished-*/*")):  # noqa: ASYNC110 (it ends in a thread)
         await asyncio.sleep(0.01)
