@@ -107,7 +107,7 @@ def move(job: Job, served: Rollout) -> None:
     same = before is not None and before.revision is not None and before.revision == served.stable.revision
     job.pipeline = served.stable.name
     if not (known or same):
-        job.states, job.resumed_step = str(job.attempt), 0
+        job.states, job.resumed_step, job.saved_step = str(job.attempt), 0, 0
 
 
 async def note_wanted(session: AsyncSession, name: str, now: float) -> None:

@@ -89,13 +89,12 @@ async def test_the_version_before_goes_on(empty_url: str, version_before: Path) 
     assert ready == b"ready\n", (await old.communicate())[1].decode()
     store = JobStore(empty_url)
     await store.start()
-    await store.seed("wan", {"wan": 1, "next": 99})
     said, errors = await old.communicate(b"\n")
     assert said == b"done\n", errors.decode()
     assert await store.counts() == {"completed": 1, "queued": 2}
     for _ in range(2):
         job = await store.claim("new", 60)
-        assert job is not None and (job.attempt, job.pipeline) == (2, "wan"), "it has begun elsewhere"
+        assert job is not None and job.attempt == 2
     await store.close()
 
 

@@ -298,13 +298,13 @@ async def test_a_saved_state_goes_on_only_with_the_same_revision(trial: JobStore
         job = await begun(trial, owner)
         await trial.complete(job.id, 1, Done({}, {}, 1, revision=revision))
     job = await begun(trial, THEIRS[1])
-    await trial.progress(job.id, 1, Progress("denoise", 3, 4), 3)
+    await trial.progress(job.id, 1, Progress("denoise", 3, 4, saved_step=2), 3)
     assert job.sample_prefix == f"samples/{job.id}"
     await trial.judge(TRIAL)
     await trial.abort("next", "Bad.")
     again = await claim(trial)
     assert (again.sample_prefix == job.sample_prefix) == resumes
-    assert again.resumed_step == (3 if resumes else 0)
+    assert (again.resumed_step, again.saved_step) == ((3, 2) if resumes else (0, 0))
     assert again.sample_prefix.startswith(again.state_prefix), "the janitor finds both"
 
 
