@@ -189,3 +189,13 @@ def test_any_agent_port() -> None:
     with ray_compat.any_agent_port():
         assert parameter.RayParams().dashboard_agent_listen_port == 0
     assert parameter.RayParams is usual
+
+
+def test_notes() -> None:
+    """What they do is seen with a Ray, by `tests/stages/test_axes.py`."""
+    from ray.experimental import internal_kv
+
+    parameters = inspect.signature(internal_kv._internal_kv_put).parameters
+    assert {"key", "value", "overwrite", "namespace"} <= parameters.keys()
+    for function in (internal_kv._internal_kv_get, internal_kv._internal_kv_list, internal_kv._internal_kv_del):
+        assert "namespace" in inspect.signature(function).parameters

@@ -143,15 +143,12 @@ def test_generate_follows_a_running_server(deployment, tmp_path):
 
 
 def test_doctor_finds_what_is_wrong(deployment: Deployment, tmp_path: Path) -> None:
-    """It reads the configuration that Serve has, which the fixture's own file says as well."""
-    token = {"Authorization": f"Bearer {deployment.environment['RAY_AUTH_TOKEN']}"}
-    details = httpx.get(f"{deployment.dashboard}/api/serve/applications/", headers=token, timeout=30).json()
-    applications = [one["deployed_app_config"] for one in details["applications"].values()]
+    content = yaml.safe_load(deployment.config.read_text())
     config = tmp_path / "serve.yaml"
 
     def doctor(port: int) -> tuple[int, dict[str, str]]:
-        http_options = {"host": "127.0.0.1", "port": port}
-        config.write_text(yaml.safe_dump({"http_options": http_options, "applications": applications}))
+        content["http_options"]["port"] = port
+        config.write_text(yaml.safe_dump(content))
         ended = run("doctor", "--config", config, "--json", environment=deployment.environment, timeout_s=300)
         found = json.loads(ended.stdout)["findings"]
         return ended.returncode, {one["check"]: one["level"] for one in found if one["check"] != "disk"}
@@ -159,7 +156,7 @@ def test_doctor_finds_what_is_wrong(deployment: Deployment, tmp_path: Path) -> N
     well = dict.fromkeys(
         ("database", "storage", "broker", "gateway", "applications", "clocks", "versions", "gpus", "weights"), "ok"
     )
-    assert doctor(httpx.URL(deployment.url).port or 80)[1] == well
+    assert doctor(content["http_options"]["port"])[1] == well
     assert doctor(1) == (1, {**well, "gateway": "error"})
 
 

@@ -110,12 +110,6 @@ def report(options: argparse.Namespace, between_s: float, jobs: list[Job], said:
             f"| {p90:.1%} | {max(off):.2f} |"
         )
     print(f"\n`/v1/models` says: {said}\n")
-    for job in jobs:
-        seconds = (job.completed_at or 0.0) - job.created_at
-        print(
-            f"# {job.priority} work {job.work:.3f} predicted {job.predicted_s} took {seconds:.2f} "
-            f"group {job.group_s} passes {job.passes} {job.timings}"
-        )
 
 
 if __name__ == "__main__":

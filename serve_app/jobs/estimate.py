@@ -123,6 +123,12 @@ class Pace:
         """Seconds of a job in which no stage works on it, without the waiting for one: less than most jobs have."""
         return min((job.other_s for job in self.finished if job.timings), default=0.0)
 
+    @property
+    def finish_s(self) -> float:
+        """Seconds for which a job is finished after its decode; most of that work is done beside it."""
+        other_s = self.other_s
+        return _median([max(job.other_s - other_s, 0.0) for job in self.finished if job.timings.get("finish")])
+
     def decode_s(self, pixels: float) -> float:
         """Return the seconds of a decoder, files included.
 

@@ -61,6 +61,7 @@ class Upcoming:
     step: int = 0
     saved_step: int = 0
     started_at: float | None = None
+    finish: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,15 @@ def _sample(job: Upcoming, pace: Pace, now: float) -> VirtualSample:
     at_work = job.status == "in_progress"
     step = job.step if at_work and job.stage == "denoise" else job.saved_step
     encode_s, decode_s = pace.encode_s, pace.decode_s(params.width * params.height * params.num_frames)
-    if at_work and job.stage in ("denoise", "decode"):
+    finish_s = pace.finish_s if job.finish else 0.0
+    if at_work and job.stage in ("denoise", "decode", "finish"):
         encode_s = 0.0
     elif at_work:
         encode_s = max(encode_s - (now - (job.started_at or now)), 0.0)
     if at_work and job.stage == "decode":
         step, decode_s = params.num_inference_steps, decode_s * _HALF
+    elif at_work and job.stage == "finish":
+        step, decode_s, finish_s = params.num_inference_steps, 0.0, finish_s * _HALF
     work = pace.typical_work if job.work is None else job.work
     entry = entry_of(job.id, params, work, job.priority, job.effective_deadline, step)
-    return VirtualSample(entry, encode_s, decode_s, pace.other_s)
+    return VirtualSample(entry, encode_s, decode_s, pace.other_s + finish_s)

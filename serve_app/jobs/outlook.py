@@ -74,6 +74,8 @@ class Outlook(Rows):
             expected = self._expected.get(job.id)
             if expected is not None:
                 return replace(expected, seconds_left=max(expected.done_at - now, 0.0))
+            if job.status != "queued":  # it has just begun; its group tells more
+                return None
             return await self._far_back(session, job, pace, now)
 
     async def predict(self, job: Job) -> Expected | None:

@@ -13,7 +13,7 @@ from serve_app.compat.ray import serve_client
 from serve_app.errors import ServeAppError, one_line
 from serve_app.stages.status_board import key_of, read_board
 
-_STAGES = ("Encoder", "Denoiser", "HighNoiseDenoiser", "LowNoiseDenoiser", "Decoder")
+_STAGES = ("Encoder", "Denoiser", "HighNoiseDenoiser", "LowNoiseDenoiser", "Decoder", "Finisher")
 _STATES = {"STARTING": "loading", "UPDATING": "loading", "RECOVERING": "loading", "RUNNING": "running"}
 
 
@@ -43,7 +43,7 @@ class Replica:
     @property
     def group(self) -> bool:
         """True if it is a group of ranks."""
-        return self.deployment not in ("Encoder", "Decoder")
+        return self.deployment not in ("Encoder", "Decoder", "Finisher")
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain values."""

@@ -110,16 +110,11 @@ async def test_a_run_is_measured(store: JobStore, storage: Storage, start: Start
     start(FakePipeline(storage, errors=[JobFailed("group_lost", "Gone.", retryable=True)]))
     await ended(store, video, "completed")
 
-    async def counted() -> bool:
+    async def measured() -> bool:
         return metrics.job_run_seconds.count(size="240p") == runs + 1
 
-    await until(counted)
-    assert {stage: metrics.stage_seconds.count(stage=stage, size="240p") - n for stage, n in stages.items()} == {
-        "encode": 1,
-        "denoise": 1,
-        "decode": 1,
-        "store": 0,  # the pipeline of this test does not say
-        "finish": 0,
-    }
+    await until(measured)
+    counted = {stage for stage, n in stages.items() if metrics.stage_seconds.count(stage=stage, size="240p") == n + 1}
+    assert counted == {"encode", "denoise", "decode"}  # the pipeline of this test tells no more
     assert (metrics.gpu_seconds.value() or 0) - seconds == pytest.approx(2.0)
     assert metrics.attempts_failed.value(reason="group_lost") == failed + 1

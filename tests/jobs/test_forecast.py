@@ -49,6 +49,22 @@ def test_steps_that_a_job_has_behind_it() -> None:
     assert seconds([job("nearly", saved_step=4)]) == {"nearly": 0}
 
 
+def test_finishing_comes_on_top_of_what_a_plain_video_takes() -> None:
+    plain = {"encode": 0.0, "denoise": 150.0, "decode": 40.0, "store": 10.0}
+    finished = [
+        Finished(100, 0, 200, 110, 10.0, 1.0, plain),
+        Finished(100, 0, 206, 104, 4.0, 1.0, {**plain, "finish": 9.0}),
+    ]
+    pace = Pace(finished)
+    assert (pace.other_s, pace.finish_s) == (0.0, 6.0), "three of the nine seconds were beside the decode"
+    asked = {"interpolate": {"fps": 32}}
+    jobs = [job("plain"), job("finished", finish=asked)]
+    alone = {one.id: forecast([one], pace, Fleet(1), 0.0)[one.id].seconds_left for one in jobs}
+    assert alone["finished"] - alone["plain"] == pytest.approx(6)
+    running = job("running", status="in_progress", stage="finish", step=65, saved_step=2, finish=asked)
+    assert forecast([running], pace, Fleet(1), 0.0)["running"].seconds_left == pytest.approx(3)
+
+
 def test_a_start_time_and_places() -> None:
     assert seconds([job("later", not_before=50.0)], now=10.0) == {"later": 48}
     few = seconds([job("a", effective_deadline=5), job("b", 1.0, effective_deadline=6)], Fleet(1, places=1))

@@ -42,10 +42,12 @@ def test_what_replicas_say_of_themselves(deploy):
     app = deploy_two(deploy)
     denoise(app, "board", app.params(seed=1))
     until(lambda: sum(bool(one.note.get("memory")) for one in replicas()) == 3)
+    # The sample may still be inside in the note of a moment ago.
+    until(lambda: not any(one.note.get("samples") for one in replicas()))
     found = {one.deployment: one for one in replicas()}
     assert set(found) == {"Encoder", "Denoiser", "Decoder"} and all(one.state == "running" for one in found.values())
     group = found["Denoiser"].note
-    assert group["mesh"] == "guidance 2 x sequence 1 x tensor 1" and group["samples"] == [] and not group["tight"]
+    assert group["mesh"] == "guidance 2 x sequence 1 x tensor 1" and not group["tight"]
     assert len(group["memory"]) == 2
     model = ModelShape.of(Checkpoint(app.config.model.folder))
     for memory in group["memory"]:

@@ -77,12 +77,14 @@ class Deployment:
         environment: variables with which Ray's commands reach its cluster.
         dashboard: URL of Ray's dashboard.
         metrics: host and port of the metrics of its only node.
+        config: the file that it serves.
     """
 
     url: str
     environment: dict[str, str]
     dashboard: str
     metrics: str
+    config: Path
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def deployed(checkpoint: Path, folder: Path) -> Iterator[Deployment]:
             url = f"http://127.0.0.1:{api}"
             wait_ready(url, server)
             node = environment["RAY_ADDRESS"].partition(":")[0]
-            yield Deployment(url, environment, f"http://127.0.0.1:{dashboard}", f"{node}:{metrics}")
+            yield Deployment(url, environment, f"http://127.0.0.1:{dashboard}", f"{node}:{metrics}", config)
         except AssertionError:
             print((folder / "ray.log").read_text()[-5000:])
             raise

@@ -6,6 +6,7 @@ Knows nothing of samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -43,7 +44,8 @@ class Experts:
     @property
     def text_bytes(self) -> int:
         """Bytes of the cached keys and values of texts."""
-        return sum(model.text_cache.bytes for model in self._models.values())  # type: ignore[misc, union-attr]
+        caches: list[Any] = [model.text_cache for model in self._models.values()]
+        return sum(cache.bytes for cache in caches)
 
     def use(self, name: Expert) -> nn.Module:
         """Return an expert, whose blocks are on the device by the time they run."""

@@ -1,4 +1,4 @@
-"""A job may ask for its video to be finished after the decode, and says what came of it. Nothing is taken away."""
+"""A job may ask for its video to be finished after the decode, and says what came of it."""
 
 import sqlalchemy as sa
 from alembic import op
