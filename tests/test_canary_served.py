@@ -1,4 +1,4 @@
-"""Two versions of a pipeline on one real Ray, and two clusters on one database, with a random tiny model."""
+"""A canary of the tiny architecture beside the stable pipeline, on a real Ray, from shadow mode to promotion."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ import pytest
 import yaml
 from sqlalchemy import select
 
-from serve_app.db.notifications import Event
 from serve_app.db.rollouts import Shadow
 from serve_app.jobs.store import JobStore
-from tests.support.databases import postgres_url
 from tests.support.deployed import BIN, end, wait_ready, write_config
 from tests.support.plain_http import http
 from tests.support.ports import free_port
 
-__all__ = ["postgres_url"]
 
-
-def on_store(place: Path | str, work: Callable[[JobStore], Awaitable[Any]]) -> Any:
+def on_store(folder: Path, work: Callable[[JobStore], Awaitable[Any]]) -> Any:
     async def main() -> Any:
-        store = JobStore(place if isinstance(place, str) else f"sqlite:///{place / 'home/jobs.db'}")
+        store = JobStore(f"sqlite:///{folder / 'home/jobs.db'}")
         await store.start()
         try:
             return await work(store)
@@ -97,64 +93,3 @@ def test_from_shadow_mode_to_promotion_and_back(tmp_path: Path, checkpoint: Path
         assert (third.pipeline, third.failures) == ("wan-next", 0)
     finally:
         end(process)
-
-
-@pytest.mark.slow
-def test_a_new_cluster_takes_over_from_an_old_one(tmp_path: Path, checkpoint: Path, postgres_url: str) -> None:
-    servers: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}
-
-    def start(generation: str) -> str:
-        port = free_port()
-        (tmp_path / generation).mkdir()
-        file = write_config(tmp_path / generation, checkpoint, port)
-        content = yaml.safe_load(file.read_text())
-        args = content["applications"][0]["args"]
-        args.update(home=str(tmp_path / "home"), store={"url": postgres_url}, dispatcher={"drain_s": 5, "poll_s": 0.5})
-        for application in content["applications"]:
-            application["args"] = args
-        file.write_text(yaml.safe_dump(content, allow_unicode=True))
-        environment = {**os.environ, "WAN_SERVE_GENERATION": generation}
-        process = subprocess.Popen([BIN / "wan-serve", "up", file, "--own-ray"], cwd=tmp_path, env=environment)
-        servers[generation] = f"http://127.0.0.1:{port}", process
-        wait_ready(*servers[generation])
-        return servers[generation][0]
-
-    def created(url: str) -> str:
-        body = {"prompt": "a star", "num_inference_steps": 60}
-        return str(http.post(f"{url}/v1/videos", json=body, timeout=30).json()["id"])
-
-    async def current(store: JobStore) -> str:
-        return (await store.generations())[0][0].name
-
-    def until(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 300
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-
-    try:
-        old = start("v1")
-        before = [created(old) for _ in range(6)]
-        new = start("v2")
-        until(lambda: on_store(postgres_url, current) == "v2")
-        after = [created(url) for url in (old, new)]
-        end(servers["v1"][1])
-
-        async def counts(store: JobStore) -> dict[str, int]:
-            return await store.counts()
-
-        until(lambda: on_store(postgres_url, counts) == {"completed": 8})
-
-        async def look(store: JobStore) -> tuple[list[int], list[int], list[str]]:
-            async with store.database.read() as session:
-                events = [*await session.scalars(select(Event.video_id))]
-            jobs = [await store.get(name) for name in (*before, *after)]
-            return [job.failures for job in jobs], [job.interruptions for job in jobs], events
-
-        failures, interruptions, events = on_store(postgres_url, look)
-        assert failures == interruptions == [0] * 8 and sorted(events) == sorted([*before, *after])
-        for name in (*before, *after):
-            assert http.get(f"{new}/v1/videos/{name}/content", timeout=30).status_code == 200
-    finally:
-        for _, process in servers.values():
-            end(process)
