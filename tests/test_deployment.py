@@ -91,6 +91,7 @@ def test_hints_of_clients_to_the_proxy_are_ignored(deployment):
         assert http.get(f"{deployment.url}/v1/videos", headers=hints).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_job_outlives_the_death_of_a_rank(deployment):
     with httpx.Client(base_url=deployment.url) as http:
         video = http.post("/v1/videos", json={"prompt": "a star", "num_inference_steps": 400, "seed": 9}).json()
@@ -163,11 +164,20 @@ def test_doctor_finds_what_is_wrong(deployment: Deployment, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({}, ["'gateway' and 'wan' run already", "--replace", "--own-ray"]),
-        ({"RAY_AUTH_MODE": "disabled"}, ["asks for its token", "RAY_AUTH_MODE=token"]),
-        ({"RAY_AUTH_TOKEN": "0" * 32}, ["asks for its token", "RAY_AUTH_TOKEN"]),
+        pytest.param({}, ["'gateway' and 'wan' run already", "--replace", "--own-ray"], id="running"),
+        pytest.param(
+            {"RAY_AUTH_MODE": "disabled"},
+            ["asks for its token", "RAY_AUTH_MODE=token"],
+            id="no token",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"RAY_AUTH_TOKEN": "0" * 32},
+            ["asks for its token", "RAY_AUTH_TOKEN"],
+            id="another token",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["running", "no token", "another token"],
 )
 def test_up_on_a_cluster_that_serves_already_is_one_line(deployment, checkpoint, tmp_path, variables, said):
     config = write_config(tmp_path, checkpoint, free_port())

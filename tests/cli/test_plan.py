@@ -26,7 +26,7 @@ def test_a_plan_for_people(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert f"wan-serve up {tmp_path}/my.yaml" in out
     _, config = load_file(tmp_path / "my.yaml")
     assert config.denoiser.parallel.guidance == 2
-    assert (tmp_path / "my.yaml").read_text().startswith("# Made by `wan-serve ")
+    assert (tmp_path / "my.yaml").read_text().startswith("# Made by `wan-serve")
 
 
 def test_a_plan_for_programs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,17 +55,25 @@ def git(*words: str) -> bytes:
     return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True).stdout
 
 
+def _before_the_newest_revision() -> str:
+    """Return the latest commit that has all revisions of the tables but the newest."""
+    folder = "serve_app/db/migrations/versions"
+    wanted = sorted(path.name for path in (ROOT / folder).glob("0*.py"))[:-1]
+    for commit in git("log", "--format=%H", "--", folder).decode().split():
+        there = git("ls-tree", "--name-only", commit, f"{folder}/").decode().split()
+        if sorted(name for path in there if (name := Path(path).name).startswith("0")) == wanted:
+            return commit
+    raise LookupError("no commit has all revisions but the newest")
+
+
 @pytest.fixture(scope="module")
 def version_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The code of the latest release, or of the commit before the newest revision of the tables came."""
-    newest = sorted((ROOT / "serve_app/db/migrations/versions").glob("0*.py"))[-1].relative_to(ROOT)
     try:
-        tags = git("tag", "--list", "v*", "--sort=-v:refname", "--merged").split()
-        since = ("log", "-m", "--first-parent", "--no-renames", "--diff-filter=A", "--format=%H", "-1")
-        came = git(*since, "--", str(newest)).strip()
-        before = tags[0].decode() if tags else f"{came.decode()}^"
+        tags = git("tag", "--list", "v*", "--sort=-v:refname", "--merged").decode().split()
+        before = tags[0] if tags else _before_the_newest_revision()
         archive = git("archive", before, "serve_app")
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, LookupError, subprocess.CalledProcessError) as error:
         pytest.skip(f"the history is not here: {error}")
     folder = tmp_path_factory.mktemp("before")
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:

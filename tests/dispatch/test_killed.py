@@ -37,7 +37,7 @@ asyncio.run(main(*sys.argv[1:]))
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("earlier_failures", [0, 2])
+@pytest.mark.parametrize("earlier_failures", [0, pytest.param(2, marks=pytest.mark.slow)])
 async def test_another_dispatcher_continues(
     store: JobStore, store_url: str, tmp_path: Path, earlier_failures: int
 ) -> None:

@@ -43,6 +43,7 @@ def test_a_probe_on_each_host(ray_cluster: str, tmp_path: Path) -> None:
     assert judge.clocks(hosts.offsets).level == Level.ok
 
 
+@pytest.mark.slow
 async def test_applications(ray_cluster: str) -> None:
     serve.run(cast(Any, Well).bind(), name="well", route_prefix=None)
     serve.run_many(
@@ -63,5 +64,5 @@ async def test_applications(ray_cluster: str) -> None:
 
 def test_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(ServeAppError, match=r"nothing answers for the Ray at 127\.0\.0\.1:1"), cluster.joined(print):
+    with pytest.raises(ServeAppError, match=r"nothing answers for the Ray at .*127\.0\.0\.1:1"), cluster.joined(print):
         pass

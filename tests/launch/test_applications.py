@@ -26,15 +26,14 @@ def there() -> set[str]:
     return {name for name, state in serve.status().applications.items() if state.status != "DELETING"}
 
 
-def replaced(by: Applications) -> None:
-    """Wait until Serve has put applications in the place of others, which takes it a moment."""
+def wait_replaced(applications: Applications) -> None:
+    """Wait until Serve has put others in the place of these applications, which takes it a moment."""
     for _ in range(300):
         try:
-            by.check_ours()
-            return
+            applications.check_ours()
         except ServeAppError:
-            time.sleep(0.1)
-    by.check_ours()
+            return
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ def test_a_server_ends_only_what_it_has_deployed(http):
         assert part in str(refused.value)
     later.check_free("here", http, replace=True)
     later.deploy()
-    replaced(later)
+    wait_replaced(mine)
     with pytest.raises(ServeAppError, match="'wan' was deployed anew by somebody else"):
         mine.check_ours()
 

@@ -8,6 +8,7 @@ from tests.stages.conftest import processes, until
 from tests.stages.test_faults import drain, make, ranks
 
 
+@pytest.mark.slow
 def test_replicas_follow_the_queue(deploy):
     """One replica of the denoiser, two under load, one again."""
     app = deploy(

@@ -27,6 +27,7 @@ def check(app: Wan, mesh: str) -> None:
         assert relative_error(torch.tensor(ours), theirs) <= 1e-4
 
 
+@pytest.mark.slow
 def test_passes_are_shared_where_nothing_is_said(deploy):
     check(deploy_two(deploy), "guidance 2 x sequence 1 x tensor 1")
 

@@ -449,13 +449,15 @@ async def test_the_death_of_who_called_ends_the_finishing(app: App, tmp_path: Pa
 async def test_a_file_that_is_stored_while_somebody_leaves_is_removed(
     app: App, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    put, begun, go_on = app.finisher._storage._backend.put, threading.Event(), threading.Event()
+    put, begun, go_on, stored = app.finisher._storage._backend.put, *(threading.Event() for _ in range(3))
 
     def held(key: str, *others: Any) -> None:
         if key.endswith(name):
             begun.set()
             assert go_on.wait(30)
         put(key, *others)
+        if key.endswith(name):
+            stored.set()
 
     monkeypatch.setattr(app.finisher._storage._backend, "put", held)
     reached = asyncio.Event()
@@ -474,6 +476,7 @@ async def test_a_file_that_is_stored_while_somebody_leaves_is_removed(
     for _ in range(10):  # the cancel reaches the finisher
         await asyncio.sleep(0)
     go_on.set()
+    assert await asyncio.to_thread(stored.wait, 30)
     folder = app.path("videos/video_1/1")
     while any(path.is_file() for path in folder.glob("finished-*/*")):  # noqa: ASYNC110 (it ends in a thread)
         await asyncio.sleep(0.01)

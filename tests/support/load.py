@@ -15,7 +15,7 @@ import httpx
 from serve_app.metrics.catalog import STAGES
 from tests.support.prometheus import Prometheus
 
-_OWN = {"priority": "interactive", "size": "432x240", "num_frames": 5}
+_OWN = {"priority": "interactive", "size": "432x240", "num_frames": 1}
 _SIZE, _PRIORITY = '{size="360p"}', '{priority="interactive"}'
 
 

@@ -45,6 +45,7 @@ def test_muon_orthogonalises_stacks() -> None:
     assert values.max() < 1.5
 
 
+@pytest.mark.slow
 def test_start_from_the_shipped_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = ("--work", str(tmp_path), "--steps", "1", "--every", "1", "--minutes", "5", "--resume")
     run(train_vae, monkeypatch, *work, "--batch", "2", "--decoder-only")
