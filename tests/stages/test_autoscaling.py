@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from tests.stages.conftest import processes, until
 from tests.stages.test_faults import drain, make, ranks
 
