@@ -1,5 +1,6 @@
 """The benchmark's reader is right about rendered ground truth."""
 
+import pytest
 import torch
 
 from benchmarks.tiny.reader import Seen, judge, read
@@ -7,6 +8,7 @@ from serve_app.tiny.recipe.captions import names
 from serve_app.tiny.recipe.shapes import random_scenes, render
 
 
+@pytest.mark.slow
 def test_reader_knows_rendered_clips() -> None:
     n = 240
     scenes = random_scenes(n, torch.Generator().manual_seed(11))

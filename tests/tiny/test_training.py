@@ -21,6 +21,7 @@ def run(module: object, monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
     module.main()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_train_resume_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = ("--work", str(tmp_path), "--steps", "2", "--every", "1", "--minutes", "5")
     run(train_vae, monkeypatch, *work, "--batch", "2")

@@ -49,6 +49,7 @@ def test_they_make_a_video(folder: Path) -> None:
     assert frames.std() > 0
 
 
+@pytest.mark.slow
 def test_every_rank_draws_its_part_of_the_same(folder: Path, tmp_path: Path) -> None:
     run_ranks(_save_shard, Mesh(tensor=2), folder, tmp_path)
     whole = load_expert(Checkpoint(folder, random=True), "transformer", ProcessGroups.alone(CPU), torch.bfloat16, CPU)

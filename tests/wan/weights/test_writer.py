@@ -205,6 +205,7 @@ def test_a_disk_that_others_fill(checkpoint: Path, undisturbed: tuple[dict[str, 
     assert contents(out)[name] == undisturbed[0][name]
 
 
+@pytest.mark.slow
 def test_memory_holds_one_tensor(tmp_path: Path) -> None:
     folder = write_large(tmp_path / "large")
     code = (
