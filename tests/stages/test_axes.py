@@ -38,6 +38,7 @@ def test_tokens_and_weights_are_shared(deploy):
     check(app, "guidance 1 x sequence 2 x tensor 2")
 
 
+@pytest.mark.slow
 def test_what_replicas_say_of_themselves(deploy):
     """Every stage is on the board, with its mesh and the memory of each rank against the plan."""
     app = deploy_two(deploy)
