@@ -9,9 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from serve_app.db.tables import Job
-
-# Number of latest jobs whose seconds for a TFLOP count.
-_RECENT = 50
+from serve_app.jobs.estimate import measure
 
 
 @dataclass(frozen=True)
@@ -23,35 +21,26 @@ class Waiting:
         work: by class, their TFLOP; a job of unknown work counts as an average one.
         running: jobs that run.
         running_work: TFLOP that these still have before them.
-        seconds_per_tflop: of one job while it runs; None before any job has completed.
+        work_per_group_s: TFLOP per second of one group; None before any job has completed.
     """
 
     jobs: Mapping[str, int]
     work: Mapping[str, float]
     running: int
     running_work: float
-    seconds_per_tflop: float | None
+    work_per_group_s: float | None
 
-    def seconds(self, at_once: int) -> float | None:
-        """Return the seconds until all of it is done, if so many jobs run at once; None if that is not known."""
-        if self.seconds_per_tflop is None or at_once < 1:
+    def seconds(self, groups: int) -> float | None:
+        """Return the seconds until so many groups have done all of it; None if that is not known."""
+        if not self.work_per_group_s or groups < 1:
             return None
-        return (sum(self.work.values()) + self.running_work) * self.seconds_per_tflop / at_once
+        return (sum(self.work.values()) + self.running_work) / self.work_per_group_s / groups
 
 
 async def waiting(session: AsyncSession) -> Waiting:
     """Look at the queue."""
-    latest = (
-        select(Job.work.label("work"), (Job.completed_at - Job.started_at).label("took"))
-        .where(Job.status == "completed", Job.attempt == 1, Job.work.is_not(None))
-        .order_by(Job.completed_at.desc())
-        .limit(_RECENT)
-        .subquery()
-    )
-    count, made, took = (
-        await session.execute(select(func.count(), func.sum(latest.c.work), func.sum(latest.c.took)))
-    ).one()
-    typical = made / count if count else 0.0
+    pace = await measure(session)
+    typical = pace.typical_work
     work = func.sum(func.coalesce(Job.work, typical))
     rows = await session.execute(
         select(Job.priority, func.count(), work).where(Job.status == "queued").group_by(Job.priority)
@@ -64,5 +53,5 @@ async def waiting(session: AsyncSession) -> Waiting:
         {priority: tflop for priority, _, tflop in found},
         running,
         float(rest or 0.0),
-        took / made if made else None,
+        pace.work_per_group_s,
     )

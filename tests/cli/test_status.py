@@ -27,7 +27,7 @@ MEMORY = DeviceMemory(
     parts={"weights": 57 * GB, "texts": 1.7 * GB, "other": 1.3 * GB},
     planned=65.4 * GB,
 ).plain()
-QUEUE = Waiting({"interactive": 2, "batch": 40}, {"interactive": 26.0, "batch": 520.0}, 3, 19.5, 0.5)
+QUEUE = Waiting({"interactive": 2, "batch": 40}, {"interactive": 26.0, "batch": 520.0}, 3, 19.5, 2.0)
 
 
 def found() -> list[Replica]:
