@@ -1,15 +1,11 @@
 """Which packages an installation has. The rest is in pyproject.toml, which cannot say where configs/ goes."""
 
-from pathlib import Path
-
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 OBSERVABILITY = "serve_app.observability"
-FOLDERS = {"serve_app.configs": "configs"}
-# `wan-serve manifests` takes alert rules and dashboards from there. An image is built without that folder.
-if Path("cluster/observability/rules.yml").exists():
-    FOLDERS[OBSERVABILITY] = "cluster/observability"
+# `wan-serve manifests` takes alert rules and dashboards from there.
+FOLDERS = {"serve_app.configs": "configs", OBSERVABILITY: "cluster/observability"}
 
 
 class Build(build_py):
