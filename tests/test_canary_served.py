@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import time
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,10 @@ from sqlalchemy import select
 
 from serve_app.db.rollouts import Shadow
 from serve_app.jobs.store import JobStore
+from tests.support.databases import on_store
 from tests.support.deployed import BIN, end, wait_ready, write_config
 from tests.support.plain_http import http
 from tests.support.ports import free_port
-
-
-def on_store(folder: Path, work: Callable[[JobStore], Awaitable[Any]]) -> Any:
-    async def main() -> Any:
-        store = JobStore(f"sqlite:///{folder / 'home/jobs.db'}")
-        await store.start()
-        try:
-            return await work(store)
-        finally:
-            await store.close()
-
-    return asyncio.run(main())
 
 
 def made(url: str, **fields: Any) -> dict[str, Any]:
@@ -48,6 +35,7 @@ def made(url: str, **fields: Any) -> dict[str, Any]:
 def test_from_shadow_mode_to_promotion_and_back(tmp_path: Path, checkpoint: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
+    jobs = f"sqlite:///{tmp_path / 'home/jobs.db'}"
     file = write_config(tmp_path, checkpoint, port)
     content = yaml.safe_load(file.read_text())
     content["applications"][0]["args"]["dispatcher"] = {"canary": {"shadow": True, "bake_s": 0}, "poll_s": 0.5}
@@ -62,7 +50,7 @@ def test_from_shadow_mode_to_promotion_and_back(tmp_path: Path, checkpoint: Path
     process = subprocess.Popen([BIN / "wan-serve", "up", file, "--own-ray"], cwd=tmp_path, env=environment)
     try:
         wait_ready(url, process)
-        on_store(tmp_path, lambda store: store.set_canary("wan-next", 0, "wan"))
+        on_store(jobs, lambda store: store.set_canary("wan-next", 0, "wan"))
         first = made(url, seed=5)
 
         async def copied(store: JobStore) -> Shadow | None:
@@ -70,26 +58,24 @@ def test_from_shadow_mode_to_promotion_and_back(tmp_path: Path, checkpoint: Path
                 return await session.scalar(select(Shadow).where(Shadow.outcome != "running"))
 
         deadline = time.monotonic() + 300
-        while (copy := on_store(tmp_path, copied)) is None:
+        while (copy := on_store(jobs, copied)) is None:
             assert time.monotonic() < deadline
             time.sleep(1)
         assert (copy.job_id, copy.outcome, copy.error) == (first["id"], "equal", None)
 
-        on_store(tmp_path, lambda store: store.set_canary("wan-next", 100, "wan"))
+        on_store(jobs, lambda store: store.set_canary("wan-next", 100, "wan"))
         second = made(url, seed=6)
-        pipelines = [
-            on_store(tmp_path, lambda store, id_=one["id"]: store.get(id_)).pipeline for one in (first, second)
-        ]
+        pipelines = [on_store(jobs, lambda store, id_=one["id"]: store.get(id_)).pipeline for one in (first, second)]
         assert pipelines == ["wan", "wan-next"]
-        ((generation, _),) = on_store(tmp_path, lambda store: store.generations())
+        ((generation, _),) = on_store(jobs, lambda store: store.generations())
         assert (generation.name, generation.state) == ("v1", "current")
 
-        on_store(tmp_path, lambda store: store.promote("wan-next", "wan"))
+        on_store(jobs, lambda store: store.promote("wan-next", "wan"))
         assert http.get(f"{url}/readyz", timeout=30).json()["status"] == "ready"
         # A name that nothing is deployed under holds nobody up.
-        on_store(tmp_path, lambda store: store.set_canary("wan-third", 100, "wan"))
+        on_store(jobs, lambda store: store.set_canary("wan-third", 100, "wan"))
         created = made(url, seed=7)["id"]
-        third = on_store(tmp_path, lambda store: store.get(created))
+        third = on_store(jobs, lambda store: store.get(created))
         assert (third.pipeline, third.failures) == ("wan-next", 0)
     finally:
         end(process)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +12,7 @@ from typer.testing import CliRunner
 from serve_app.cli import cli
 from serve_app.errors import ServeAppError
 from serve_app.jobs.store import JobStore
+from tests.support.databases import on_store
 from tests.support.fakes import PARAMS
 
 TINY = Path(__file__).parents[2] / "configs/tiny.yaml"
@@ -38,18 +36,6 @@ def run(config: Path, *words: str) -> str:
     return result.output
 
 
-def on_store(config: Path, work: Callable[[JobStore], Awaitable[Any]]) -> Any:
-    async def main() -> Any:
-        store = JobStore(f"sqlite:///{config.parent / 'jobs.db'}")
-        await store.start()
-        try:
-            return await work(store)
-        finally:
-            await store.close()
-
-    return asyncio.run(main())
-
-
 def test_a_trial_from_its_beginning_to_its_end(config: Path) -> None:
     assert run(config, "canary", "status").strip() == "one pipeline: no canary was ever set"
     assert run(config, "canary", "set", "wan-next", "100").strip() == "wan-next: canary with 100 %"
@@ -63,7 +49,7 @@ def test_a_trial_from_its_beginning_to_its_end(config: Path) -> None:
                 await store.fail(job.id, 1, "internal_error", "x")
                 assert await store.claim("me", 60) is not None
 
-    on_store(config, fail)
+    on_store(f"sqlite:///{config.parent / 'jobs.db'}", fail)
     stable, canary = json.loads(run(config, "canary", "status", "--json"))
     assert (stable["name"], stable["percent"], stable["unfinished"]) == ("wan", 0, 1)
     assert (canary["name"], canary["state"], canary["unfinished"]) == ("wan-next", "canary", 1)
@@ -97,7 +83,7 @@ def test_generations_are_listed_and_switched(config: Path) -> None:
         for name in ("old", "new"):
             await store.report_generation(name, True)
 
-    on_store(config, come)
+    on_store(f"sqlite:///{config.parent / 'jobs.db'}", come)
     heading, first, second = run(config, "generations", "list").splitlines()
     assert heading.split() == ["NAME", "STATE", "SINCE", "LAST", "SEEN"]
     assert first.split()[:2] == ["new", "current"] and second.split()[:2] == ["old", "retired"]

@@ -6,9 +6,10 @@ import asyncio
 import os
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,3 +106,17 @@ async def store(store_url: str, empty_sqlite: Path, request: pytest.FixtureReque
             await session.execute(table.delete())
     yield store
     await store.close()
+
+
+def on_store(url: str, work: Callable[[JobStore], Awaitable[Any]]) -> Any:
+    """Return what `work` returns on a store that is opened for it, in an event loop of its own."""
+
+    async def main() -> Any:
+        store = JobStore(url)
+        await store.start()
+        try:
+            return await work(store)
+        finally:
+            await store.close()
+
+    return asyncio.run(main())
