@@ -78,7 +78,7 @@ class Server:
         self.url = base_url(self._http, routes[0]) if reached else ""
         names = [entry["name"] for entry in self._file["applications"]]
         self._ray = RaySession(
-            claim.describe(names, str(path), self.url),
+            claim.describe(names, str(path.absolute()), self.url),
             own=own_ray,
             replace=replace,
             dashboard=dashboard,

@@ -84,7 +84,7 @@ def _server(config: Path | None, address: str | None) -> tuple[Path, str]:
     if config is not None and address is not None:
         return config_file(config), address
     wanted = None if config is None else config_file(config).absolute()
-    here = [one for one in running() if one.ray and wanted in (None, Path(one.file).absolute())]
+    here = [one for one in running() if one.ray and wanted in (None, Path(one.file))]
     if len(here) != 1:
         what = "several servers run" if here else "no such server runs"
         files = ", ".join(sorted(one.file for one in here))

@@ -142,10 +142,12 @@ def end(server: Running) -> None:
 
 
 def running() -> Iterator[Running]:
-    """Yield the servers of this user on this host."""
+    """Yield the servers of this user on this host, each once, though it holds a claim for its Ray and for its port."""
+    seen = set()
     for path in sorted(_folder().glob("*.json")):
         server = _read(path)
-        if server is not None and _alive(server):
+        if server is not None and _alive(server) and server.pid not in seen:
+            seen.add(server.pid)
             yield server
 
 

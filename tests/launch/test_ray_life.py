@@ -113,12 +113,14 @@ def test_up_on_a_ray_of_its_own(config, tmp_path):
             for program, *arguments in (
                 ("ray", "status"),
                 ("serve", "status"),
+                ("wan-serve", "status", "--json"),
                 ("ray", "job", "submit", "--", "python", "-c", "import serve_app; print('in', serve_app.__file__)"),
             )
         ]
         said = [command.communicate(timeout=240)[0] for command in running]
-        assert [command.returncode for command in running] == [0, 0, 0], said
+        assert [command.returncode for command in running] == [0, 0, 0, 0], said
         assert f"in {REPOSITORY}" in said[-1]
+        assert '"Denoiser"' in said[2] and '"seconds_waiting": null' in said[2]
 
         family = up.family()
         up.process.terminate()
