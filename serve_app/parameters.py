@@ -242,7 +242,7 @@ class Handling(BaseModel):
         note="At most 366 days from now, and before the deadline.",
         synonyms=("start", "start_time", "not_before", "scheduled_at"),
     )
-    degrade: Literal["never"] | dict[str, str | int] | None = parameter(
+    degrade: str | dict[str, str | int] | None = parameter(
         'What the request agrees to under load, e.g. `{"min_size": "832x480", "min_steps": 20}`: a smaller picture '
         "first, then fewer steps, never less than this. `never`: exactly what it asks for.",
         note="Default is what the key allows, which is nothing unless its maker said so.",

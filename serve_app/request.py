@@ -123,7 +123,7 @@ def _nested(error: Any) -> str:
     field, _, *path = error["loc"]  # the second one names the type
     name = ".".join(map(str, [field, *path]))[:120]
     if error["type"] == "extra_forbidden":
-        return f"Unknown field '{name}'."
+        return unknown_field(str(path[-1])[:80], Finish.fields(path[:-1]), f"{name.rpartition('.')[0]}.")
     if error["type"] in ("model_type", "string_type"):
         return f"'{name}' has value {_short(error['input'])}, expected an object{'' if path else ', or text'}."
     return f"'{name}' has value {_short(error['input'])}: {error['msg'].removeprefix('Value error, ')}."

@@ -11,12 +11,18 @@ from serve_app.parameters import EVERY
 _OURS = {synonym: name for name, one in EVERY.items() for synonym in one.synonyms}
 
 
-def unknown_field(name: str, known: Sequence[str]) -> str:
-    """Return the error for an unknown field, with the field that is probably meant, or all fields."""
+def unknown_field(name: str, known: Sequence[str], inside: str = "") -> str:
+    """Return the error for an unknown field, with the field that is probably meant, or all fields.
+
+    Args:
+        name: the field.
+        known: the fields that there are.
+        inside: the object that it stands in and a point; empty for fields of the request itself.
+    """
     meant = suggestion(name, known)
     if meant is not None:
-        return f"Unknown field '{name}', did you mean '{meant}'?"
-    return f"Unknown field '{name}', expected one of {', '.join(known)}."
+        return f"Unknown field '{inside}{name}', did you mean '{inside}{meant}'?"
+    return f"Unknown field '{inside}{name}', expected one of {', '.join(known)}."
 
 
 def suggestion(name: str, known: Sequence[str]) -> str | None:

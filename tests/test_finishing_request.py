@@ -37,7 +37,8 @@ def test_nothing_asked_is_nothing_made(finish: Any) -> None:
     [
         ("soft", "'finish' is 'soft', expected a profile of this server ('large', 'smooth')."),
         (7, "'finish' has value 7, expected an object, or text."),
-        ({"interpolat": {}}, "Unknown field 'finish.interpolat'."),
+        ({"interpolat": {}}, "Unknown field 'finish.interpolat', did you mean 'finish.interpolate'?"),
+        ({"encode": {"quallity": 3}}, "Unknown field 'finish.encode.quallity', did you mean 'finish.encode.quality'?"),
         ({"interpolate": {"fps": "32"}}, "'finish.interpolate.fps' has value '32': Input should be a valid integer."),
         ({"upscale": 3}, "'finish.upscale.factor' has value 3: Input should be 2 or 4."),
         (

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from serve_app.errors import ConfigError
+
 if TYPE_CHECKING:
     from serve_app.finish.verify import Verification
 
@@ -26,6 +28,9 @@ def verify(
     """
     from serve_app.finish.verify import verify as read
 
+    for name, path in (("FILE", file), ("--trust", trust)):
+        if path is not None and not path.is_file():
+            raise ConfigError(f"{name} has value '{path}', expected a file")
     found = read(file, trust)
     ok = found.ai_made and not found.changed
     if as_json:

@@ -5,8 +5,9 @@ Imports pydantic only, so that requests and options can be made of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -130,6 +131,14 @@ class Finish(_Part):
         if sorted(self.order) != sorted(asked):
             raise ValueError(f"'order' is {list(self.order)}, expected each of {asked} once")
         return self
+
+    @classmethod
+    def fields(cls, path: Sequence[Any]) -> list[str]:
+        """Return the names of the fields of a plan, or of the part of it that `path` leads to."""
+        part: type[BaseModel] = cls
+        for name in path:
+            part = get_args(part.model_fields[name].annotation)[0]  # `Encode | None`
+        return [*part.model_fields]
 
     @property
     def steps(self) -> tuple[Step, ...]:
