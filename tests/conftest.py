@@ -45,6 +45,7 @@ _KINDS = {
     "cluster": "cluster",
     "db": "db",
     "dispatch": "db",
+    "dispatch/test_loops.py": "unit",
     "dispatch/test_deployment.py": "unit",
     "dispatch/test_same_pictures.py": "unit",
     "docs/test_examples.py": "db",

@@ -204,18 +204,16 @@ class DispatcherDeployment:
         generation = options.generation or os.environ.get("WAN_SERVE_GENERATION", "")
         gate = Gate(self._store, generation, options.drain_s, pipeline.runs)
         self._dispatcher = Dispatcher(self._store, storage, pipelines, options, self._broker, gate=gate)
-        self._judge = Judge(self._store, options)
-        self._shadowing = Shadowing(self._store, storage, pipelines, options)
-        self._notifier = Notifier(self._store.database, config)
-        name = config.dispatcher.pipeline
-        self._fleet = FleetReporter(self._store, name, partial(replicas, name))
-        self._degrade = DegradeLoop(self._store, steering(config))
-        self._gauges = Gauges(self._store, storage)
-        export.start("dispatcher")
         self._parts = (
-            *(self._judge, self._shadowing, self._dispatcher, self._notifier),
-            *(self._gauges, self._fleet, self._degrade),
+            Judge(self._store, options),
+            Shadowing(self._store, storage, pipelines, options),
+            self._dispatcher,
+            Notifier(self._store.database, config),
+            Gauges(self._store, storage),
+            FleetReporter(self._store, options.pipeline, partial(replicas, options.pipeline)),
+            DegradeLoop(self._store, steering(config)),
         )
+        export.start("dispatcher")
         for part in self._parts:
             part.start()
         self._preparing = asyncio.create_task(pipeline.prepare(), name="prepare")
@@ -226,10 +224,8 @@ class DispatcherDeployment:
 
     async def check_health(self) -> None:
         """Raise if one of the loops has ended: Serve then replaces the replica."""
-        self._dispatcher.raise_if_ended()
-        self._judge.raise_if_ended()
-        self._notifier.raise_if_ended()
-        self._gauges.raise_if_ended()
+        for part in self._parts:
+            part.raise_if_ended()
 
     async def __del__(self) -> None:
         if hasattr(self, "_parts"):

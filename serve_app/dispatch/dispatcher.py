@@ -126,12 +126,12 @@ class Dispatcher:
 
     def raise_if_ended(self) -> None:
         """Raise RuntimeError, with its cause, if the loop or the janitor has ended without being told to."""
-        if self._stopping:
+        task = self._loop_task
+        if self._stopping or task is None:
             return
-        for task in (self._loop_task, self._janitor.task):
-            if task is not None and task.done():
-                what = "the dispatcher's loop" if task is self._loop_task else "the janitor"
-                raise RuntimeError(f"{what} has ended") from (None if task.cancelled() else task.exception())
+        if task.done():
+            raise RuntimeError("the dispatcher's loop has ended") from (None if task.cancelled() else task.exception())
+        self._janitor.raise_if_ended()
 
     async def stop(self) -> None:
         """Take no more jobs, and hand running ones back to the queue, where they keep their place."""

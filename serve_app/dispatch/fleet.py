@@ -5,10 +5,10 @@ Knows nothing of Ray: the counts come from a function.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
 from serve_app.clock import CLOCK, Clock
+from serve_app.dispatch.loops import Loops, NamedLoops
 from serve_app.errors import one_line
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
@@ -22,7 +22,7 @@ Counts = Callable[[], Awaitable[Mapping[str, int]]]
 """Returns the number of running replicas of each deployment."""
 
 
-class FleetReporter:
+class FleetReporter(Loops):
     """Repeats the number of replicas of an application's deployments.
 
     Args:
@@ -37,17 +37,9 @@ class FleetReporter:
         self._application = application
         self._counts = counts
         self._clock = clock
-        self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin, as a task of the running event loop."""
-        self._task = asyncio.create_task(self._loop(), name="fleet")
-
-    async def stop(self) -> None:
-        """Report no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+    def _loops(self) -> NamedLoops:
+        return {"fleet": self._loop}
 
     async def _loop(self) -> None:
         while True:

@@ -9,6 +9,7 @@ import asyncio
 
 from serve_app.clock import CLOCK, Clock
 from serve_app.db.database import STORE_AWAY
+from serve_app.dispatch.loops import Loops, NamedLoops
 from serve_app.jobs.store import JobStore
 from serve_app.metrics import catalog as metrics
 from serve_app.storage import Storage
@@ -27,7 +28,7 @@ _QUEUE = (
 """Gauges that are cleared while the store does not answer: an old number would look like a quiet queue."""
 
 
-class Gauges:
+class Gauges(Loops):
     """Two loops, so that a storage that hangs does not hide the queue.
 
     Args:
@@ -40,27 +41,9 @@ class Gauges:
         self._store = store
         self._storage = storage
         self._clock = clock
-        self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self) -> None:
-        """Begin, as tasks of the running event loop."""
-        self._tasks = [
-            asyncio.create_task(self._queue(), name="queue-gauges"),
-            asyncio.create_task(self._space(), name="storage-gauges"),
-        ]
-
-    def raise_if_ended(self) -> None:
-        """Raise RuntimeError, with its cause, if a loop has ended without being told to."""
-        for task in self._tasks:
-            if task.done() and not task.cancelled():
-                raise RuntimeError(f"the loop of {task.get_name()} has ended") from task.exception()
-
-    async def stop(self) -> None:
-        """End at once."""
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=5)
+    def _loops(self) -> NamedLoops:
+        return {"queue-gauges": self._queue, "storage-gauges": self._space}
 
     async def _queue(self) -> None:
         while True:

@@ -5,10 +5,9 @@ It runs beside the dispatcher's loop rather than in it: a storage that hangs mus
 
 from __future__ import annotations
 
-import asyncio
-
 from serve_app.clock import CLOCK, Clock
 from serve_app.db.database import STORE_AWAY
+from serve_app.dispatch.loops import Loops, NamedLoops
 from serve_app.errors import one_line
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
@@ -20,7 +19,7 @@ logger = get_logger(__name__)
 _LONGEST_PAUSE_S = 5.0
 
 
-class Janitor:
+class Janitor(Loops):
     """A loop that removes some rows and folders at a time until stopped. Any number of janitors share one store.
 
     Args:
@@ -35,17 +34,9 @@ class Janitor:
         self._storage = storage
         self._pause_s = min(pause_s, _LONGEST_PAUSE_S)
         self._clock = clock
-        self.task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin, as a task of the running event loop."""
-        self.task = asyncio.create_task(self._loop(), name="janitor")
-
-    async def stop(self) -> None:
-        """End at once. A folder whose row is still there is removed again later."""
-        if self.task is not None:
-            self.task.cancel()
-            await asyncio.wait([self.task], timeout=5)
+    def _loops(self) -> NamedLoops:
+        return {"janitor": self._loop}
 
     async def _loop(self) -> None:
         while True:

@@ -5,11 +5,10 @@ Knows nothing of Ray. Any number of judges share one store.
 
 from __future__ import annotations
 
-import asyncio
-
 from serve_app import config
 from serve_app.clock import CLOCK, Clock
 from serve_app.db.database import STORE_AWAY
+from serve_app.dispatch.loops import Loops, NamedLoops
 from serve_app.errors import one_line
 from serve_app.jobs.store import JobStore
 from serve_app.logs import get_logger
@@ -18,7 +17,7 @@ from serve_app.metrics import catalog as metrics
 logger = get_logger(__name__)
 
 
-class Judge:
+class Judge(Loops):
     """A loop that looks at the store until stopped.
 
     Args:
@@ -31,22 +30,9 @@ class Judge:
         self._store = store
         self._options = options
         self._clock = clock
-        self.task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin, as a task of the running event loop."""
-        self.task = asyncio.create_task(self._loop(), name="judge")
-
-    async def stop(self) -> None:
-        """End at once."""
-        if self.task is not None:
-            self.task.cancel()
-            await asyncio.wait([self.task], timeout=5)
-
-    def raise_if_ended(self) -> None:
-        """Raise RuntimeError, with its cause, if the loop has ended without being told to."""
-        if self.task is not None and self.task.done() and not self.task.cancelled():
-            raise RuntimeError("the judge has ended") from self.task.exception()
+    def _loops(self) -> NamedLoops:
+        return {"judge": self._loop}
 
     async def _loop(self) -> None:
         seeded = False

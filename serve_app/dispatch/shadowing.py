@@ -18,6 +18,7 @@ from serve_app.clock import CLOCK, Clock
 from serve_app.db.database import STORE_AWAY
 from serve_app.db.rollouts import ShadowOutcome
 from serve_app.db.tables import Job
+from serve_app.dispatch.loops import Loops, NamedLoops
 from serve_app.dispatch.pipelines import Pipelines
 from serve_app.dispatch.run import PipelineUnavailable, spec_of
 from serve_app.errors import JobFailed, one_line
@@ -37,7 +38,7 @@ _LATER_S = 10 * 365 * 86400.0
 _TIMES = 20
 
 
-class Shadowing:
+class Shadowing(Loops):
     """A loop that has copies made until stopped.
 
     Args:
@@ -61,18 +62,9 @@ class Shadowing:
         self._pipelines = pipelines
         self._options = options
         self._clock = clock
-        self.task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin, as a task of the running event loop, if copies are wanted."""
-        if self._options.canary.shadow:
-            self.task = asyncio.create_task(self._loop(), name="shadowing")
-
-    async def stop(self) -> None:
-        """End at once. A copy that was under way is made anew."""
-        if self.task is not None:
-            self.task.cancel()
-            await asyncio.wait([self.task], timeout=5)
+    def _loops(self) -> NamedLoops:
+        return {"shadowing": self._loop} if self._options.canary.shadow else {}
 
     async def _loop(self) -> None:
         while True:

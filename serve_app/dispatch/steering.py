@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from serve_app.clock import CLOCK, Clock
+from serve_app.dispatch.loops import Loops, NamedLoops
 from serve_app.errors import one_line
 from serve_app.jobs.degrading import Steering
 from serve_app.jobs.store import JobStore
@@ -15,7 +14,7 @@ logger = get_logger(__name__)
 _EVERY_S = 5.0
 
 
-class DegradeLoop:
+class DegradeLoop(Loops):
     """Steers the level again and again. Any number of dispatchers may do it on one store.
 
     Args:
@@ -28,17 +27,9 @@ class DegradeLoop:
         self._store = store
         self._options = options
         self._clock = clock
-        self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin, as a task of the running event loop."""
-        self._task = asyncio.create_task(self._loop(), name="degrade")
-
-    async def stop(self) -> None:
-        """Steer no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+    def _loops(self) -> NamedLoops:
+        return {"degrade": self._loop}
 
     async def _loop(self) -> None:
         told = 0
